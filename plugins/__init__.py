@@ -1,0 +1,1 @@
+"""CUDA kernels, the TensorRT plugin classes over them, and their builder."""
