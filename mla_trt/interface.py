@@ -1,0 +1,60 @@
+"""What each input and output of an exported model is: the roles that probing, lowering and verification share.
+
+Axes are named by letters: ``B`` sequences, ``S`` new tokens, ``P`` cached tokens, ``T`` = P + S all tokens; any other axis is its size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+Axis = str | int
+
+TOKENS = "tokens"  # token ids or embeddings: the data that flows through the model
+POSITIONS = "positions"  # position of each new token (int)
+ATTENTION_MASK = "attention_mask"  # 1 where a token counts, 0 for padding (int or bool), [B, T] or [B, S]
+SCORE_MASK = "score_mask"  # added to scores (float) or selecting them (bool), [..., S, T]
+CACHE = "cache"  # past keys, values or latents: grows by S tokens along its P axis each step
+STATE = "state"  # any other state with an output of its own (recurrent layers): carried as it is
+ROPE_COS = "rope_cos"  # cosines given from outside, [..., S, Dr] or [..., S, Dr/2]
+ROPE_SIN = "rope_sin"
+UNUSED = "unused"  # reaches no output
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """One graph input.
+
+    Attributes:
+        name: name in the graph.
+        role: one of the constants of this module.
+        dtype: ONNX element type (``onnx.TensorProto.FLOAT``, ...).
+        axes: a letter or a fixed size for each axis.
+        output: for ``CACHE`` and ``STATE``, the graph output that holds its next value.
+    """
+
+    name: str
+    role: str
+    dtype: int
+    axes: tuple[Axis, ...]
+    output: str | None = None
+
+
+@dataclass(frozen=True)
+class ModelInterface:
+    """All inputs, and the outputs that are results rather than next states.
+
+    ``fixed`` holds the sizes of letters that the export fixed, such as ``{"S": 1}``.
+    """
+
+    inputs: tuple[ModelInput, ...]
+    results: tuple[str, ...]
+    fixed: dict[str, int] = field(default_factory=dict)
+
+    def by_role(self, role: str) -> list[ModelInput]:
+        """Inputs of one role, in graph order."""
+        return [model_input for model_input in self.inputs if model_input.role == role]
+
+    @property
+    def tokens(self) -> ModelInput:
+        """The token input."""
+        return self.by_role(TOKENS)[0]
