@@ -1,0 +1,551 @@
+"""Replaces matched attention layers by fused ops over paged caches and turns the graph around them into one over packed tokens."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from onnx import TensorProto, numpy_helper
+from onnx_graphsurgeon.ir.tensor import LazyValues
+
+from mla_trt import interface as roles
+from mla_trt.formats import IndexLayout, KvLayout
+from mla_trt.interface import Axis, ModelInterface
+from mla_trt.ops import OPS
+from mla_trt.passes.attention_core import NoMatch
+from mla_trt.passes.features import Features, tokens_first
+from mla_trt.passes.graph import Emitter, replace_uses
+from mla_trt.passes.match_exits import Exit
+from mla_trt.passes.match_indexer import IndexerMatch
+from mla_trt.passes.match_mla import MlaMatch
+from mla_trt.passes.match_rope import TOLERANCE, Rotation
+from mla_trt.passes.positions import BY_SEQUENCE, PACKED, UNPACKED, CannotRebuild, PackedPositions, packed_sizes
+from mla_trt.passes.probe import Probe
+from mla_trt.passes.quantize import quantize_blocks
+
+WEIGHT_BLOCK = 128
+
+
+@dataclass(frozen=True)
+class CacheFormat:
+    """How the lowered model keeps its caches."""
+
+    row_format: str = "fp8"
+    index_format: str = "fp8"
+    page_size: int = 64
+    kv_scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class LoweredCache:
+    """One paged cache of the lowered model (see the metadata)."""
+
+    name: str
+    layer: int
+    kind: str
+    page_words: int
+
+
+class Lowerer:
+    """Emits the lowered layers of one graph.
+
+    Attributes:
+        caches: the caches made so far.
+    """
+
+    def __init__(
+        self, emitter: Emitter, probes: list[Probe], tokens: gs.Tensor, cache_format: CacheFormat, *, fp8_weights: bool
+    ) -> None:
+        self.emitter = emitter
+        self.probe = probes[0]
+        self.format = cache_format
+        self.fp8_weights = fp8_weights
+        self.caches: list[LoweredCache] = []
+        self.tokens = tokens
+        self.layout = token_layout(self.probe.interface)
+        self.graph = emitter.graph
+        self.query_offsets = self._input("query_offsets", ["B + 1"])
+        self.cache_lengths = self._input("cache_lengths", ["B"])
+        self.block_table = self._input("block_table", ["B", "max_pages"])
+        self.token_sequence, self.positions, self.schedule = self._plan(tokens)
+        self.packed = PackedPositions(emitter, probes, self.positions, tokens, layout=self.layout)
+        self._flat: dict[int, gs.Tensor] = {}
+        self._results: list[tuple[gs.Tensor, gs.Tensor]] = []
+        self._tables: dict[tuple[Any, ...], gs.Tensor] = {}
+        self._selections: dict[int, tuple[gs.Tensor, dict[str, Any]]] = {}
+
+    def _input(self, name: str, shape: list[int | str]) -> gs.Variable:
+        tensor = gs.Variable(self.emitter.names.new(name), dtype=np.dtype(np.int32), shape=shape)
+        self.graph.inputs.append(tensor)
+        return tensor
+
+    def _plan(self, tokens: gs.Tensor) -> list[gs.Variable]:
+        batched = "B" in self.probe.interface.tokens.axes
+        rank = len(self.probe.interface.tokens.axes)
+        if rank > (2 if batched else 1):
+            tokens = self.emitter.gather(tokens, np.array(0), rank - 1, "token_slots")
+        outputs = [
+            gs.Variable(self.emitter.names.new(name), dtype=np.dtype(np.int32))
+            for name in ("token_sequence", "positions", "schedule")
+        ]
+        self._op(
+            "MlaPlan",
+            "plan",
+            {"tokens": tokens, "query_offsets": self.query_offsets, "cache_lengths": self.cache_lengths},
+            outputs,
+            {"page_size": self.format.page_size},
+        )
+        return outputs
+
+    def _op(
+        self,
+        op_type: str,
+        wish: str,
+        inputs: dict[str, gs.Tensor],
+        outputs: list[gs.Tensor],
+        attributes: dict[str, Any],
+    ) -> None:
+        op = OPS[op_type]
+        order = [formal.name for formal in op.inputs]
+        unknown = set(inputs) - set(order)
+        assert not unknown, unknown
+        given = [inputs.get(name) or gs.Variable.empty() for name in order]
+        while given and not given[-1].name:
+            given.pop()
+        name = self.emitter.names.new(wish)
+        complete = {**op.complete(attributes, name), "plugin_version": "1", "plugin_namespace": "mla_trt"}
+        self.graph.nodes.append(gs.Node(op_type, name, complete, given, outputs, domain="mla_trt"))
+
+    # -- token features -------------------------------------------------------------------------------------------
+
+    def _tokens_by_width(self, tensor: gs.Tensor) -> tuple[gs.Tensor, int]:
+        """A tensor of the export as [T, width]."""
+        shape = self.probe.shape(tensor)
+        width = math.prod(shape) // (self.probe.batch * self.probe.sizes.new)
+        if id(tensor) not in self._flat:
+            order = tokens_first(self.probe, shape)
+            assert order is not None
+            source = (
+                tensor
+                if order == tuple(range(len(shape)))
+                else self.emitter.node("Transpose", [tensor], f"{tensor.name}.tokens_first", perm=list(order))
+            )
+            self._flat[id(tensor)] = self.emitter.reshape(source, [-1, width], f"{tensor.name}.tokens")
+        return self._flat[id(tensor)], width
+
+    def features(self, features: Features, wish: str) -> gs.Tensor:
+        """Entries of each token as [T, *index.shape], scaled by their factors."""
+        tensor, width = self._tokens_by_width(features.tensor)
+        index = features.index
+        flat = index.reshape(-1)
+        if not np.array_equal(flat, np.arange(width)):
+            strided = self._strided(tensor, index, width, wish)
+            if strided is not None:
+                return self._scaled(strided, features, wish)
+            if len(flat) and np.array_equal(flat, np.arange(flat[0], flat[0] + len(flat))):
+                tensor = self._slice(tensor, int(flat[0]), int(flat[0]) + len(flat), 1, wish)
+            else:
+                tensor = self.emitter.gather(tensor, flat, 1, wish)
+        if index.ndim > 1:
+            tensor = self.emitter.reshape(tensor, [-1, *index.shape], f"{wish}.heads")
+        return self._scaled(tensor, features, wish)
+
+    def _strided(self, tensor: gs.Tensor, index: np.ndarray, width: int, wish: str) -> gs.Tensor | None:
+        """A slice of every head, where all heads have the same entries of their own stretch."""
+        if index.ndim != 2 or not index.shape[1] or width % index.shape[0]:
+            return None
+        stride = width // index.shape[0]
+        start = int(index[0, 0])
+        expected = np.arange(index.shape[0])[:, None] * stride + start + np.arange(index.shape[1])
+        if not np.array_equal(index, expected) or start + index.shape[1] > stride:
+            return None
+        heads = self.emitter.reshape(tensor, [-1, index.shape[0], stride], f"{wish}.heads")
+        return heads if stride == index.shape[1] else self._slice(heads, start, start + index.shape[1], 2, wish)
+
+    def _slice(self, tensor: gs.Tensor, start: int, end: int, axis: int, wish: str) -> gs.Tensor:
+        bounds = [
+            self.emitter.constant(f"{wish}.{label}", [value], np.int64)
+            for label, value in (("start", start), ("end", end), ("axis", axis))
+        ]
+        return self.emitter.node("Slice", [tensor, *bounds], wish)
+
+    def _scaled(self, tensor: gs.Tensor, features: Features, wish: str) -> gs.Tensor:
+        if np.allclose(features.factor, 1, rtol=1e-9):
+            return tensor
+        dtype = features.tensor.dtype if features.tensor.dtype is not None else np.dtype(np.float32)
+        return self.emitter.node(
+            "Mul", [tensor, self._constant(f"{wish}.factor", features.factor, dtype)], f"{wish}.scaled"
+        )
+
+    def _constant(self, wish: str, values: np.ndarray, dtype: Any) -> gs.Constant:
+        return typed_constant(self.emitter, wish, values, dtype)
+
+    # -- one layer ------------------------------------------------------------------------------------------------
+
+    def lower(self, layer: int, match: MlaMatch, indexer: IndexerMatch | None) -> None:
+        """Emits a layer and puts its result in place of the export's.
+
+        Raises:
+            NoMatch: a rope table or a scale depends on more than positions.
+        """
+        name = f"mla_attention.{layer}"
+        inputs: dict[str, gs.Tensor] = {
+            "query": self._query(match, name),
+            "query_offsets": self.query_offsets,
+            "cache_lengths": self.cache_lengths,
+            "block_table": self.block_table,
+            "token_sequence": self.token_sequence,
+            "positions": self.positions,
+            "schedule": self.schedule,
+        }
+        self._latent(match, name, inputs)
+        self._rope(match, name, inputs)
+        self._weights(match, name, inputs)
+        if match.sinks is not None:
+            inputs["sinks"] = self.emitter.constant(f"{name}.sinks", match.sinks, np.float32)
+        layout = KvLayout(
+            page_size=self.format.page_size,
+            row_format=self.format.row_format,
+            kv_lora_rank=match.kv_lora_rank,
+            qk_rope_head_dim=match.qk_rope_head_dim,
+            kv_scale=self.format.kv_scale,
+        )
+        inputs["kv_cache"], cache_out = self._cache("kv", layer, layout.page_words)
+        attributes: dict[str, Any] = {
+            "kv_lora_rank": match.kv_lora_rank,
+            "qk_rope_head_dim": match.qk_rope_head_dim,
+            "page_size": self.format.page_size,
+            "row_format": self.format.row_format,
+            "kv_scale": self.format.kv_scale,
+            "num_heads": match.num_heads,
+            "qk_nope_head_dim": match.qk_nope_head_dim,
+            "v_head_dim": match.v_head_dim,
+            "epsilon": match.norm.epsilon if match.norm is not None else 0.0,
+            "rope_interleaved": int(match.rotation.interleaved),
+            "softmax_scale": match.scale,
+        }
+        result = self.emitter.variable(f"{name}.output", inputs["query"].dtype)
+        outputs: list[gs.Tensor] = [result, cache_out]
+        op = "MlaAttention"
+        if match.selection is not None:
+            op = "MlaSparseAttention"
+            outputs += self._select(layer, match, indexer, name, inputs, attributes)
+        self._op(op, name, inputs, outputs, attributes)
+        self._results += [(way_out.tensor, self._leave(result, way_out, match)) for way_out in match.exits]
+
+    def _query(self, match: MlaMatch, name: str) -> gs.Tensor:
+        nope, rope = match.query_nope, match.query_rope
+        if nope.tensor is rope.tensor or not match.qk_rope_head_dim:
+            joined = Features(
+                nope.tensor,
+                np.concatenate([nope.index, rope.index], axis=1),
+                np.concatenate([nope.factor, rope.factor], axis=1),
+            )
+            query = self.features(joined, f"{name}.query")
+        else:
+            parts = [self.features(nope, f"{name}.query_nope"), self.features(rope, f"{name}.query_rope")]
+            query = self.emitter.node("Concat", parts, f"{name}.query", axis=2)
+        if match.query_token_scale is not None:
+            scale = self._token_scale(match, name)
+            if query.dtype is not None:
+                scale = self.emitter.cast(scale, query.dtype, f"{name}.query_scale")
+            query = self.emitter.node("Mul", [query, scale], f"{name}.query_scaled")
+        return query
+
+    def _token_scale(self, match: MlaMatch, name: str) -> gs.Tensor:
+        """The tensor that scales each token's queries, as [T, 1, 1]."""
+        wanted = match.query_token_scale
+        assert wanted is not None
+        reason = "no tensor holds the factor by which the queries of each token are scaled"
+        for tensor in match.rotation.factors:
+            value = np.asarray(self.probe.known(tensor), np.float64)
+            if value.size not in (wanted.shape[1], wanted.size):
+                continue
+            value = np.broadcast_to(value.reshape(-1, wanted.shape[1]), wanted.shape)
+            ratio = wanted / np.where(value == 0, np.nan, value)
+            if np.allclose(ratio, ratio[0, 0], rtol=1e-5):
+                try:
+                    scale = self.emitter.reshape(self.packed.rebuild(tensor), [-1, 1, 1], f"{name}.query_scale")
+                except CannotRebuild as error:
+                    reason = str(error)
+                    continue
+                if math.isclose(ratio[0, 0], 1.0, rel_tol=1e-6):
+                    return scale
+                return self.emitter.node(
+                    "Mul",
+                    [
+                        scale,
+                        self._constant(f"{name}.query_scale_factor", np.array(ratio[0, 0]), tensor.dtype or np.float32),
+                    ],
+                    f"{name}.query_scale",
+                )
+        raise NoMatch(f"the queries are scaled by position, but {reason}", match.core.softmax)
+
+    def _latent(self, match: MlaMatch, name: str, inputs: dict[str, gs.Tensor]) -> None:
+        norm, latent = match.norm, match.latent
+        width = self.probe.shape(latent.tensor)[-1]
+        if norm is not None and np.array_equal(np.sort(latent.index), np.arange(width)):
+            source = self.probe.linear(norm.source)
+            terms = [term for term in source.terms if (term.codes > 1).any()]
+            features = Features(norm.source, latent.index, np.ones(len(latent.index)))
+            if len(terms) == 1 and np.allclose(terms[0].coefficients, 1):
+                numbers, flat = self.probe.owners(terms[0].codes.reshape(-1, width))
+                owner = self.probe.owner(int(numbers[0, 0]))
+                tokens = self.probe.batch * self.probe.sizes.new
+                owner_width = math.prod(self.probe.shape(owner)) // tokens
+                entry = flat % owner_width
+                if (
+                    (numbers == numbers[0, 0]).all()
+                    and (entry == entry[0]).all()
+                    and np.array_equal(flat[:, 0] // owner_width, np.arange(tokens))
+                ):
+                    features = Features(owner, entry[0][latent.index], np.ones(len(latent.index)))
+            inputs["latent"] = self.features(features, f"{name}.latent")
+            inputs["norm_weight"] = self.emitter.constant(
+                f"{name}.norm_weight", norm.weight[latent.index] * latent.factor, np.float32
+            )
+        else:
+            inputs["latent"] = self.features(latent, f"{name}.latent")
+        if match.rope_key is not None:
+            inputs["rope_key"] = self.features(match.rope_key, f"{name}.rope_key")
+        else:
+            inputs["rope_key"] = self._slice(inputs["latent"], 0, 0, 1, f"{name}.rope_key")
+
+    def _rope(self, match: MlaMatch, name: str, inputs: dict[str, gs.Tensor]) -> None:
+        rotation = match.rotation
+        half = match.qk_rope_head_dim // 2
+        if rotation.fixed:
+            for label, values in (("cos", rotation.cos), ("sin", rotation.sin)):
+                row = values[:1] if half else np.zeros((1, 0))
+                inputs[label] = self._table_constant(label, row)
+            inputs["rope_rows"] = self._zero_rows()
+            return
+        for label, wanted in (("cos", rotation.cos), ("sin", rotation.sin)):
+            inputs[label] = self._table(rotation, label, wanted, half, match.core.softmax)
+
+    def _table_constant(self, label: str, row: np.ndarray) -> gs.Tensor:
+        key = (label, row.tobytes(), row.shape)
+        if key not in self._tables:
+            self._tables[key] = self.emitter.constant(f"unrotated.{label}", row, np.float32)
+        return self._tables[key]
+
+    def _zero_rows(self) -> gs.Tensor:
+        if ("rows",) not in self._tables:
+            self._tables[("rows",)] = self.emitter.node("Sub", [self.positions, self.positions], "unrotated.rows")
+        return self._tables[("rows",)]
+
+    def _table(self, rotation: Rotation, label: str, wanted: np.ndarray, half: int, node: gs.Node) -> gs.Tensor:
+        """cos or sin as f32 [T, Dr/2], rebuilt from the export's own tensor that has these values."""
+        reason = f"no tensor holds the {label} of the rotation"
+        for tensor in rotation.factors:
+            view = _table_view(np.asarray(self.probe.known(tensor), np.float64), wanted)
+            if view is None:
+                continue
+            pick, ratio = view
+            key = (label, id(tensor), pick, round(ratio, 6))
+            if key in self._tables:
+                return self._tables[key]
+            try:
+                table = self.packed.rebuild(tensor)
+            except CannotRebuild as error:
+                reason = str(error)
+                continue
+            wish = f"rope.{label}"
+            tolerance = 1e-6 if tensor.dtype in (None, np.dtype(np.float32)) else TOLERANCE
+            width = self.probe.shape(tensor)[-1] if pick != "pair" else 1
+            if pick.startswith("column"):
+                table = self.emitter.reshape(table, [-1, half, 2], wish)
+                column = int(pick[-1])
+                table = self._slice(table, column, column + 1, 2, wish)
+                table = self.emitter.reshape(table, [-1, half], wish)
+            elif pick == "pair":
+                table = self.emitter.reshape(table, [-1, half], wish)
+            else:
+                table = self.emitter.reshape(table, [-1, width], wish)
+                if pick == "first":
+                    table = self._slice(table, 0, half, 1, wish)
+                elif pick == "even":
+                    table = self.emitter.gather(table, np.arange(0, width, 2), 1, wish)
+            if tensor.dtype is not None and tensor.dtype != np.float32:
+                table = self.emitter.cast(table, np.dtype(np.float32), wish)
+            if not math.isclose(ratio, 1.0, rel_tol=tolerance):
+                table = self.emitter.node(
+                    "Mul",
+                    [table, self.emitter.constant(f"{wish}.factor", ratio, np.float32)],
+                    wish,
+                    dtype=np.dtype(np.float32),
+                )
+            self._tables[key] = table
+            return table
+        raise NoMatch(f"the rotation cannot be given positions of its own: {reason}", node)
+
+    def _weights(self, match: MlaMatch, name: str, inputs: dict[str, gs.Tensor]) -> None:
+        if match.w_uk is None or match.w_uv is None:
+            return
+        for label, up, axes in (("w_uk", match.w_uk, (0, 2, 1)), ("w_uv", match.w_uv, (0, 1, 2))):
+            weights = np.ascontiguousarray(up.weights(self.probe).transpose(axes))
+            if self.fp8_weights:
+                codes, scales = quantize_blocks(weights, WEIGHT_BLOCK)
+                inputs[label] = typed_constant(self.emitter, f"{name}.{label}", codes, TensorProto.FLOAT8E4M3FN)
+                inputs[f"{label}_scale"] = self.emitter.constant(f"{name}.{label}_scale", scales, np.float32)
+            else:
+                inputs[label] = typed_constant(self.emitter, f"{name}.{label}", weights, weights.dtype)
+
+    def _cache(self, kind: str, layer: int, page_words: int) -> tuple[gs.Variable, gs.Variable]:
+        prefix = "kv_cache" if kind == "kv" else "indexer_cache"
+        cache = self._input(f"{prefix}.{layer}", ["pages", page_words])
+        out = gs.Variable(
+            self.emitter.names.new(f"{prefix}_out.{layer}"), dtype=np.dtype(np.int32), shape=["pages", page_words]
+        )
+        self.graph.outputs.append(out)
+        self.caches.append(LoweredCache(cache.name, layer, kind, page_words))
+        return cache, out
+
+    def _select(
+        self,
+        layer: int,
+        match: MlaMatch,
+        indexer: IndexerMatch | None,
+        name: str,
+        inputs: dict[str, gs.Tensor],
+        attributes: dict[str, Any],
+    ) -> list[gs.Tensor]:
+        """Adds what picks the keys: an indexer of the layer's own, or the indices of an earlier layer."""
+        assert match.selection is not None
+        indices = self.emitter.variable(f"{name}.indices", np.dtype(np.int32))
+        shared = self._selections.get(id(match.selection))
+        if shared is not None:
+            inputs["indices"], earlier = shared
+            attributes.update(earlier)
+            return []
+        assert indexer is not None
+        inputs["index_query"] = self.features(indexer.query, f"{name}.index_query")
+        inputs["index_key"] = self.features(indexer.key, f"{name}.index_key")
+        weights = self.features(indexer.weights, f"{name}.index_weights")
+        if indexer.weights.tensor.dtype not in (None, np.dtype(np.float32)):
+            weights = self.emitter.cast(weights, np.dtype(np.float32), f"{name}.index_weights")
+        inputs["index_weights"] = weights
+        if indexer.norm is not None:
+            inputs["index_norm_weight"] = self.emitter.constant(
+                f"{name}.index_norm_weight", indexer.norm.weight, np.float32
+            )
+            inputs["index_norm_bias"] = self.emitter.constant(f"{name}.index_norm_bias", indexer.norm.bias, np.float32)
+        half = indexer.rope_dim // 2
+        for label, wanted in (("cos", indexer.rotation.cos), ("sin", indexer.rotation.sin)):
+            inputs[f"index_{label}"] = (
+                self._table(indexer.rotation, label, wanted, half, indexer.node)
+                if half
+                else self._table_constant(label, np.zeros((1, 0)))
+            )
+        layout = IndexLayout(
+            page_size=self.format.page_size,
+            index_format=self.format.index_format,
+            index_head_dim=indexer.head_dim,
+            scale_ue8m0=False,
+        )
+        inputs["indexer_cache"], cache_out = self._cache("indexer", layer, layout.page_words)
+        own = {
+            "index_head_dim": indexer.head_dim,
+            "index_rope_dim": indexer.rope_dim,
+            "index_rope_interleaved": int(indexer.rotation.interleaved),
+            "index_norm_epsilon": indexer.norm.epsilon if indexer.norm is not None else 0.0,
+            "index_hadamard": int(indexer.hadamard),
+            "index_format": self.format.index_format,
+            "index_scale_ue8m0": 0,
+            "top_k": indexer.top_k,
+        }
+        attributes.update(own)
+        self._selections[id(match.selection)] = indices, own
+        return [indices, cache_out]
+
+    def finish(self) -> None:
+        """Puts the results in place of the export's. Before this the export's own graph is as it was, so that probes still read it."""
+        for old, new in self._results:
+            replace_uses(self.graph, old, new)
+
+    # -- the result -----------------------------------------------------------------------------------------------
+
+    def _leave(self, result: gs.Tensor, way_out: Exit, match: MlaMatch) -> gs.Tensor:
+        """The op's output [T, H, Dv] in the layout in which the export's tensor had it."""
+        sizes = {"b": self.probe.batch, "s": self.probe.sizes.new, "h": match.num_heads, "d": match.v_head_dim}
+        wish = f"{way_out.tensor.name}.packed"
+        wanted = way_out.tensor.dtype
+        if wanted is not None and wanted != result.dtype:
+            result = self.emitter.cast(result, wanted, wish)
+        if way_out.order != "bshd":
+            result = self._reshape_tokens(result, ["b", "s", match.num_heads, match.v_head_dim], wish)
+            result = self.emitter.node("Transpose", [result], wish, perm=["bshd".index(axis) for axis in way_out.order])
+        shape: list[int | str] = []
+        axes = list(way_out.order)
+        for size in way_out.shape:
+            merged, names, extent = 1, "", 1
+            while axes and merged * sizes[axes[0]] <= size and (merged < size or sizes[axes[0]] == 1):
+                axis = axes.pop(0)
+                merged *= sizes[axis]
+                if axis in "bs":
+                    names += axis
+                else:
+                    extent *= sizes[axis]
+            shape.append(names if names and extent == 1 else extent)
+        return self._reshape_tokens(result, shape, wish)
+
+    def _reshape_tokens(self, tensor: gs.Tensor, shape: list[int | str], wish: str) -> gs.Tensor:
+        """Reshape to sizes and token axes: "b" sequences, "s" their tokens, "bs" both in one."""
+        if self.layout == UNPACKED and "b" in shape and "s" in shape:
+            axes: list[Axis] = [
+                {"b": "B", "s": "S"}.get(size, size) if isinstance(size, str) else size for size in shape
+            ]
+            sizes = packed_sizes(self.emitter, self.tokens, self.probe.interface, axes, f"{wish}.shape")
+            return self.emitter.node("Reshape", [tensor, sizes], wish, allowzero=0)
+        varying = {"bs", "b" if self.layout == BY_SEQUENCE else "s"}
+        if self.layout == UNPACKED:
+            varying = {"bs", "b", "s"}
+        return self.emitter.reshape(
+            tensor, [size if isinstance(size, int) else -1 if size in varying else 1 for size in shape], wish
+        )
+
+
+def token_layout(interface: ModelInterface) -> str:
+    """How the lowered graph lays its tokens out."""
+    if interface.by_role(roles.STATE):
+        return UNPACKED
+    return BY_SEQUENCE if interface.fixed.get("S") == 1 and "B" in interface.tokens.axes else PACKED
+
+
+def _table_view(value: np.ndarray, wanted: np.ndarray) -> tuple[str, float] | None:
+    """Which part of a tensor is a multiple of `wanted` [S, half], and the multiple."""
+    new, half = wanted.shape
+    if not half or value.ndim == 0 or value.size % (new * half):
+        return None
+    views: dict[str, np.ndarray] = {}
+    if value.shape[-1] == half:
+        views["all"] = value.reshape(-1, half)
+    if value.shape[-1] == 2 * half:
+        wide = value.reshape(-1, 2 * half)
+        views |= {"first": wide[:, :half], "even": wide[:, ::2]}
+    if value.ndim > 1 and value.shape[-2:] == (half, 2):
+        views |= {f"column{column}": value[..., column].reshape(-1, half) for column in (0, 1)}
+    if value.ndim > 1 and value.shape[-2:] == (half, 1):
+        views["pair"] = value.reshape(-1, half)
+    for pick, view in views.items():
+        if view.shape[0] % new:
+            continue
+        rows = view.reshape(-1, new, half)
+        if not (rows == rows[:1]).all():
+            continue
+        ratio = float((wanted * rows[0]).sum() / max((rows[0] ** 2).sum(), 1e-300))
+        if ratio and np.allclose(wanted, ratio * rows[0], rtol=1e-4, atol=1e-6):
+            return pick, ratio
+    return None
+
+
+def typed_constant(emitter: Emitter, wish: str, values: np.ndarray, dtype: Any) -> gs.Constant:
+    """A constant of any ONNX type, those that numpy does not have among them."""
+    element = dtype if isinstance(dtype, int) else onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    name = emitter.names.new(wish)
+    array = np.ascontiguousarray(np.asarray(values).astype(onnx.helper.tensor_dtype_to_np_dtype(element)))
+    return gs.Constant(name, LazyValues(numpy_helper.from_array(array, name)))

@@ -1,0 +1,148 @@
+"""Follows an attention's result to where it leaves: through W_UV where the graph applies it afterwards, and through data movement."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from mla_trt.passes.attention_core import AttentionCore, NoMatch
+from mla_trt.passes.contraction import contraction, operands
+from mla_trt.passes.features import UpProjection
+from mla_trt.passes.graph import producer
+from mla_trt.passes.match_latent import Latent
+from mla_trt.passes.probe import Probe
+
+
+@dataclass(frozen=True)
+class Exit:
+    """A tensor through which the result leaves. `order` names its axes before they were merged into `shape`: b, s, h, d."""
+
+    tensor: gs.Tensor
+    order: str
+    shape: tuple[int, ...]
+
+
+def read_exits(
+    probe: Probe, core: AttentionCore, rows: np.ndarray, latent: Latent
+) -> tuple[tuple[Exit, ...], UpProjection | None]:
+    """Follows the result to where it is no longer only moved, through W_UV where the graph applies it after the attention."""
+    place = core.output_place[rows]  # [B, S, H, d]
+    exits, products = _follow(probe, core.output)
+    if latent.expanded:
+        return tuple(_describe_exit(probe, tensor, core.output, place) for tensor in exits), None
+    up = None
+    order = None
+    for node in products:
+        found = _read_w_uv(probe, node, core.output, place, latent)
+        if found is not None:
+            if up is not None:
+                raise NoMatch("the result meets two different W_UV", node)
+            up, order = found, node
+    if up is None or order is None:
+        return tuple(_describe_exit(probe, tensor, core.output, place) for tensor in exits), None
+    projection, after = up
+    if len(exits) > 1 or any(
+        reader is not order for tensor in exits for reader in tensor.outputs if reader.op not in ("Shape", "Size")
+    ):
+        raise NoMatch("the result before W_UV is used elsewhere too", order)
+    later, _ = _follow(probe, order.outputs[0])
+    return tuple(_describe_exit(probe, tensor, order.outputs[0], after) for tensor in later), projection
+
+
+def _follow(probe: Probe, start: gs.Tensor) -> tuple[list[gs.Tensor], list[gs.Node]]:
+    """Tensors that only move the elements of `start` and are used by something else, and the products with constants among their users."""
+    exits: list[gs.Tensor] = []
+    products: list[gs.Node] = []
+    queue = deque([start])
+    while queue:
+        tensor = queue.popleft()
+        leaves = tensor in probe.graph.outputs
+        for node in tensor.outputs:
+            if node.op in ("Shape", "Size"):
+                continue
+            pair = operands(node)
+            if pair is not None and any(probe.is_known(item) for item in pair):
+                products.append(node)
+                leaves = True
+            elif probe.is_transparent(node) and _only_moves(probe, node, start):
+                queue.extend(node.outputs)
+            else:
+                leaves = True
+        if leaves:
+            exits.append(tensor)
+    return exits, products
+
+
+def _only_moves(probe: Probe, node: gs.Node, start: gs.Tensor) -> bool:
+    if node.op in ("Add", "Sub", "Sum", "Concat", "Cast") and node.op != "Cast":
+        return False
+    linear = probe.linear(node.outputs[0])
+    return (
+        len(linear.terms) == 1
+        and bool((linear.terms[0].codes >= 2).all())
+        and np.allclose(linear.terms[0].coefficients, 1)
+    )
+
+
+def _read_w_uv(
+    probe: Probe, node: gs.Node, result: gs.Tensor, place: np.ndarray, latent: Latent
+) -> tuple[UpProjection, np.ndarray] | None:
+    view = contraction(probe, node)
+    if view is None or math.prod(view.groups) <= 1:
+        return None
+    right = probe.is_known(view.right)
+    data = probe.linear(view.left if right else view.right)
+    arranged = (view.left_linear if right else view.right_linear)(data).terms[0].codes  # [G, M, K]
+    numbers, flat = probe.owners(arranged)
+    if not (numbers == numbers.reshape(-1)[0]).all() or probe.owner(int(numbers.reshape(-1)[0])) is not result:
+        return None
+    where = np.full(math.prod(probe.shape(result)), -1, np.int64)
+    where[flat.reshape(-1)] = np.arange(flat.size)
+    found = where[place]  # [B, S, H, R] flat into [G, M, K]
+    _, rows_count, width = arranged.shape
+    if (found < 0).any():
+        return None
+    group, row, summed = found // (rows_count * width), found // width % rows_count, found % width
+    if not (
+        (group == group[:1, :1, :, :1]).all() and (row == row[..., :1]).all() and (summed == summed[:1, :1, :1]).all()
+    ):
+        return None
+    outputs = math.prod(view.columns if right else view.rows)
+    inverse = np.empty(view.place.size, np.int64)
+    inverse[view.place.reshape(-1)] = np.arange(view.place.size)
+    column = np.arange(outputs)
+    if right:
+        after = inverse[(group[..., :1] * rows_count + row[..., :1]) * outputs + column]
+    else:
+        after = inverse[(group[..., :1] * outputs + column) * rows_count + row[..., :1]]
+    operand = view.right if right else view.left
+    # The value's dimension d is the latent's entry d, in the order in which the latent was read.
+    return UpProjection(
+        operand,
+        view,
+        right,
+        group[0, 0, :, :1, None],
+        column[None, :, None],
+        summed[0, 0, 0][None, None, :],
+        np.ones((1, 1, 1)),
+    ), after
+
+
+def _describe_exit(probe: Probe, tensor: gs.Tensor, result: gs.Tensor, place: np.ndarray) -> Exit:
+    """The layout of an exit: which of the axes b, s, h, d it has in which order."""
+    codes = probe.linear(tensor).terms[0].codes
+    numbers, flat = probe.owners(codes)
+    where = np.full(math.prod(probe.shape(result)), -1, np.int64)
+    where[place.reshape(-1)] = np.arange(place.size)
+    canonical = where[flat]
+    plain = np.arange(place.size).reshape(place.shape)
+    if (numbers > 0).all() and probe.owner(int(numbers.reshape(-1)[0])) is result and canonical.size == place.size:
+        for order in ("bshd", "bhsd", "hbsd", "sbhd", "bsdh", "bhds", "shbd", "bdsh", "bdhs"):
+            moved = plain.transpose(["bshd".index(axis) for axis in order])
+            if np.array_equal(moved.reshape(-1), canonical.reshape(-1)):
+                return Exit(tensor, order, codes.shape)
+    raise NoMatch(f"the result leaves through '{tensor.name}' in a layout that is not understood", producer(tensor))

@@ -1,0 +1,301 @@
+"""Makes what is left around the lowered layers run on packed tokens: inputs, results, and shapes that the export read from caches or fixed."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from mla_trt import interface as roles
+from mla_trt.errors import NoMlaError
+from mla_trt.interface import Axis
+from mla_trt.passes.graph import Emitter, is_empty, outer_inputs, producer, remove_dead_nodes, replace_uses, topological
+from mla_trt.passes.positions import BY_SEQUENCE, UNPACKED, CannotRebuild, PackedPositions, packed_sizes
+from mla_trt.passes.probe import Probe, ProbeError
+
+_FEEDS_LOGITS = ("MatMul", "Gemm", "Einsum")
+ELEMENTWISE_OPS = ("Add", "Sub", "Mul", "Div", "Where", "And", "Or", "Equal", "Max", "Min")
+
+
+def drop_old_caches(graph: gs.Graph, probe: Probe) -> None:
+    """Takes the caches' next values off the outputs, and with them what only they needed."""
+    gone = {entry.output for entry in probe.interface.by_role(roles.CACHE)}
+    graph.outputs[:] = [tensor for tensor in graph.outputs if tensor.name not in gone]
+    remove_dead_nodes(graph)
+
+
+def keep_all_tokens(graph: gs.Graph, probe: Probe, emitter: Emitter) -> int:
+    """Removes what picks one token's row before the results; returns how many such nodes there were."""
+    removed = 0
+    for node in topological(graph.nodes):
+        if (
+            node.op not in ("Gather", "Slice", "GatherND")
+            or node.domain
+            or probe.is_known(node.inputs[0])
+            or not probe.is_known(node.inputs[1])
+        ):
+            continue
+        if probe.sizes.new < 2:
+            continue
+        try:
+            before, after = probe.shape(node.inputs[0]), probe.shape(node.outputs[0])
+        except ProbeError:
+            continue
+        tokens = probe.batch * probe.sizes.new
+        if (
+            len(before) < 2
+            or math.prod(before[:-1]) != tokens
+            or math.prod(after) != probe.batch * before[-1]
+            or after[-1] != before[-1]
+        ):
+            continue
+        codes = probe.linear(node.outputs[0]).terms[0].codes.reshape(probe.batch, -1)
+        source = probe.linear(node.inputs[0]).terms[0].codes.reshape(probe.batch, probe.sizes.new, -1)
+        if not np.array_equal(codes, source[:, -1]):
+            continue
+        kept = (
+            node.inputs[0]
+            if len(after) == len(before)
+            else emitter.reshape(node.inputs[0], [-1, before[-1]], f"{node.outputs[0].name}.all_tokens")
+        )
+        replace_uses(graph, node.outputs[0], kept)
+        removed += 1
+    return removed
+
+
+def keep_last_tokens(
+    graph: gs.Graph, probe: Probe, emitter: Emitter, query_offsets: gs.Tensor, results: list[gs.Tensor]
+) -> None:
+    """Makes the results those of each sequence's last token; rows of empty sequences become 0."""
+    e = emitter
+    ends = _slice(e, query_offsets, 1, np.iinfo(np.int64).max, 0, "sequence_ends")
+    starts = _slice(e, query_offsets, 0, -1, 0, "sequence_starts")
+    empty = e.node("Equal", [ends, starts], "sequence_is_empty", dtype=np.dtype(np.bool_))
+    last = e.node("Sub", [ends, e.constant("one_token", [1], np.int32)], "last_tokens")
+    last = e.node("Max", [last, e.constant("first_token", [0], np.int32)], "last_tokens")
+    places = [(result, *_last_projection(probe, result), len(probe.shape(result))) for result in results]
+    for result, source, axis, rank in places:
+        picked = e.node("Gather", [source, last], f"{source.name}.last", axis=axis)
+        for reader in list(source.outputs):
+            if reader.op in _FEEDS_LOGITS and _reaches(reader, result):
+                reader.inputs[0] = picked
+        mask = e.reshape(empty, [-1 if index == axis else 1 for index in range(rank)], f"{result.name}.empty")
+        zero = e.node(
+            "CastLike",
+            [e.constant(f"{result.name}.zero", 0.0, np.float32), result],
+            f"{result.name}.zero",
+            dtype=result.dtype,
+        )
+        position = graph.outputs.index(result)
+        name, result.name = result.name, e.names.new(f"{result.name}.last")
+        masked = gs.Variable(name, dtype=result.dtype, shape=result.shape)
+        graph.nodes.append(
+            gs.Node("Where", e.names.new(f"{name}/Where"), inputs=[mask, zero, result], outputs=[masked])
+        )
+        graph.outputs[position] = masked
+
+
+def _slice(e: Emitter, tensor: gs.Tensor, start: int, end: int, axis: int, wish: str) -> gs.Tensor:
+    return e.node(
+        "Slice", [tensor, *(e.constant(f"{wish}.bound", [value], np.int64) for value in (start, end, axis))], wish
+    )
+
+
+def _last_projection(probe: Probe, result: gs.Tensor) -> tuple[gs.Tensor, int]:
+    """What enters the projection that makes a result, and its packed token axis."""
+    tensor = result
+    for _ in range(32):
+        node = producer(tensor)
+        if node is None:
+            break
+        data = [item for item in node.inputs if not is_empty(item) and not probe.is_known(item)]
+        if len(data) != 1:
+            break
+        tensor = data[0]
+        if node.op in _FEEDS_LOGITS:
+            return tensor, len(probe.shape(tensor)) - 2
+    raise NoMlaError(f"--logits last: no projection is found before the result '{result.name}': use --logits all")
+
+
+def _reaches(node: gs.Node, result: gs.Tensor) -> bool:
+    stack = list(node.outputs)
+    seen: set[int] = set()
+    while stack:
+        tensor = stack.pop()
+        if tensor is result:
+            return True
+        if id(tensor) not in seen and len(seen) < 64:
+            seen.add(id(tensor))
+            stack.extend(output for reader in tensor.outputs for output in reader.outputs)
+    return False
+
+
+def rebuild_side_tensors(graph: gs.Graph, probe: Probe, packed: PackedPositions, stays: frozenset[str]) -> int:
+    """Gives packed positions to what still depends on positions beside the attention (a scale by position, say); returns how many."""
+    moved = (roles.POSITIONS, roles.ATTENTION_MASK, roles.SCORE_MASK)
+    tainted = {
+        id(tensor)
+        for tensor, entry in zip(graph.inputs, probe.interface.inputs, strict=False)
+        if entry.role in moved and entry.role not in stays
+    }
+    changed = 0
+    for node in topological(graph.nodes):
+        if node.domain == "mla_trt" or node.op in ("Shape", "Size"):
+            continue
+        if not any(id(item) in tainted for item in outer_inputs(node)):
+            continue
+        if all(probe.is_known(output) for output in node.outputs):
+            tainted.update(id(output) for output in node.outputs)
+            continue
+        for index, item in enumerate(node.inputs):
+            if id(item) in tainted:
+                try:
+                    node.inputs[index] = packed.rebuild(item)
+                except CannotRebuild as error:
+                    raise NoMlaError(
+                        f"node '{node.name}' ({node.op}) outside the attention uses '{item.name}', which packed tokens do not have: {error}"
+                    ) from None
+                changed += 1
+    return changed
+
+
+def replace_lost_shapes(
+    graph: gs.Graph, probe: Probe, emitter: Emitter, tokens: gs.Tensor, stays: frozenset[str]
+) -> int:
+    """Sizes that the export read off caches, positions or masks are read off the tokens; returns how many there were."""
+    gone = {entry.name: entry for entry in probe.interface.inputs if entry.role not in stays}
+    count = 0
+    for node in list(graph.nodes):
+        if node.op != "Shape" or node.domain or node.inputs[0].name not in gone or node.inputs[0] not in graph.inputs:
+            continue
+        axes = gone[node.inputs[0].name].axes[slice(node.attrs.get("start", 0), node.attrs.get("end"))]
+        # Around the attention nothing is cached: T is S, P is 0, and the sequences of an input without that axis are one.
+        known = probe.interface.tokens.axes
+        nearby: dict[Axis, Axis] = {"T": "S", "P": 0}
+        axes = tuple(nearby.get(axis, axis) for axis in axes)
+        axes = tuple(1 if isinstance(axis, str) and axis not in known else axis for axis in axes)
+        replace_uses(
+            graph,
+            node.outputs[0],
+            packed_sizes(emitter, tokens, probe.interface, axes, f"{node.outputs[0].name}.packed"),
+        )
+        count += 1
+    remove_dead_nodes(graph)
+    return count
+
+
+def free_fixed_shapes(graph: gs.Graph, probe: Probe, emitter: Emitter, layout: str) -> int:
+    """Where the export fixed its token axes, target shapes and constants that spell them out let them vary; returns how many were changed."""
+    fixed = probe.interface.fixed
+    if layout == UNPACKED or ("S" not in fixed and "B" not in fixed):
+        return 0
+    token_sizes = (-1, 1) if layout == BY_SEQUENCE else (1, -1)
+    changed = 0
+    for node in list(graph.nodes):
+        if node.domain or not any(id(output) in probe.data for output in node.outputs):
+            continue
+        try:
+            if node.op in ("Reshape", "Expand"):
+                changed += _free_target(node, probe, emitter, token_sizes)
+            elif node.op in ("ScatterElements", "ScatterND"):
+                changed += sum(_free_scattered(node, index, probe, emitter) for index in (0, 2))
+            elif node.op in ELEMENTWISE_OPS:
+                changed += sum(_free_operand(node, index, probe, emitter) for index in range(len(node.inputs)))
+        except ProbeError:
+            continue
+    return changed
+
+
+def _free_target(node: gs.Node, probe: Probe, emitter: Emitter, token_sizes: tuple[int, int]) -> int:
+    """Lets the token axes of a Reshape's or Expand's target vary."""
+    if len(node.inputs) < 2 or not probe.is_known(node.inputs[1]) or id(node.outputs[0]) not in probe.data:
+        return 0
+    tokens = probe.batch * probe.sizes.new
+    target = _free(list(probe.shape(node.outputs[0])), probe.batch, probe.sizes.new, token_sizes)
+    if target is None or math.prod(probe.shape(node.inputs[0])) % max(tokens, 1):
+        return 0
+    if node.op == "Expand":
+        target = [1 if size == -1 else size for size in target]
+    node.inputs[1] = emitter.constant(f"{node.outputs[0].name}.packed_shape", target, np.int64)
+    if node.op == "Reshape":
+        node.attrs["allowzero"] = 0
+    return 1
+
+
+def _free_scattered(node: gs.Node, index: int, probe: Probe, emitter: Emitter) -> int:
+    """A scatter's constant data or updates, the same for every token, are expanded to as many tokens as the indices have."""
+    tensor, indices = node.inputs[index], node.inputs[1]
+    if not probe.is_known(tensor) or probe.is_known(indices):
+        return 0
+    values = np.asarray(probe.known(tensor))
+    if (
+        not values.ndim
+        or values.shape[0] != probe.batch * probe.sizes.new
+        or probe.shape(indices)[0] != values.shape[0]
+        or (values != values[:1]).any()
+    ):
+        return 0
+    wish = f"{node.outputs[0].name}.for_each_token"
+    row = emitter.constant(f"{wish}.row", values[:1])
+    count = emitter.node("Shape", [indices], f"{wish}.count", dtype=np.dtype(np.int64), start=0, end=1)
+    shape = emitter.node(
+        "Concat", [count, emitter.constant(f"{wish}.rest", list(values.shape[1:]), np.int64)], f"{wish}.shape", axis=0
+    )
+    node.inputs[index] = emitter.node("Expand", [row, shape], wish)
+    return 1
+
+
+def _free_operand(node: gs.Node, index: int, probe: Probe, emitter: Emitter) -> int:
+    """A constant that spells out one row for each token, all alike, is one row that broadcasts."""
+    tensor = node.inputs[index]
+    if is_empty(tensor) or not probe.is_known(tensor):
+        return 0
+    shape = probe.shape(tensor)
+    tokens = probe.batch * probe.sizes.new
+    axes = (
+        1
+        if shape and shape[0] == tokens
+        else 2
+        if len(shape) > 1 and shape[:2] == (probe.batch, probe.sizes.new)
+        else 0
+    )
+    if not axes or tokens == 1 or math.prod(shape) > 1 << 20 or len(shape) < 2:
+        return 0
+    values = np.asarray(probe.known(tensor))
+    first = values[:1] if axes == 1 else values[:1, :1]
+    if (values != first).any():
+        return 0
+    node.inputs[index] = emitter.constant(f"{tensor.name}.row", first)
+    return 1
+
+
+def _free(shape: list[int], batch: int, new: int, token_sizes: tuple[int, int]) -> list[int] | None:
+    """A shape that starts with the token axes, with those free."""
+    if len(shape) >= 2 and shape[0] == batch and shape[1] == new:
+        return [*token_sizes, *shape[2:]]
+    if shape and shape[0] == batch * new:
+        return [-1, *shape[1:]]
+    if len(shape) >= 3 and shape[0] == batch and shape[2] == new:
+        return [token_sizes[0], shape[1], token_sizes[1], *shape[3:]]
+    return None
+
+
+def drop_inputs(graph: gs.Graph, probe: Probe, stays: frozenset[str]) -> None:
+    """Removes the inputs that the lowered model does not have.
+
+    Raises:
+        NoMlaError: something outside the lowered layers still reads one.
+    """
+    used = {id(item): node for node in graph.nodes for item in outer_inputs(node)}
+    roles_by_name = {entry.name: entry.role for entry in probe.interface.inputs}
+    for tensor in list(graph.inputs):
+        role = roles_by_name.get(tensor.name)
+        if role is None or (role in stays and (role != roles.ATTENTION_MASK or id(tensor) in used)):
+            continue
+        if id(tensor) in used:
+            node = used[id(tensor)]
+            raise NoMlaError(
+                f"node '{node.name}' ({node.op}) outside the attention uses '{tensor.name}', which the lowered model does not have"
+            )
+        graph.inputs.remove(tensor)

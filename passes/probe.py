@@ -1,0 +1,675 @@
+"""Evaluates a graph on one small concrete case, keeping apart what depends on data and what does not.
+
+Everything that depends only on constants, positions, masks and shapes is computed outright: a mask, a rope table or a shape is then a
+plain array, however it was spelt. Data stays symbolic: each element of a data tensor is a sum of `coefficient * atom`, an atom being one
+element of a tensor that data movement, scaling and adding cannot explain (a projection's output, a norm's, a cache input). So a chain
+of reshapes, slices, scatters, rotations and scales between a projection and the attention's scores comes out as one array of
+atoms and coefficients, which the matcher reads.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from onnx import TensorProto, helper, numpy_helper
+from onnx.reference.ops import load_op
+
+from mla_trt import interface as roles
+from mla_trt.errors import MlaTrtError
+from mla_trt.interface import ModelInterface
+from mla_trt.passes.graph import OPSET, constant_value, is_empty, outer_inputs, producer, to_proto
+
+MAX_TERMS = 8
+ZERO, ONE = 0, 1  # atom codes: no term; the number one (its coefficient is the value)
+
+
+class ProbeError(MlaTrtError):
+    """A tensor cannot be evaluated on this case; the message says which node is in the way."""
+
+    def __init__(self, message: str, node: gs.Node | None = None) -> None:
+        super().__init__(message)
+        self.node = node
+
+
+@dataclass(frozen=True)
+class Term:
+    """One summand for every element: `codes` (int64) and `coefficients` (float64) of the tensor's shape."""
+
+    codes: np.ndarray
+    coefficients: np.ndarray
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A data tensor: the sum of its terms."""
+
+    shape: tuple[int, ...]
+    terms: tuple[Term, ...]
+
+
+@dataclass
+class Sizes:
+    """Sizes of a case: `sequences` B, `new` S, `cached` P."""
+
+    sequences: int
+    new: int
+    cached: int
+
+    def of(self, letter: str) -> int:
+        return {"B": self.sequences, "S": self.new, "P": self.cached, "T": self.cached + self.new}[letter]
+
+
+Value = np.ndarray | Linear
+
+_MOVES_DATA = {
+    "Identity": 1,
+    "Reshape": 1,
+    "Transpose": 1,
+    "Unsqueeze": 1,
+    "Squeeze": 1,
+    "Slice": 1,
+    "Expand": 1,
+    "Gather": 1,
+    "Split": 1,
+    "Flatten": 1,
+    "Tile": 1,
+    "GatherND": 1,
+    "GatherElements": 1,
+    "Pad": 1,
+    "Trilu": 1,
+    "DepthToSpace": 1,
+    "SpaceToDepth": 1,
+}
+# A pair of them rounds activations; what is read through it is what the model meant before it was quantised.
+_FAKE_QUANTISATION = ("QuantizeLinear", "DequantizeLinear")
+_SAME_SHAPE = {
+    "Sqrt",
+    "Reciprocal",
+    "Exp",
+    "Log",
+    "Sigmoid",
+    "Tanh",
+    "Relu",
+    "Softmax",
+    "LogSoftmax",
+    "Erf",
+    "Gelu",
+    "Softplus",
+    "Cos",
+    "Sin",
+    "Abs",
+    "Sign",
+    "Floor",
+    "Ceil",
+    "Round",
+    "Neg",
+    "Not",
+    "IsNaN",
+    "IsInf",
+    "LayerNormalization",
+    "RMSNormalization",
+    "LpNormalization",
+    "Cast",
+    "Identity",
+    "Clip",
+    "Elu",
+    "Silu",
+    "Swish",
+    "CumSum",
+    "HardSigmoid",
+    "LeakyRelu",
+    "Hardmax",
+    "DequantizeLinear",
+    "QuantizeLinear",
+    "ScatterND",
+    "ScatterElements",
+    "Trilu",
+    "Dropout",
+    "CastLike",
+}
+_BROADCASTS = {
+    "Add",
+    "Sub",
+    "Mul",
+    "Div",
+    "Pow",
+    "And",
+    "Or",
+    "Xor",
+    "Equal",
+    "Less",
+    "LessOrEqual",
+    "Greater",
+    "GreaterOrEqual",
+    "Where",
+    "Max",
+    "Min",
+    "Mod",
+    "Sum",
+    "Mean",
+    "PRelu",
+}
+
+
+@dataclass
+class Probe:
+    """Values of a graph's tensors on one case, computed on demand and remembered.
+
+    Attributes:
+        data: ids of the tensors that depend on data (`identify_inputs.data_dependent`).
+        opaque: ids of data tensors whose elements are to be taken as atoms although they could be explained.
+        selection_size: number of distinct keys in the random lists that stand for a TopK's indices.
+    """
+
+    graph: gs.Graph
+    interface: ModelInterface
+    data: set[int]
+    sizes: Sizes
+    base_dir: Path | None
+    overrides: dict[int, np.ndarray] = field(default_factory=dict)
+    selection_size: int = 3
+    opaque: set[int] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self._values: dict[int, Value] = {}
+        self._shapes: dict[int, tuple[int, ...]] = {}
+        self._atom_starts: list[int] = [2]
+        self._atom_tensors: list[gs.Tensor | None] = [None]
+        self._atom_base: dict[int, int] = {}
+        self._next_code = 2
+        self._kernels: dict[int, Callable[..., tuple[np.ndarray, ...]]] = {}
+        self.selections: dict[int, np.ndarray] = {}
+        self.selection_tensors: dict[int, gs.Tensor] = {}
+        for model_input, tensor in zip(self.interface.inputs, self.graph.inputs, strict=True):
+            shape = tuple(self.axis_size(axis) for axis in model_input.axes)
+            self._shapes[id(tensor)] = shape
+            if id(tensor) not in self.data:
+                self._values[id(tensor)] = widen(self._input_value(model_input, shape))
+
+    # -- the case ------------------------------------------------------------------------------------------------
+
+    def axis_size(self, axis: str | int) -> int:
+        if isinstance(axis, int):
+            return axis
+        return self.interface.fixed.get(axis, self.sizes.of(axis)) if axis in "BSPT" and axis else 1
+
+    @property
+    def batch(self) -> int:
+        """Sequences of the case; 1 where the model has no axis for them."""
+        return self.axis_size("B") if "B" in self.interface.tokens.axes else 1
+
+    @property
+    def positions(self) -> np.ndarray:
+        """Position of each new token, int64 [S]."""
+        return np.arange(self.sizes.new, dtype=np.int64) + self.sizes.cached
+
+    def _input_value(self, model_input: roles.ModelInput, shape: tuple[int, ...]) -> np.ndarray:
+        dtype = helper.tensor_dtype_to_np_dtype(model_input.dtype)
+        if model_input.role == roles.POSITIONS:
+            return (
+                np.ascontiguousarray(np.broadcast_to(self.positions, shape)).astype(dtype)
+                if shape
+                else np.array(self.sizes.cached, dtype)
+            )
+        if model_input.role == roles.SCORE_MASK:
+            allowed = np.arange(shape[-1])[None, :] <= (np.arange(shape[-2]) + self.sizes.cached)[:, None]
+            if dtype == np.bool_:
+                return np.ascontiguousarray(np.broadcast_to(allowed, shape))
+            low = -65504.0 if dtype == np.float16 else -3.3895e38
+            return np.ascontiguousarray(np.broadcast_to(np.where(allowed, 0.0, low), shape)).astype(dtype)
+        if model_input.role in (roles.ROPE_COS, roles.ROPE_SIN):
+            # Any angles will do, different for each position and pair: the rotation is read back from the coefficients.
+            width = shape[-1]
+            half = max(width // 2, 1)
+            axis = model_input.axes.index("S") if "S" in model_input.axes else 0
+            angle = (self.positions + 1)[:, None] / (np.arange(half)[None, :] + 1.7)
+            table = np.cos(angle) if model_input.role == roles.ROPE_COS else np.sin(angle)
+            if _is_doubled(model_input, self.interface):
+                table = np.concatenate([table, table], axis=-1)
+            view = [1] * len(shape)
+            view[axis], view[-1] = table.shape[0], table.shape[1]
+            return np.ascontiguousarray(np.broadcast_to(table.reshape(view), shape)).astype(dtype)
+        return np.ones(shape, dtype)
+
+    # -- atoms ---------------------------------------------------------------------------------------------------
+
+    def atoms(self, tensor: gs.Tensor) -> Linear:
+        """The tensor as atoms of its own."""
+        shape = self.shape(tensor)
+        base = self._atom_base.get(id(tensor))
+        size = math.prod(shape)
+        if base is None:
+            base = self._next_code
+            self._next_code += max(size, 1)
+            self._atom_base[id(tensor)] = base
+            self._atom_starts.append(base)
+            self._atom_tensors.append(tensor)
+        codes = np.arange(base, base + size, dtype=np.int64).reshape(shape)
+        return Linear(shape, (Term(codes, np.ones(shape)),))
+
+    def owners(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """For each code, the number of the tensor that owns it (0: none or the number one) and its flat index there."""
+        starts = np.asarray(self._atom_starts)
+        numbers = np.searchsorted(starts, codes, side="right") - 1
+        numbers = np.where(codes < 2, 0, numbers)
+        return numbers, np.where(numbers > 0, codes - starts[numbers], 0)
+
+    def owner(self, number: int) -> gs.Tensor:
+        """The tensor of an owner number."""
+        tensor = self._atom_tensors[number]
+        assert tensor is not None
+        return tensor
+
+    def owner_of(self, code: int) -> gs.Tensor | None:
+        return self._atom_tensors[bisect_right(self._atom_starts, code) - 1] if code >= 2 else None
+
+    # -- evaluation ----------------------------------------------------------------------------------------------
+
+    def is_known(self, tensor: gs.Tensor) -> bool:
+        """Whether a tensor does not depend on data."""
+        return id(tensor) not in self.data
+
+    def known(self, tensor: gs.Tensor) -> np.ndarray:
+        """The array of a tensor that does not depend on data."""
+        value = self.value(tensor)
+        assert isinstance(value, np.ndarray)
+        return value
+
+    def linear(self, tensor: gs.Tensor) -> Linear:
+        """A tensor as sums of atoms; one that does not depend on data becomes multiples of the number one."""
+        return as_linear(self.value(tensor))
+
+    def value(self, tensor: gs.Tensor) -> Value:
+        """The value of a tensor on this case.
+
+        Raises:
+            ProbeError: a node on the way cannot be evaluated.
+        """
+        if id(tensor) not in self._values:
+            self._run(("value", tensor))
+        return self._values[id(tensor)]
+
+    def shape(self, tensor: gs.Tensor) -> tuple[int, ...]:
+        """The shape of a tensor on this case.
+
+        Raises:
+            ProbeError: the shape depends on data.
+        """
+        if id(tensor) not in self._shapes:
+            self._run(("shape", tensor))
+        return self._shapes[id(tensor)]
+
+    def _have(self, want: tuple[str, gs.Tensor]) -> bool:
+        kind, tensor = want
+        return id(tensor) in (self._values if kind == "value" else self._shapes)
+
+    def _run(self, goal: tuple[str, gs.Tensor]) -> None:
+        """Depth first without recursion: graphs are thousands of nodes deep."""
+        stack = [goal]
+        pending: set[tuple[str, int]] = set()
+        while stack:
+            want = stack[-1]
+            if self._have(want):
+                stack.pop()
+                continue
+            kind, tensor = want
+            if (kind, id(tensor)) in pending:
+                self._compute(kind, tensor)
+                if not self._have(want):
+                    raise ProbeError(f"'{tensor.name}' could not be evaluated", producer(tensor))
+                stack.pop()
+                continue
+            pending.add((kind, id(tensor)))
+            stack.extend(need for need in self._needs(kind, tensor) if not self._have(need))
+
+    def _needs(self, kind: str, tensor: gs.Tensor) -> list[tuple[str, gs.Tensor]]:
+        node = producer(tensor)
+        if node is None:
+            return []
+        inputs = [item for item in node.inputs if not is_empty(item)]
+        if node.op == "CastLike":
+            inputs = inputs[:1]
+        if kind == "shape" and self.is_known(tensor) and node.op != "TopK":
+            return [("value", tensor)]
+        if node.op in ("Shape", "Size"):
+            return [("shape", inputs[0])]
+        if kind == "value" and (self.is_known(tensor) and node.op != "TopK"):
+            return [("value", item) for item in (inputs if not node.attrs.get("then_branch") else outer_inputs(node))]
+        if kind == "value" and self._is_transparent(node, tensor):
+            return [("value", item) for item in inputs]
+        if kind == "value":
+            return [("shape", tensor)]
+        return [("shape" if not self.is_known(item) else "value", item) for item in inputs]
+
+    def _is_transparent(self, node: gs.Node, tensor: gs.Tensor) -> bool:
+        """Whether a data tensor's elements are sums of its inputs' elements."""
+        if id(tensor) in self.opaque:
+            return False
+        known = [is_empty(item) or self.is_known(item) for item in node.inputs]
+        op = node.op
+        if op in ("CastLike", *_FAKE_QUANTISATION) or op in _MOVES_DATA or op in ("Cast", "Dropout"):
+            return op == "CastLike" or all(known[1:])
+        if op in ("Neg", "Concat", "Sub", "Add", "Sum"):
+            return op != "Add" or not self._adds_bias(node)
+        if op == "Mul":
+            return any(known)
+        if op == "Div":
+            return known[1]
+        if op == "Where":
+            return known[0]
+        if op in ("ScatterND", "ScatterElements"):
+            return known[1] and node.attrs.get("reduction", "none") in ("none", b"none")
+        return False
+
+    def is_transparent(self, node: gs.Node) -> bool:
+        """Whether a node only moves, scales or adds elements of the data that enters it."""
+        return self._is_transparent(node, node.outputs[0])
+
+    def _adds_bias(self, node: gs.Node) -> bool:
+        """A constant vector added to data is a bias (part of a projection), unless it hides scores."""
+        for item in node.inputs:
+            if isinstance(item, gs.Constant) and int(np.prod(item.shape, dtype=np.int64)) > 1:
+                values = (
+                    constant_value(item, self.base_dir) if int(np.prod(item.shape, dtype=np.int64)) < 1 << 20 else None
+                )
+                if values is None or not (np.asarray(values, np.float64) < -1e4).any():
+                    return True
+        return False
+
+    def _compute(self, kind: str, tensor: gs.Tensor) -> None:
+        node = producer(tensor)
+        try:
+            if id(tensor) in self.overrides:
+                self._store(tensor, self.overrides[id(tensor)])
+            elif node is None:
+                self._compute_source(kind, tensor)
+            elif self.is_known(tensor):
+                self._compute_known(node, tensor)
+            elif kind == "value" and self._is_transparent(node, tensor):
+                for output, value in zip(node.outputs, self._move(node), strict=False):
+                    self._store(output, value)
+            elif kind == "value":
+                self._values[id(tensor)] = self.atoms(tensor)
+            else:
+                self._infer_shapes(node)
+        except ProbeError:
+            raise
+        except MlaTrtError:
+            raise
+        except Exception as error:
+            label = f"node '{node.name or node.op}' ({node.op})" if node is not None else f"'{tensor.name}'"
+            raise ProbeError(
+                f"{label} cannot be evaluated: {str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__}",
+                node,
+            ) from error
+
+    def _store(self, tensor: gs.Tensor, value: Value) -> None:
+        self._values[id(tensor)] = value
+        if not isinstance(value, list):
+            self._shapes[id(tensor)] = tuple(value.shape)
+
+    def _compute_source(self, kind: str, tensor: gs.Tensor) -> None:
+        if isinstance(tensor, gs.Constant):
+            self._shapes[id(tensor)] = tuple(int(size) for size in tensor.shape)
+            if kind == "value":
+                self._values[id(tensor)] = widen(constant_value(tensor, self.base_dir))
+        elif kind == "value":
+            self._values[id(tensor)] = self.atoms(tensor)
+        else:
+            raise ProbeError(f"'{tensor.name}' has no producer")
+
+    def _compute_known(self, node: gs.Node, tensor: gs.Tensor) -> None:
+        if node.op == "TopK" and not (self.is_known(node.inputs[0])):
+            self._store(tensor, self._select(node, tensor))
+            return
+        if node.op == "Shape":
+            shape = self._shapes[id(node.inputs[0])]
+            self._store(tensor, np.array(shape[slice(node.attrs.get("start", 0), node.attrs.get("end"))], np.int64))
+            return
+        if node.op == "Size":
+            self._store(tensor, np.array(math.prod(self._shapes[id(node.inputs[0])]), np.int64))
+            return
+        if node.op == "If":
+            branch = node.attrs[
+                "then_branch" if bool(np.asarray(self.known(node.inputs[0])).reshape(-1)[0]) else "else_branch"
+            ]
+            for output, value in zip(node.outputs, self._run_branch(branch), strict=True):
+                self._store(output, value)
+            return
+        if node.op == "CastLike" or (
+            node.op == "Cast" and node.attrs["to"] in (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+        ):
+            value = self.known(node.inputs[0])
+            self._store(tensor, value if value.dtype.kind == "f" else value.astype(np.float32))
+            return
+        arguments = [None if is_empty(item) else self.known(item) for item in node.inputs]
+        for output, value in zip(node.outputs, self._kernel(node)(*arguments), strict=False):
+            self._store(output, widen(np.asarray(value)))
+
+    def _run_branch(self, branch: gs.Graph) -> list[Value]:
+        return [self.value(tensor) for tensor in branch.outputs]
+
+    def _select(self, node: gs.Node, tensor: gs.Tensor) -> np.ndarray:
+        """Random distinct indices in place of a TopK's: what a mask makes of them must not depend on which they are."""
+        shape = list(self.shape(node.inputs[0]))
+        axis = node.attrs.get("axis", -1) % len(shape)
+        keys = shape[axis]
+        asked = int(np.asarray(self.known(node.inputs[1])).reshape(-1)[0]) if len(node.inputs) > 1 else keys
+        count = max(min(self.selection_size, asked, keys), min(1, keys))
+        generator = np.random.default_rng(keys * 1009 + len(self.selections))
+        moved = [size for index, size in enumerate(shape) if index != axis]
+        visible_to_all = max(min(self.sizes.cached + 1, keys), 1)
+        lists = np.empty((math.prod(moved), count), np.int64)
+        for row in lists:
+            row[:1] = generator.integers(visible_to_all)  # no row may be left without a key
+            row[1:] = generator.permutation(np.setdiff1d(np.arange(keys), row[:1]))[: count - 1]
+        lists = np.moveaxis(lists.reshape([*moved, count]), -1, axis).astype(np.int64)
+        self.selections[id(tensor)] = lists
+        self.selection_tensors[id(tensor)] = tensor
+        return lists
+
+    def _kernel(self, node: gs.Node) -> Callable[..., tuple[np.ndarray, ...]]:
+        """ONNX's reference implementation of a node."""
+        found = self._kernels.get(id(node))
+        if found is None:
+            if node.domain not in (None, "", "ai.onnx"):
+                raise ProbeError(f"node '{node.name}' is of the unknown op {node.domain}::{node.op}", node)
+            proto = to_proto(node)
+            kernel = load_op("", node.op, OPSET)(
+                proto, {"log": lambda *_: None, "opsets": {"": OPSET}, "verbose": 0, "new_ops": None}
+            )
+            found = kernel.run
+            self._kernels[id(node)] = found
+        return found
+
+    # -- data ----------------------------------------------------------------------------------------------------
+
+    def _move(self, node: gs.Node) -> list[Value]:
+        op = node.op
+        if op in ("Cast", "CastLike", "Dropout", "Identity", *_FAKE_QUANTISATION):
+            return [self.linear(node.inputs[0])]
+        if op in ("Neg", "Add", "Sub", "Sum", "Mul", "Div"):
+            return [self._arithmetic(op, [self.value(item) for item in node.inputs])]
+        values = [None if is_empty(item) else self.value(item) for item in node.inputs]
+        moving = self._moving_inputs(node, len(values))
+        linears = {
+            index: as_linear(value) for index, value in enumerate(values) if index in moving and value is not None
+        }
+        if op == "Pad" and len(values) > 2 and values[2] is not None:
+            raise ProbeError(f"node '{node.name}' pads data with a value", node)
+        count = max(len(linear.terms) for linear in linears.values())
+        kernel = self._kernel(node)
+        outputs: list[list[Term]] = [[] for _ in node.outputs]
+        for term in range(count):
+            codes_in: list[np.ndarray | None] = []
+            coefficients_in: list[np.ndarray | None] = []
+            for index, value in enumerate(values):
+                if index in linears:
+                    linear = linears[index]
+                    if term < len(linear.terms):
+                        codes_in.append(linear.terms[term].codes)
+                        coefficients_in.append(linear.terms[term].coefficients)
+                    else:
+                        codes_in.append(np.zeros(linear.shape, np.int64))
+                        coefficients_in.append(np.zeros(linear.shape))
+                else:
+                    codes_in.append(value)  # type: ignore[arg-type]
+                    coefficients_in.append(value)  # type: ignore[arg-type]
+            for output, codes, coefficients in zip(outputs, kernel(*codes_in), kernel(*coefficients_in), strict=False):
+                output.append(Term(np.asarray(codes), np.asarray(coefficients)))
+        return [Linear(tuple(terms[0].codes.shape), tuple(terms)) for terms in outputs if terms]
+
+    @staticmethod
+    def _moving_inputs(node: gs.Node, count: int) -> set[int]:
+        if node.op == "Concat":
+            return set(range(count))
+        if node.op in ("ScatterND", "ScatterElements"):
+            return {0, 2}
+        if node.op == "Where":
+            return {1, 2}
+        return {0}
+
+    def _arithmetic(self, op: str, values: Sequence[Value]) -> Linear:
+        if op == "Neg":
+            return scale(as_linear(values[0]), np.array(-1.0))
+        if op in ("Mul", "Div"):
+            data = values[0] if isinstance(values[0], Linear) else values[1]
+            other = values[1] if data is values[0] else values[0]
+            if not isinstance(other, np.ndarray):
+                raise ProbeError("a product of two data tensors")
+            factor = np.asarray(other, np.float64)
+            return scale(as_linear(data), 1.0 / factor if op == "Div" else factor)
+        linears = [as_linear(value) for value in values]
+        if op == "Sub":
+            linears[1] = scale(linears[1], np.array(-1.0))
+        return add(linears)
+
+    def _infer_shapes(self, node: gs.Node) -> None:
+        """Shapes of a data node's outputs, by quick rules where they are enough, else by ONNX's shape inference."""
+        shapes = [() if is_empty(item) else self._shapes[id(item)] for item in node.inputs]
+        if node.op in _SAME_SHAPE:
+            for output in node.outputs:
+                self._shapes[id(output)] = shapes[0]
+            return
+        if node.op in _BROADCASTS:
+            self._shapes[id(node.outputs[0])] = tuple(np.broadcast_shapes(*shapes))
+            return
+        if node.op == "MatMul" and len(shapes[0]) >= 2 and len(shapes[1]) >= 2:
+            if shapes[0][-1] != shapes[1][-2]:
+                raise ProbeError(
+                    f"node '{node.name}' (MatMul) multiplies {list(shapes[0])} with {list(shapes[1])}", node
+                )
+            batch = np.broadcast_shapes(shapes[0][:-2], shapes[1][:-2])
+            self._shapes[id(node.outputs[0])] = (*batch, shapes[0][-2], shapes[1][-1])
+            return
+        if node.domain not in (None, "", "ai.onnx"):
+            # Nothing is known of the op. Fused MLPs and norms keep the shape of what they are given; if this one does
+            # not, what is read behind it contradicts itself.
+            for output in node.outputs:
+                self._shapes[id(output)] = shapes[0]
+            return
+        types, data = {}, {}
+        for item, shape in zip(node.inputs, shapes, strict=True):
+            if is_empty(item):
+                continue
+            value = self._values.get(id(item))
+            element = _element_type(item, value)
+            types[item.name] = helper.make_tensor_type_proto(element, list(shape))
+            if isinstance(value, np.ndarray) and value.dtype in (np.int64, np.int32) and value.size < 1024:
+                data[item.name] = numpy_helper.from_array(value, item.name)
+        schema = onnx.defs.get_schema(node.op, OPSET, node.domain or "")
+        inferred = onnx.shape_inference.infer_node_outputs(
+            schema, to_proto(node), types, data, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=11
+        )
+        for output in node.outputs:
+            if output.name in inferred:
+                dims = inferred[output.name].tensor_type.shape.dim
+                if any(not dim.HasField("dim_value") for dim in dims) or not inferred[output.name].tensor_type.HasField(
+                    "shape"
+                ):
+                    raise ProbeError(
+                        f"the shape of '{output.name}' depends on data (node '{node.name}', {node.op})", node
+                    )
+                self._shapes[id(output)] = tuple(dim.dim_value for dim in dims)
+
+    def forget(self, tensors: Sequence[gs.Tensor]) -> None:
+        """Drops the values of tensors that are no longer needed; their shapes stay."""
+        for tensor in tensors:
+            self._values.pop(id(tensor), None)
+
+
+def widen(array: np.ndarray) -> np.ndarray:
+    """Half precision as float32: what is read off a half-precision export is what it would compute without the rounding."""
+    return array.astype(np.float32) if array.dtype in (np.float16, ml_dtypes.bfloat16) else array
+
+
+def _element_type(tensor: gs.Tensor, value: Value | None) -> int:
+    if isinstance(value, np.ndarray):
+        return helper.np_dtype_to_tensor_dtype(value.dtype)
+    if tensor.dtype is None:
+        return TensorProto.FLOAT
+    return tensor.dtype if isinstance(tensor.dtype, int) else helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))
+
+
+def _is_doubled(model_input: roles.ModelInput, interface: ModelInterface) -> bool:
+    return isinstance(model_input.axes[-1], int) and model_input.axes[-1] % 2 == 0 and model_input.axes[-1] >= 2
+
+
+def as_linear(value: Value) -> Linear:
+    """A value as sums of atoms: a known array is a multiple of the number one."""
+    if isinstance(value, Linear):
+        return value
+    array = np.asarray(value).astype(np.float64)
+    codes = np.where(array == 0, ZERO, ONE).astype(np.int64)
+    return Linear(tuple(array.shape), (Term(codes, array),))
+
+
+def scale(linear: Linear, factor: np.ndarray) -> Linear:
+    """Multiplies by a known array, broadcasting."""
+    shape = tuple(np.broadcast_shapes(linear.shape, factor.shape))
+    terms = tuple(
+        Term(
+            np.broadcast_to(term.codes, shape),
+            np.where(term.codes == ZERO, 0.0, np.multiply(term.coefficients, factor)),
+        )
+        for term in linear.terms
+    )
+    return Linear(shape, terms)
+
+
+def add(linears: Sequence[Linear]) -> Linear:
+    """The sum, broadcasting; equal atoms are merged.
+
+    Raises:
+        ProbeError: more than `MAX_TERMS` different atoms in one element.
+    """
+    shape = tuple(np.broadcast_shapes(*(linear.shape for linear in linears)))
+    terms: list[Term] = []
+    for linear in linears:
+        for term in linear.terms:
+            codes = np.broadcast_to(term.codes, shape)
+            coefficients = np.broadcast_to(term.coefficients, shape)
+            if not (codes != ZERO).any():
+                continue
+            for index, present in enumerate(terms):
+                same = (codes == present.codes) | (codes == ZERO) | (present.codes == ZERO)
+                if same.all():
+                    terms[index] = Term(
+                        np.where(present.codes == ZERO, codes, present.codes), present.coefficients + coefficients
+                    )
+                    break
+            else:
+                terms.append(Term(codes, coefficients))
+    if len(terms) > MAX_TERMS:
+        raise ProbeError(f"a sum of more than {MAX_TERMS} terms")
+    if not terms:
+        terms = [Term(np.zeros(shape, np.int64), np.zeros(shape))]
+    return Linear(shape, tuple(terms))

@@ -1,0 +1,177 @@
+"""Second pass: data movement and softmax in one form. Removes what computes nothing and rewrites the few idioms that hide an
+attention's softmax or split: explicit softmax, shifted softmax, NaN guards, sequences."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from mla_trt.passes.graph import (
+    Names,
+    constant_value,
+    is_empty,
+    producer,
+    remove_dead_nodes,
+    replace_uses,
+    small_constant,
+)
+
+
+def simplify(graph: gs.Graph) -> int:
+    """Simplifies the graph in place; returns how many nodes went."""
+    before = len(graph.nodes)
+    _lift_constants(graph)
+    names = Names(graph)
+    for rule in (
+        _split_sequences,
+        _cast_by_type,
+        _drop_identities,
+        _drop_nan_guards,
+        _explicit_softmax,
+        _shifted_softmax,
+    ):
+        rule(graph, names)
+        remove_dead_nodes(graph)
+    return before - len(graph.nodes)
+
+
+def _lift_constants(graph: gs.Graph) -> None:
+    for node in graph.nodes:
+        if node.op != "Constant" or node.domain:
+            continue
+        (key, value), *_ = node.attrs.items()
+        output = node.outputs[0]
+        if key == "value" and isinstance(value, gs.Tensor):
+            values = value._values if isinstance(value, gs.Constant) else value
+        elif key in ("value_float", "value_floats"):
+            values = np.asarray(value, np.float32)
+        elif key in ("value_int", "value_ints"):
+            values = np.asarray(value, np.int64)
+        else:
+            continue
+        constant = gs.Constant(output.name, values)
+        output.name = f"{output.name}.lifted"
+        node.outputs.clear()
+        replace_uses(graph, output, constant)
+    graph.nodes[:] = [node for node in graph.nodes if node.op != "Constant" or node.outputs]
+
+
+def _split_sequences(graph: gs.Graph, names: Names) -> None:
+    """SplitToSequence and SequenceAt with constants are a Split."""
+    for node in [node for node in graph.nodes if node.op == "SplitToSequence"]:
+        readers = [reader for reader in node.outputs[0].outputs if reader.op == "SequenceAt"]
+        if len(readers) != len(node.outputs[0].outputs):
+            continue
+        indices = [small_constant(reader.inputs[1]) for reader in readers]
+        sizes = small_constant(node.inputs[1]) if len(node.inputs) > 1 else None
+        if (
+            any(index is None for index in indices)
+            or sizes is None
+            or not node.attrs.get("keepdims", 1)
+            or sizes.ndim == 0
+        ):
+            continue
+        outputs = [
+            gs.Variable(names.new(f"{node.outputs[0].name}_part{part}"), dtype=node.inputs[0].dtype)
+            for part in range(sizes.size)
+        ]
+        for reader, index in zip(readers, indices, strict=True):
+            replace_uses(graph, reader.outputs[0], outputs[int(index)])  # type: ignore[arg-type]
+        split = gs.Node(
+            "Split",
+            names.new(f"{node.name}/Split"),
+            {"axis": node.attrs.get("axis", 0)},
+            [node.inputs[0], node.inputs[1]],
+            outputs,
+        )
+        graph.nodes.append(split)
+
+
+def _cast_by_type(graph: gs.Graph, names: Names) -> None:
+    """CastLike is a Cast wherever the type is known."""
+    for node in graph.nodes:
+        if node.op == "CastLike" and node.inputs[1].dtype is not None:
+            dtype = node.inputs[1].dtype
+            node.op, node.attrs = (
+                "Cast",
+                {"to": dtype if isinstance(dtype, int) else onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))},
+            )
+            node.outputs[0].dtype = dtype
+            del node.inputs[1]
+
+
+def _drop_identities(graph: gs.Graph, names: Names) -> None:
+    inputs = {id(tensor) for tensor in graph.inputs}
+    outputs = {id(tensor) for tensor in graph.outputs}
+    for node in graph.nodes:
+        same = node.op == "Identity" or (node.op == "Dropout" and (len(node.inputs) < 3 or is_empty(node.inputs[2])))
+        if node.op == "Cast" and node.inputs[0].dtype is not None and node.outputs[0].dtype == node.inputs[0].dtype:
+            same = True
+        if (
+            not same
+            or node.domain
+            or (
+                id(node.outputs[0]) in outputs
+                and (id(node.inputs[0]) in inputs | outputs or isinstance(node.inputs[0], gs.Constant))
+            )
+        ):
+            continue
+        replace_uses(graph, node.outputs[0], node.inputs[0])
+
+
+def _drop_nan_guards(graph: gs.Graph, names: Names) -> None:
+    """Where(IsNaN(x), c, x) only changes rows that attend to nothing, which the fused ops answer with 0."""
+    for node in graph.nodes:
+        if node.op == "Where":
+            test = producer(node.inputs[0])
+            if test is not None and test.op == "IsNaN" and test.inputs[0] is node.inputs[2]:
+                replace_uses(graph, node.outputs[0], node.inputs[2])
+
+
+def _is_reduction(tensor: gs.Tensor, op: str, of: gs.Tensor) -> int | None:
+    """The axis over which `tensor` is a keepdims reduction of `of`, else None."""
+    node = producer(tensor)
+    if (
+        node is None
+        or node.op != op
+        or node.inputs[0] is not of
+        or not node.attrs.get("keepdims", 1)
+        or len(node.inputs) < 2
+    ):
+        return None
+    axes = node.inputs[1]
+    values = constant_value(axes, None) if isinstance(axes, gs.Constant) else None
+    return int(values.reshape(-1)[0]) if values is not None and values.size == 1 else None
+
+
+def _explicit_softmax(graph: gs.Graph, names: Names) -> None:
+    """Div(Exp(x), ReduceSum(Exp(x))) is Softmax(x)."""
+    for node in [node for node in graph.nodes if node.op == "Div"]:
+        exponential = producer(node.inputs[0])
+        if exponential is None or exponential.op != "Exp":
+            continue
+        axis = _is_reduction(node.inputs[1], "ReduceSum", node.inputs[0])
+        if axis is None:
+            continue
+        output = gs.Variable(
+            names.new(f"{node.outputs[0].name}_softmax"), dtype=node.outputs[0].dtype, shape=node.outputs[0].shape
+        )
+        graph.nodes.append(
+            gs.Node("Softmax", names.new(f"{node.name}/Softmax"), {"axis": axis}, [exponential.inputs[0]], [output])
+        )
+        replace_uses(graph, node.outputs[0], output)
+
+
+def _shifted_softmax(graph: gs.Graph, names: Names) -> None:
+    """Softmax(x - ReduceMax(x)) is Softmax(x)."""
+    for node in graph.nodes:
+        if node.op != "Softmax":
+            continue
+        shift = producer(node.inputs[0])
+        if (
+            shift is not None
+            and shift.op == "Sub"
+            and _is_reduction(shift.inputs[1], "ReduceMax", shift.inputs[0]) is not None
+        ):
+            node.inputs[0] = shift.inputs[0]

@@ -1,0 +1,327 @@
+"""First pass: one dialect. Model functions are inlined, ONNX Runtime's fused ops become standard ones, everything is opset 26, and
+`Attention` and `RotaryEmbedding` are spelt out by ONNX's own function bodies, so that later passes see plain tensor arithmetic only."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.inliner
+import onnx.version_converter
+from onnx import TensorProto, helper, numpy_helper
+
+from mla_trt.errors import BadModelError, MlaTrtError
+from mla_trt.passes.graph import OPSET
+
+STANDARD_DOMAINS = ("", "ai.onnx")
+RUNTIME_DOMAIN = "com.microsoft"
+# Written by ONNX Runtime into the standard domain although no standard opset has them.
+MISPLACED = (
+    "SimplifiedLayerNormalization",
+    "SkipSimplifiedLayerNormalization",
+    "SkipLayerNormalization",
+    "FusedMatMul",
+    "QuickGelu",
+    "MatMulNBits",
+)
+SPELT_OUT = ("Attention", "RotaryEmbedding")
+
+
+def standardize(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Returns the model in opset 26, of standard ops as far as they are known here.
+
+    Raises:
+        BadModelError: the opset cannot be converted, or types and shapes contradict each other.
+    """
+    try:
+        return _standardize(model)
+    except MlaTrtError:
+        raise
+    except Exception as error:  # onnx's own errors have no common base
+        raise BadModelError(f"the model contradicts itself: {' '.join(str(error).split())[:300]}") from None
+
+
+def _standardize(model: onnx.ModelProto) -> onnx.ModelProto:
+    if model.functions:
+        model = onnx.inliner.inline_local_functions(model)
+    for node in model.graph.node:
+        if node.domain == "ai.onnx":
+            node.domain = ""
+        if node.domain == "" and node.op_type in MISPLACED:
+            node.domain = RUNTIME_DOMAIN
+    model = _convert_opset(model)
+    _expand_runtime_ops(model)
+    model = _spell_out(model)
+    del model.graph.value_info[:]
+    return onnx.shape_inference.infer_shapes(model)
+
+
+def _convert_opset(model: onnx.ModelProto) -> onnx.ModelProto:
+    version = next((entry.version for entry in model.opset_import if entry.domain in STANDARD_DOMAINS), None)
+    if version is None:
+        raise BadModelError("the model imports no ONNX opset: is it complete?")
+    if version == OPSET:
+        return model
+    try:
+        return onnx.version_converter.convert_version(model, OPSET)
+    except (RuntimeError, ValueError, onnx.version_converter.ConvertError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise BadModelError(f"opset {version} cannot be converted to opset {OPSET}: {reason}") from None
+
+
+class _Rewriter:
+    """Nodes that take the place of one node."""
+
+    def __init__(self, node: onnx.NodeProto, initializers: dict[str, TensorProto], graph: onnx.GraphProto) -> None:
+        self.node = node
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers = initializers
+        self.graph = graph
+        self.attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+
+    def has(self, index: int) -> bool:
+        return index < len(self.node.input) and bool(self.node.input[index])
+
+    def emit(self, op: str, inputs: list[str], output: str | None = None, **attributes: Any) -> str:
+        output = output or f"{self.node.output[0]}/std_{len(self.nodes)}"
+        self.nodes.append(
+            helper.make_node(
+                op, inputs, [output], name=f"{self.node.name or output}/{op}_{len(self.nodes)}", **attributes
+            )
+        )
+        return output
+
+    def constant(self, values: np.ndarray, label: str) -> str:
+        name = f"{self.node.output[0]}/{label}"
+        self.add_initializer(numpy_helper.from_array(values, name))
+        return name
+
+    def add_initializer(self, tensor: TensorProto) -> None:
+        self.graph.initializer.append(tensor)
+        self.initializers[tensor.name] = tensor
+
+
+def _rms_norm(rw: _Rewriter) -> None:
+    epsilon = rw.attributes.get("epsilon", 1e-5)
+    axis = rw.attributes.get("axis", -1)
+    rw.emit("RMSNormalization", list(rw.node.input[:2]), rw.node.output[0], axis=axis, epsilon=epsilon)
+
+
+def _skip_norm(rw: _Rewriter) -> None:
+    total = rw.emit("Add", list(rw.node.input[:2]))
+    simplified = rw.node.op_type == "SkipSimplifiedLayerNormalization"
+    bias = 3 if simplified else 4
+    if rw.has(bias):
+        total = rw.emit("Add", [total, rw.node.input[bias]])
+    if len(rw.node.output) > 3 and rw.node.output[3]:
+        total = rw.emit("Identity", [total], rw.node.output[3])
+    epsilon = rw.attributes.get("epsilon", 1e-12 if not simplified else 1e-6)
+    scale = [total, rw.node.input[2]]
+    if simplified:
+        rw.emit("RMSNormalization", scale, rw.node.output[0], axis=-1, epsilon=epsilon)
+    else:
+        rw.emit(
+            "LayerNormalization",
+            scale + ([rw.node.input[3]] if rw.has(3) else []),
+            rw.node.output[0],
+            axis=-1,
+            epsilon=epsilon,
+        )
+
+
+def _fused_matmul(rw: _Rewriter) -> None:
+    """FusedMatMul becomes an Einsum, which needs no rank to transpose the last two axes."""
+    if rw.attributes.get("transBatchA", 0) or rw.attributes.get("transBatchB", 0):
+        raise BadModelError(
+            f"node '{rw.node.name}': FusedMatMul with transposed batch dimensions is not supported: export without that fusion"
+        )
+    left = "...km" if rw.attributes.get("transA", 0) else "...mk"
+    right = "...nk" if rw.attributes.get("transB", 0) else "...kn"
+    alpha = rw.attributes.get("alpha", 1.0)
+    plain = (left, right) == ("...mk", "...kn")
+    op, attributes = ("MatMul", {}) if plain else ("Einsum", {"equation": f"{left},{right}->...mn"})
+    operands = list(rw.node.input[:2])
+    if alpha == 1.0:
+        rw.emit(op, operands, rw.node.output[0], **attributes)
+        return
+    product = rw.emit(op, operands, **attributes)
+    factor = rw.emit("CastLike", [rw.constant(np.array(alpha, np.float32), "alpha"), product])
+    rw.emit("Mul", [product, factor], rw.node.output[0])
+
+
+def _fused_gemm(rw: _Rewriter) -> None:
+    activation = rw.attributes.get("activation", b"").decode()
+    if activation not in ("Relu", "Sigmoid", "Tanh"):
+        raise BadModelError(
+            f"node '{rw.node.name}': FusedGemm with activation '{activation}' is not supported: export without that fusion"
+        )
+    attributes = {name: rw.attributes[name] for name in ("alpha", "beta", "transA", "transB") if name in rw.attributes}
+    rw.emit(activation, [rw.emit("Gemm", list(rw.node.input), **attributes)], rw.node.output[0])
+
+
+def _quick_gelu(rw: _Rewriter) -> None:
+    x = rw.node.input[0]
+    alpha = rw.attributes.get("alpha", 1.702)
+    scaled = x
+    if alpha != 1.0:
+        scaled = rw.emit("Mul", [x, rw.emit("CastLike", [rw.constant(np.array(alpha, np.float32), "alpha"), x])])
+    rw.emit("Mul", [x, rw.emit("Sigmoid", [scaled])], rw.node.output[0])
+
+
+def _gelu(rw: _Rewriter) -> None:
+    x = rw.node.input[0]
+    if rw.has(1):
+        x = rw.emit("Add", [x, rw.node.input[1]])
+    approximate = "tanh" if rw.node.op_type == "FastGelu" else "none"
+    rw.emit("Gelu", [x], rw.node.output[0], approximate=approximate)
+
+
+def _matmul_nbits(rw: _Rewriter) -> None:
+    """Block-quantised weights become DequantizeLinear + MatMul; the packed bytes are reinterpreted, not copied."""
+    columns, rows = int(rw.attributes["K"]), int(rw.attributes["N"])
+    bits, block = int(rw.attributes.get("bits", 4)), int(rw.attributes["block_size"])
+    label = rw.node.name or rw.node.output[0]
+    if bits not in (4, 8):
+        raise BadModelError(f"node '{label}': MatMulNBits with {bits} bits is not supported (4 or 8 are)")
+    packed, scales = (rw.initializers.get(name) for name in rw.node.input[1:3])
+    if packed is None or scales is None:
+        raise BadModelError(f"node '{label}': MatMulNBits needs constant weights and scales")
+    blocks = -(-columns // block)
+    weight = TensorProto()
+    weight.CopyFrom(packed)
+    weight.name = f"{packed.name}/blocks"
+    weight.data_type = TensorProto.UINT4 if bits == 4 else TensorProto.UINT8
+    del weight.dims[:]
+    weight.dims.extend([rows, blocks * block])
+    if weight.name not in rw.initializers:
+        rw.add_initializer(weight)
+    scale_name = f"{scales.name}/blocks"
+    if scale_name not in rw.initializers:
+        scale = TensorProto()
+        scale.CopyFrom(scales)
+        scale.name = scale_name
+        del scale.dims[:]
+        scale.dims.extend([rows, blocks])
+        rw.add_initializer(scale)
+    zero_type = weight.data_type
+    if rw.has(3):
+        points = numpy_helper.to_array(rw.initializers[rw.node.input[3]]).astype(np.uint8).reshape(rows, -1)
+        if bits == 4:
+            points = np.stack([points & 15, points >> 4], axis=-1).reshape(rows, -1)[:, :blocks]
+    else:
+        points = np.full((rows, blocks), 1 << (bits - 1), np.uint8)
+    zero_name = f"{rw.node.output[0]}/zero_point"
+    rw.add_initializer(helper.make_tensor(zero_name, zero_type, points.shape, points.reshape(-1).tolist()))
+    dense = rw.emit("DequantizeLinear", [weight.name, scale_name, zero_name], axis=1, block_size=block)
+    if blocks * block != columns:
+        bounds = [
+            rw.constant(np.array([value], np.int64), f"slice_{key}")
+            for key, value in (("start", 0), ("end", columns), ("axis", 1))
+        ]
+        dense = rw.emit("Slice", [dense, *bounds])
+    transposed = rw.emit("Transpose", [dense], perm=[1, 0])
+    if rw.has(5):
+        rw.emit("Add", [rw.emit("MatMul", [rw.node.input[0], transposed]), rw.node.input[5]], rw.node.output[0])
+    else:
+        rw.emit("MatMul", [rw.node.input[0], transposed], rw.node.output[0])
+
+
+def _rotary(rw: _Rewriter) -> None:
+    """ONNX Runtime's RotaryEmbedding: (x, position_ids, cos, sin) with a per-batch offset or per-token positions."""
+    x, positions, cos, sin = rw.node.input[:4]
+    attributes = {"interleaved": rw.attributes.get("interleaved", 0)}
+    for ours, theirs in (("num_heads", "num_heads"), ("rotary_embedding_dim", "rotary_embedding_dim")):
+        if rw.attributes.get(theirs, 0):
+            attributes[ours] = rw.attributes[theirs]
+    rw.emit("RotaryEmbedding", [x, cos, sin, positions], rw.node.output[0], **attributes)
+
+
+_RUNTIME_OPS = {
+    "SimplifiedLayerNormalization": _rms_norm,
+    "SkipSimplifiedLayerNormalization": _skip_norm,
+    "SkipLayerNormalization": _skip_norm,
+    "FusedMatMul": _fused_matmul,
+    "FusedGemm": _fused_gemm,
+    "QuickGelu": _quick_gelu,
+    "Gelu": _gelu,
+    "BiasGelu": _gelu,
+    "FastGelu": _gelu,
+    "MatMulNBits": _matmul_nbits,
+    "RotaryEmbedding": _rotary,
+}
+_RENAMED = ("DequantizeLinear", "QuantizeLinear", "GatherND", "Trilu", "Range")
+
+
+def _expand_runtime_ops(model: onnx.ModelProto) -> None:
+    """Rewrites ONNX Runtime's fused ops, in place. Ops without a rule stay; they matter only if an attention reaches them."""
+    graph = model.graph
+    initializers = {tensor.name: tensor for tensor in graph.initializer}
+    nodes: list[onnx.NodeProto] = []
+    changed = False
+    for node in graph.node:
+        if node.domain != RUNTIME_DOMAIN:
+            nodes.append(node)
+            continue
+        if node.op_type in _RENAMED:
+            node.domain = ""
+        rule = _RUNTIME_OPS.get(node.op_type) if node.domain else None
+        if rule is None:
+            nodes.append(node)
+            continue
+        rewriter = _Rewriter(node, initializers, graph)
+        rule(rewriter)
+        nodes.extend(copy.copy(emitted) for emitted in rewriter.nodes)
+        changed = True
+    if changed:
+        nodes = [copy.deepcopy(node) for node in nodes]
+        del graph.node[:]
+        graph.node.extend(nodes)
+
+
+def _spell_out(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Replaces `Attention` and `RotaryEmbedding` by ONNX's function bodies."""
+    wanted = [node for node in model.graph.node if (not node.domain and node.op_type in SPELT_OUT)]
+    if not wanted:
+        return model
+    types = _tensor_types(model)
+    for count, node in enumerate(wanted):
+        schema = onnx.defs.get_schema(node.op_type, OPSET)
+        missing = [name for name in node.input if name and name not in types]
+        if missing:
+            raise BadModelError(
+                f"node '{node.name}' ({node.op_type}): the type of '{missing[0]}' is unknown: run shape inference on the model first"
+            )
+        input_types = [
+            types[name].SerializeToString() if name else onnx.TypeProto().SerializeToString() for name in node.input
+        ]
+        function = onnx.FunctionProto()
+        function.ParseFromString(
+            schema.get_context_dependent_function(  # type: ignore[attr-defined]
+                node.SerializeToString(), input_types
+            )
+        )
+        function.name, function.domain = f"{node.op_type}{count}", "mla_trt.internal"
+        del function.opset_import[:]
+        function.opset_import.append(helper.make_opsetid("", OPSET))
+        function.ClearField("overload")
+        node.op_type, node.domain = function.name, function.domain
+        model.functions.append(function)
+    if model.functions:
+        model.opset_import.append(helper.make_opsetid("mla_trt.internal", 1))
+        model = onnx.inliner.inline_local_functions(model)
+        kept = [entry for entry in model.opset_import if entry.domain != "mla_trt.internal"]
+        del model.opset_import[:]
+        model.opset_import.extend(kept)
+    return model
+
+
+def _tensor_types(model: onnx.ModelProto) -> dict[str, onnx.TypeProto]:
+    inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    types = {
+        info.name: info.type for info in (*inferred.graph.value_info, *inferred.graph.input, *inferred.graph.output)
+    }
+    for tensor in model.graph.initializer:
+        types[tensor.name] = helper.make_tensor_type_proto(tensor.data_type, list(tensor.dims))
+    return types
