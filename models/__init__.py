@@ -1,0 +1,1 @@
+"""Exports of public model configurations, small examples, and full-size graphs without weights."""
