@@ -1,0 +1,341 @@
+"""The command `mla-trt`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from mla_trt import __version__
+from mla_trt.errors import MlaTrtError, UsageError
+
+log = logging.getLogger("mla_trt")
+
+EPILOGS = {
+    "lower": """examples:
+  mla-trt lower deepseek-v3.onnx -o lowered/
+  mla-trt lower model.onnx -o out --kv-format bf16 --logits last
+  mla-trt lower model.onnx -o out --weights fp8 --target onnx --no-verify
+
+DIR gets model.onnx (large weights beside it) and report.json.
+exit status: 0 done; 2 bad input or usage; 3 no MLA found; 4 verification failed (nothing is written on 2, 3 and 4).""",
+    "inspect": """examples:
+  mla-trt inspect model.onnx
+  mla-trt inspect model.onnx --json | jq '.layers[] | select(.matched | not) | .reason'
+
+exit status: 0 every attention core is MLA; 2 bad input; 3 some or all are not.""",
+    "verify": """examples:
+  mla-trt verify deepseek-v3.onnx lowered/
+
+exit status: 0 equal; 2 bad input; 4 they differ.""",
+    "run": """examples:
+  mla-trt run lowered/ --prompt-ids 1,5,9 --prompt-ids 3,4 --max-new-tokens 16
+  mla-trt run lowered/ --prompt-ids 1,5,9 --stop-ids 2 --json""",
+    "export": """examples:
+  mla-trt export deepseek-v3 -o model.onnx
+  mla-trt export deepseek-v3.2 -o model.onnx --attention eager --opset 23
+  mla-trt export --list
+
+needs PyTorch and Transformers: pip install 'mla-trt[export]'""",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    level = logging.WARNING - 10 * options.verbose if not options.quiet else logging.ERROR
+    logging.basicConfig(level=max(level, logging.DEBUG), format="%(levelname)s %(message)s", stream=sys.stderr)
+    _silence_graphsurgeon()
+    try:
+        status: int = options.command(options)
+        return status
+    except MlaTrtError as error:
+        if options.verbose > 1:
+            log.exception("traceback")
+        print(f"mla-trt: {_one_line(error)}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print("mla-trt: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _silence_graphsurgeon() -> None:
+    from onnx_graphsurgeon.logger import G_LOGGER
+
+    G_LOGGER.severity = G_LOGGER.ERROR
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mla-trt",
+        description="Lowers multi-head latent attention in ONNX models to fused ops over a paged latent cache.",
+        epilog="'mla-trt COMMAND --help' shows options and examples.",
+    )
+    parser.add_argument("--version", action="version", version=f"mla-trt {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    lower = _command(
+        commands, "lower", _lower, "replace MLA in an exported model by fused ops, verify, and write the result"
+    )
+    lower.add_argument("model", type=Path, metavar="MODEL.onnx", help="the export")
+    lower.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="folder to write to")
+    lower.add_argument(
+        "--kv-format", default="fp8", help="rows of the latent cache: f32, bf16, fp8 (default), fp8_ds_mla, fp8_flat"
+    )
+    lower.add_argument("--kv-scale", type=float, default=1.0, help="static scale of fp8_flat rows (default 1)")
+    lower.add_argument(
+        "--index-format", default="fp8", help="rows of the index cache of sparse models: f32, fp8 (default)"
+    )
+    lower.add_argument(
+        "--weights", default="keep", help="W_UK and W_UV: keep (default), or fp8 with 128x128 block scales"
+    )
+    lower.add_argument("--page-size", type=int, default=64, help="tokens in a page (default 64)")
+    lower.add_argument("--logits", default="all", help="results of all tokens (default), or of each sequence's last")
+    lower.add_argument(
+        "--cache",
+        default="io",
+        help="io (default): pages are inputs and outputs; resident: the engine's plugins hold them",
+    )
+    lower.add_argument(
+        "--target", default="tensorrt-10.6", help="parser to write for: tensorrt-10.6 (default), tensorrt-11, onnx"
+    )
+    lower.add_argument(
+        "--strict", action="store_true", help="refuse what rests on an assumption, such as a mask that is an input"
+    )
+    lower.add_argument(
+        "--no-verify", dest="verify", action="store_false", help="do not run original and result side by side"
+    )
+
+    inspect = _command(
+        commands, "inspect", _inspect, "show what was found in an export, layer by layer, and why not where not"
+    )
+    inspect.add_argument("model", type=Path, metavar="MODEL.onnx")
+    inspect.add_argument("--json", action="store_true", help="print the report as JSON")
+
+    verify = _command(commands, "verify", _verify, "compare a lowered model with its original")
+    verify.add_argument("original", type=Path, metavar="ORIGINAL.onnx")
+    verify.add_argument("lowered", type=Path, metavar="DIR")
+    verify.add_argument("--json", action="store_true", help="print the verification as JSON")
+
+    run = _command(commands, "run", _run, "generate with a lowered model on ONNX Runtime")
+    run.add_argument("lowered", type=Path, metavar="DIR")
+    run.add_argument(
+        "--prompt-ids",
+        action="append",
+        required=True,
+        metavar="ID,ID,...",
+        help="token ids of a prompt; give it again for more prompts in one batch",
+    )
+    run.add_argument("--max-new-tokens", type=int, default=16, help="tokens to add to each prompt (default 16)")
+    run.add_argument("--stop-ids", default="", metavar="ID,...", help="ids that end a sequence")
+    run.add_argument("--pages", type=int, default=256, help="pages in the pool (default 256)")
+    run.add_argument("--json", action="store_true", help="print one JSON object with all sequences at the end")
+
+    export = _command(commands, "export", _export, "export a public model configuration with random weights")
+    export.add_argument("config", nargs="?", metavar="CONFIG", help="such as deepseek-v3; --list shows all")
+    export.add_argument("-o", "--output", type=Path, metavar="MODEL.onnx")
+    export.add_argument("--list", action="store_true", help="list the configurations")
+    export.add_argument("--size", default="small", choices=("small", "full"))
+    export.add_argument("--layers", type=int, help="number of layers (default: 2 small, all full)")
+    export.add_argument("--exporter", default="dynamo", choices=("dynamo", "torchscript"))
+    export.add_argument("--attention", default="eager", choices=("eager", "sdpa"))
+    export.add_argument("--opset", type=int, default=20)
+    export.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
+    export.add_argument("--no-cache", dest="with_cache", action="store_false", help="a prefill graph without a cache")
+    return parser
+
+
+def _command(
+    commands: Any, name: str, function: Callable[[argparse.Namespace], int], text: str
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=text, description=text, epilog=EPILOGS[name], formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.set_defaults(command=function)
+    parser.add_argument("-v", "--verbose", action="count", default=0, help="say more (-v passes, -vv tracebacks)")
+    parser.add_argument("-q", "--quiet", action="store_true", help="say nothing but errors")
+    return parser
+
+
+def _ids(text: str, option: str) -> list[int]:
+    try:
+        return [int(part) for part in text.replace(" ", "").split(",") if part]
+    except ValueError:
+        raise UsageError(f"{option} is '{text}': give token ids with commas between, such as 1,5,9") from None
+
+
+def _lower(options: argparse.Namespace) -> int:
+    from mla_trt.lowering import LowerOptions
+    from mla_trt.pipeline import lower_file
+
+    if options.cache != "io":
+        raise UsageError(
+            f"--cache is '{options.cache}': this version writes io only; resident pages come with the engine builder"
+        )
+    lower_options = LowerOptions(
+        kv_format=options.kv_format,
+        index_format=options.index_format,
+        weights=options.weights,
+        page_size=options.page_size,
+        logits=options.logits,
+        target=options.target,
+        strict=options.strict,
+        kv_scale=options.kv_scale,
+    )
+    console = Console(stderr=True, quiet=options.quiet)
+    with console.status("") as status:
+        report = lower_file(
+            options.model,
+            options.output,
+            lower_options,
+            verify=options.verify,
+            progress=lambda text: status.update(text),
+        )
+    for assumption in report.assumptions:
+        log.warning("%s", assumption)
+    if not options.quiet:
+        print_report(Console(), report.to_json())
+        print(f"written: {options.output / 'model.onnx'}, {options.output / 'report.json'}")
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from mla_trt.loading import load_model
+    from mla_trt.lowering import inspect
+
+    model = load_model(options.model)
+    report = inspect(model.proto, model.base_dir).report
+    if options.json:
+        print(json.dumps(report.to_json(), indent=1))
+    else:
+        print_report(Console(), report.to_json())
+    return 0 if report.layers and report.matched == len(report.layers) else 3
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from mla_trt.pipeline import verify_files
+
+    console = Console(stderr=True, quiet=options.quiet)
+    with console.status("verify"):
+        report = verify_files(options.original, options.lowered)
+    if options.json:
+        print(json.dumps(report.to_json(), indent=1))
+    elif not options.quiet:
+        print_verification(Console(), report.to_json())
+    return 0 if report.passed else 4
+
+
+def _run(options: argparse.Namespace) -> int:
+    from mla_trt.generation import generate
+    from mla_trt.session import Session
+
+    model = options.lowered / "model.onnx" if options.lowered.is_dir() else options.lowered
+    if not model.exists():
+        raise UsageError(f"'{model}' does not exist: give the folder that 'mla-trt lower' wrote")
+    prompts = [_ids(text, "--prompt-ids") for text in options.prompt_ids]
+    session = Session(model, pages=options.pages)
+    sequences: list[list[int]] = [[] for _ in prompts]
+    for index, token in generate(
+        session, prompts, max_new_tokens=options.max_new_tokens, stop_ids=_ids(options.stop_ids, "--stop-ids")
+    ):
+        sequences[index].append(token)
+        if not options.json:
+            print(f"{index}: {token}", flush=True)
+    if options.json:
+        print(
+            json.dumps(
+                {
+                    "sequences": [
+                        {"prompt": prompt, "tokens": tokens} for prompt, tokens in zip(prompts, sequences, strict=True)
+                    ]
+                }
+            )
+        )
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from mla_trt.models import configs
+    from mla_trt.models.export import ExportSettings, export
+
+    if options.list:
+        for name in configs.CONFIGS:
+            print(name)
+        return 0
+    if options.config is None or options.output is None:
+        raise UsageError("export needs a configuration and -o MODEL.onnx; --list shows the configurations")
+    settings = ExportSettings(
+        exporter=options.exporter,
+        opset=options.opset,
+        attention=options.attention,
+        cache=options.with_cache,
+        dtype=options.dtype,
+    )
+    result = export(options.config, options.output, layers=options.layers, size=options.size, settings=settings)
+    print(f"written: {result.path}")
+    return 0
+
+
+def print_report(console: Console, report: dict[str, Any]) -> None:
+    """The layers as a table, why others are not lowered, then what the verification measured."""
+    table = Table(title=f"{report['matched']} of {report['attention_cores']} attention cores are MLA")
+    for heading in ("core", "kind", "cache", "heads", "dimensions", "scale", "at"):
+        table.add_column(heading, overflow="fold")
+    for layer in report["layers"]:
+        if layer["matched"]:
+            query = f", query latent {layer['q_lora_rank']}" if layer["q_lora_rank"] else ""
+            sizes = (
+                f"nope {layer['qk_nope_head_dim']}, rope {layer['qk_rope_head_dim']}, value {layer['v_head_dim']}, "
+                f"latent {layer['kv_lora_rank']}{query}"
+            )
+            kind = layer["kind"] if layer["top_k"] is None else f"{layer['kind']}, top {layer['top_k']}"
+            heads = str(layer["num_heads"]) + (" + sinks" if layer["sinks"] else "")
+            table.add_row(str(layer["index"]), kind, layer["cache"], heads, sizes, f"{layer['scale']:.5g}", layer["at"])
+    if report["matched"]:
+        console.print(table)
+    for layer in report["layers"]:
+        if not layer["matched"]:
+            console.print(
+                f"core {layer['index']} (at '{layer['at']}') is not lowered: {layer['reason']}", highlight=False
+            )
+    if not report["layers"]:
+        console.print("no attention was found")
+    if report["verification"] is not None:
+        print_verification(console, report["verification"])
+
+
+def print_verification(console: Console, verification: dict[str, Any]) -> None:
+    """The sessions that were compared, with their errors."""
+    table = Table(title="verification: " + ("passed" if verification["passed"] else "FAILED"))
+    for heading in ("session", "tokens", "rewrite error", "format error"):
+        table.add_column(heading, justify="left" if heading == "session" else "right")
+    for case in verification["cases"]:
+        table.add_row(
+            case["name"], str(case["tokens"]), _number(case["rewrite_max_error"]), _number(case["format_max_error"])
+        )
+    console.print(table)
+    for failure in verification.get("failures", []):
+        console.print(f"[red]{failure}[/]")
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.1e}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

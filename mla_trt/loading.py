@@ -1,0 +1,127 @@
+"""Reads ONNX models and says in one line what is wrong with one that cannot be used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import google.protobuf.message
+import numpy as np
+import onnx
+from onnx import TensorProto
+from onnx.external_data_helper import load_external_data_for_tensor
+
+from mla_trt.errors import BadModelError
+
+SMALL_TENSOR = 4096  # elements
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model as it is on the disk; external data is not in memory.
+
+    Attributes:
+        proto: the model.
+        path: its file; external data lies beside it.
+    """
+
+    proto: onnx.ModelProto
+    path: Path
+
+    @property
+    def base_dir(self) -> Path:
+        return self.path.parent
+
+    def external_files(self) -> set[Path]:
+        """Files that hold weights outside the model."""
+        return {
+            self.base_dir / location for tensor in _tensors(self.proto) if (location := _location(tensor)) is not None
+        }
+
+
+def load_model(path: Path) -> LoadedModel:
+    """Reads a model without its external data, and checks that it is whole.
+
+    Raises:
+        BadModelError: the file is missing, is no ONNX model, is cut short, lacks weights, or contradicts itself.
+    """
+    if not path.exists():
+        raise BadModelError(f"'{path}' does not exist")
+    if path.is_dir():
+        raise BadModelError(f"'{path}' is a folder: give the .onnx file in it")
+    try:
+        proto = onnx.load(str(path), load_external_data=False)
+    except (google.protobuf.message.DecodeError, ValueError, OSError) as error:
+        raise BadModelError(
+            f"'{path}' cannot be read as an ONNX model (damaged, cut short, or another format): {error}"
+        ) from None
+    if not proto.ir_version or not proto.opset_import or not proto.graph.node or not proto.graph.output:
+        raise BadModelError(f"'{path}' is no complete ONNX model: it has no nodes, no outputs or no opset")
+    model = LoadedModel(proto, path)
+    _check_external(model)
+    for tensor in _tensors(proto):
+        if _location(tensor) is not None and _is_small(tensor):
+            load_external_data_for_tensor(tensor, str(model.base_dir))
+            tensor.data_location = TensorProto.DEFAULT
+            del tensor.external_data[:]
+    _check_names(proto)
+    return model
+
+
+def _tensors(proto: onnx.ModelProto) -> list[TensorProto]:
+    return list(proto.graph.initializer) + [
+        attribute.t for node in proto.graph.node for attribute in node.attribute if attribute.HasField("t")
+    ]
+
+
+def _is_small(tensor: TensorProto) -> bool:
+    """Whether a tensor may be an axis, a shape or another parameter, which whoever reads the graph needs."""
+    return int(np.prod(tensor.dims, dtype=np.int64)) <= SMALL_TENSOR
+
+
+def _location(tensor: TensorProto) -> str | None:
+    if tensor.data_location != TensorProto.EXTERNAL:
+        return None
+    return next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
+
+
+def _check_external(model: LoadedModel) -> None:
+    sizes: dict[str, int] = {}
+    for tensor in _tensors(model.proto):
+        location = _location(tensor)
+        if location is None:
+            continue
+        if location not in sizes:
+            file = model.base_dir / location
+            if not location or not file.is_file():
+                raise BadModelError(
+                    f"the weights of '{tensor.name}' are in '{location}', which is not beside '{model.path}': copy it there"
+                )
+            if not file.resolve().is_relative_to(model.base_dir.resolve()):
+                raise BadModelError(f"the weights of '{tensor.name}' are in '{location}', outside the model's folder")
+            sizes[location] = file.stat().st_size
+        facts = {entry.key: entry.value for entry in tensor.external_data}
+        end = int(facts.get("offset", 0)) + int(facts.get("length", 0))
+        if end > sizes[location]:
+            raise BadModelError(
+                f"'{location}' is cut short: '{tensor.name}' ends at byte {end}, the file at {sizes[location]}"
+            )
+
+
+def _check_names(proto: onnx.ModelProto) -> None:
+    """Every tensor that is read must be made, and once."""
+    known = {tensor.name for tensor in proto.graph.initializer} | {value.name for value in proto.graph.input}
+    known |= {tensor.values.name for tensor in proto.graph.sparse_initializer}
+    made = {value.name for value in proto.graph.input}
+    for node in proto.graph.node:
+        for name in node.output:
+            if name and name in made:
+                raise BadModelError(f"the tensor '{name}' is made twice (node '{node.name}')")
+            made.add(name)
+    for node in proto.graph.node:
+        for name in node.input:
+            if name and name not in known and name not in made:
+                raise BadModelError(f"node '{node.name}' ({node.op_type}) reads '{name}', which nothing makes")
+    for value in proto.graph.output:
+        if value.name not in made and value.name not in known:
+            raise BadModelError(f"the output '{value.name}' is made by no node")

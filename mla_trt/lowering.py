@@ -1,0 +1,408 @@
+"""The driver: an export in, a lowered model and a report out. The passes run in the order in which they stand in `lower`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_graphsurgeon as gs
+from onnx import helper
+
+from mla_trt import __version__
+from mla_trt import interface as roles
+from mla_trt.errors import BadModelError, NoMlaError, UsageError
+from mla_trt.formats import INDEX_FORMATS, ROW_FORMATS
+from mla_trt.interface import ModelInterface
+from mla_trt.ops import attach_functions
+from mla_trt.passes import pack
+from mla_trt.passes.attention_core import NoMatch, find_softmaxes, read_core, unknown_op_near
+from mla_trt.passes.graph import OPSET, Emitter, Names, topological
+from mla_trt.passes.identify_inputs import data_dependent, identify_inputs, static_size
+from mla_trt.passes.inline_branches import inline_branches
+from mla_trt.passes.lower import CacheFormat, Lowerer
+from mla_trt.passes.match_indexer import IndexerMatch, match_indexer
+from mla_trt.passes.match_mla import MlaMatch, match_mla
+from mla_trt.passes.positions import BY_SEQUENCE, PACKED, UNPACKED
+from mla_trt.passes.probe import Probe, ProbeError, Sizes
+from mla_trt.passes.simplify import simplify
+from mla_trt.passes.standardize import standardize
+from mla_trt.report import LayerReport, PassReport, Report
+
+log = logging.getLogger(__name__)
+
+TARGETS = ("tensorrt-10.6", "tensorrt-11", "onnx")
+IR_VERSION = 10
+ROUNDED_ACTIVATIONS = "the export quantises activations: inside the lowered attention they are not rounded, so errors are stated, not judged"
+
+
+@dataclass(frozen=True)
+class LowerOptions:
+    """What the command's options say.
+
+    Attributes:
+        kv_format: row format of the latent cache.
+        index_format: row format of the index cache.
+        weights: "keep" the export's types of W_UK and W_UV, or "fp8" (e4m3 with 128x128 scales).
+        page_size: tokens in a page.
+        logits: results of "all" tokens or of each sequence's "last".
+        target: parser whose ops the lowered model may use.
+        strict: refuse what rests on an assumption.
+        kv_scale: static scale of `fp8_flat` rows.
+    """
+
+    kv_format: str = "fp8"
+    index_format: str = "fp8"
+    weights: str = "keep"
+    page_size: int = 64
+    logits: str = "all"
+    target: str = "tensorrt-10.6"
+    strict: bool = False
+    kv_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("--kv-format", self.kv_format, ROW_FORMATS),
+            ("--index-format", self.index_format, INDEX_FORMATS),
+            ("--weights", self.weights, ("keep", "fp8")),
+            ("--logits", self.logits, ("all", "last")),
+            ("--target", self.target, TARGETS),
+        ):
+            if value not in allowed:
+                raise UsageError(f"{name} is '{value}': choose one of {', '.join(allowed)}")
+        if self.page_size < 1:
+            raise UsageError(f"--page-size is {self.page_size}: it must be at least 1")
+        if not self.kv_scale > 0:
+            raise UsageError(f"--kv-scale is {self.kv_scale}: it must be positive")
+
+
+@dataclass
+class Lowered:
+    """A lowered model, not yet verified.
+
+    Attributes:
+        model: with function bodies and metadata.
+        interface: roles of the export's inputs.
+        quantised_activations: the export rounds activations, which the lowered attention does not repeat.
+    """
+
+    model: onnx.ModelProto
+    interface: ModelInterface
+    report: Report
+    quantised_activations: bool = False
+
+
+@dataclass
+class Inspection:
+    """What was found in an export."""
+
+    graph: gs.Graph
+    interface: ModelInterface
+    probes: list[Probe]
+    matches: list[MlaMatch | None]
+    indexers: dict[int, IndexerMatch]
+    report: Report
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+Progress = Callable[[str], None]
+
+
+class _Stages:
+    """Times the passes and tells about them."""
+
+    def __init__(self, report: Report, progress: Progress) -> None:
+        self.report = report
+        self.progress = progress
+
+    @contextmanager
+    def run(self, name: str) -> Iterator[list[int]]:
+        self.progress(name)
+        changed = [0]
+        start = time.perf_counter()
+        yield changed
+        entry = PassReport(name, changed[0], time.perf_counter() - start)
+        self.report.passes.append(entry)
+        log.info("%s: %d changed, %.2f s", name, entry.changed, entry.seconds)
+
+
+def inspect(
+    model: onnx.ModelProto,
+    base_dir: Path | None = None,
+    progress: Progress = lambda _: None,
+    *,
+    tie_break: bool = False,
+) -> Inspection:
+    """Finds the attention layers of an export and says of each whether it is MLA, and if not, why.
+
+    Raises:
+        BadModelError: the model cannot be read.
+    """
+    report = Report()
+    stages = _Stages(report, progress)
+    with stages.run("standardize") as changed:
+        model = standardize(model)
+        changed[0] = len(model.graph.node)
+    with stages.run("import") as changed:
+        graph = gs.import_onnx(model)
+        changed[0] = len(graph.nodes)
+    with stages.run("simplify") as changed:
+        topological(graph.nodes)
+        changed[0] = simplify(graph)
+    with stages.run("identify_inputs") as changed:
+        interface = identify_inputs(graph)
+        changed[0] = len(interface.inputs)
+    with stages.run("inline_branches") as changed:
+        data = _data(graph, interface)
+        if any(node.op == "If" for node in graph.nodes):
+            changed[0] = inline_branches(graph, make_probes(graph, interface, data, base_dir))
+            simplify(graph)
+            data = _data(graph, interface)
+    with stages.run("match") as changed:
+        probes = make_probes(graph, interface, data, base_dir)
+        found = Inspection(graph, interface, probes, [], {}, report)
+        for node in find_softmaxes(graph, data):
+            _match(found, node)
+        changed[0] = report.matched
+    for entry in interface.by_role(roles.SCORE_MASK):
+        report.assumptions.append(
+            f"the input '{entry.name}' is added to the scores: it is assumed to be the causal mask"
+        )
+    if rounds_activations(found):
+        report.assumptions.append(ROUNDED_ACTIVATIONS)
+    return found
+
+
+def rounds_activations(found: Inspection) -> bool:
+    """Whether the export quantises data as it flows, not only weights."""
+    data = found.probes[0].data
+    return any(
+        node.op in ("QuantizeLinear", "DynamicQuantizeLinear") and id(node.inputs[0]) in data
+        for node in found.graph.nodes
+    )
+
+
+def _data(graph: gs.Graph, interface: ModelInterface, *, selections: bool = False) -> set[int]:
+    sources = (roles.TOKENS, roles.CACHE, roles.STATE)
+    tensors = [tensor for tensor, entry in zip(graph.inputs, interface.inputs, strict=False) if entry.role in sources]
+    return data_dependent(graph, tensors, selections=selections)
+
+
+def make_probes(graph: gs.Graph, interface: ModelInterface, data: set[int], base_dir: Path | None) -> list[Probe]:
+    """Two cases of different sizes, none of which equals another size by accident more often than must be."""
+    cached = bool(interface.by_role(roles.CACHE))
+    fixed = interface.fixed
+    cases = ((2, 3, 5), (3, 2, 9)) if cached else ((2, 6, 0), (3, 5, 0))
+    return [
+        Probe(graph, interface, data, Sizes(fixed.get("B", batch), fixed.get("S", new), fixed.get("P", past)), base_dir)
+        for batch, new, past in cases
+    ]
+
+
+def _match(found: Inspection, node: gs.Node) -> None:
+    """Matches one core and adds its line to the report."""
+    probe = found.probes[0]
+    index = len(found.matches)
+    label = node.name or node.outputs[0].name
+    try:
+        match: MlaMatch | None = match_mla(probe, read_core(probe, node))
+        assert match is not None
+        top_k = None
+        if match.selection is not None:
+            if id(match.selection) not in found.indexers:
+                found.indexers[id(match.selection)] = match_indexer(probe, match.selection)
+            top_k = found.indexers[id(match.selection)].top_k
+        found.report.layers.append(
+            LayerReport(
+                index,
+                True,
+                None,
+                label,
+                "mla" if match.selection is None else "mla_sparse",
+                match.cache,
+                match.num_heads,
+                match.qk_nope_head_dim,
+                match.qk_rope_head_dim,
+                match.v_head_dim,
+                match.kv_lora_rank,
+                match.q_lora_rank,
+                match.scale,
+                match.sinks is not None,
+                match.absorbed,
+                top_k,
+            )
+        )
+    except (NoMatch, ProbeError) as error:
+        unknown = unknown_op_near(probe, node)
+        if unknown is not None:
+            operator = f"{unknown.domain}::{unknown.op}"
+            raise BadModelError(
+                f"the attention at '{label}' contains node '{unknown.name}' of the unknown op {operator}: "
+                "export without it, or as a model function"
+            ) from None
+        match = None
+        reason = error.reason if isinstance(error, NoMatch) else str(error)
+        at = error.at if isinstance(error, NoMatch) else (error.node.name if error.node is not None else None)
+        found.report.layers.append(LayerReport(index, False, reason, at or label))
+        log.info("attention core %d (%s) is not MLA: %s", index, label, reason)
+    found.matches.append(match)
+
+
+def lower(
+    model: onnx.ModelProto, options: LowerOptions, base_dir: Path | None = None, progress: Progress = lambda _: None
+) -> Lowered:
+    """Lowers an export.
+
+    Raises:
+        BadModelError: the model cannot be read.
+        NoMlaError: it has no MLA, or cannot be lowered whole.
+    """
+    found = inspect(model, base_dir, progress)
+    report, graph, probe = found.report, found.graph, found.probes[0]
+    stages = _Stages(report, progress)
+    check_lowerable(found, options)
+    with stages.run("lower") as changed:
+        # Around the attention what a TopK picks (experts) is data like any other.
+        surroundings = Probe(
+            graph, found.interface, _data(graph, found.interface, selections=True), probe.sizes, base_dir
+        )
+        emitter = Emitter(graph, Names(graph))
+        tokens = next(tensor for tensor in graph.inputs if tensor.name == found.interface.tokens.name)
+        cache_format = CacheFormat(options.kv_format, options.index_format, options.page_size, options.kv_scale)
+        results = [tensor for tensor in graph.outputs if tensor.name in found.interface.results]
+        lowerer = Lowerer(emitter, found.probes, tokens, cache_format, fp8_weights=options.weights == "fp8")
+        for layer, match in enumerate(found.matches):
+            if match is not None:
+                try:
+                    lowerer.lower(layer, match, found.indexers.get(id(match.selection)))
+                except NoMatch as error:
+                    raise NoMlaError(f"attention core {layer} cannot be lowered: {error.reason}") from None
+                changed[0] += 1
+    with stages.run("pack") as changed:
+        stays = frozenset(
+            {roles.TOKENS, roles.STATE, roles.ROPE_COS, roles.ROPE_SIN}
+            | ({roles.ATTENTION_MASK} if lowerer.layout == UNPACKED else set())
+        )
+        changed[0] += pack.keep_all_tokens(graph, surroundings, emitter)
+        changed[0] += pack.free_fixed_shapes(graph, surroundings, emitter, lowerer.layout)
+        if options.logits == "last":
+            pack.keep_last_tokens(graph, surroundings, emitter, lowerer.query_offsets, results)
+        lowerer.finish()
+        pack.drop_old_caches(graph, surroundings)
+        changed[0] += pack.rebuild_side_tensors(graph, surroundings, lowerer.packed, stays)
+        changed[0] += pack.replace_lost_shapes(graph, surroundings, emitter, tokens, stays)
+        pack.drop_inputs(graph, surroundings, stays)
+        token_axes = _pack_tokens(tokens, found.interface, lowerer.layout)
+    with stages.run("export") as changed:
+        lowered = _export(graph, lowerer, found, options, token_axes)
+        changed[0] = len(lowered.graph.node)
+    return Lowered(lowered, found.interface, report, ROUNDED_ACTIVATIONS in report.assumptions)
+
+
+def check_lowerable(found: Inspection, options: LowerOptions) -> None:
+    """Raises NoMlaError where nothing can be lowered, or only a part of what must be lowered whole."""
+    report = found.report
+    if not report.layers:
+        raise NoMlaError("no attention was found in the model: nothing to lower")
+    refused = [layer for layer in report.layers if not layer.matched]
+    if refused:
+        first = refused[0]
+        which = (
+            "no attention core is MLA"
+            if not report.matched
+            else f"{len(refused)} of {len(report.layers)} attention cores are not MLA, and the cache changes shape in all or none"
+        )
+        raise NoMlaError(f"{which}; core {first.index} (at '{first.at}'): {first.reason}")
+    if options.strict and report.assumptions:
+        raise NoMlaError(f"--strict: {report.assumptions[0]}")
+
+
+def _pack_tokens(tokens: gs.Tensor, interface: ModelInterface, layout: str) -> list[int | str]:
+    packed: dict[str, dict[str, int | str]] = {
+        PACKED: {"B": 1, "S": "T"},
+        BY_SEQUENCE: {"B": "T", "S": 1},
+        UNPACKED: {},
+    }
+    letters = packed[layout]
+    axes = [letters.get(axis, axis) if isinstance(axis, str) else axis for axis in interface.tokens.axes]
+    tokens.shape = axes
+    return axes
+
+
+def _export(
+    graph: gs.Graph, lowerer: Lowerer, found: Inspection, options: LowerOptions, token_axes: list[int | str]
+) -> onnx.ModelProto:
+    for tensor in graph.tensors().values():
+        if isinstance(tensor, gs.Variable) and not any(tensor is item for item in (*graph.inputs, *graph.outputs)):
+            tensor.shape = None
+    for tensor in graph.outputs:
+        if tensor.name in found.interface.results:
+            tensor.shape = _result_shape(tensor.shape, token_axes, "B" if options.logits == "last" else "T")
+    graph.nodes[:] = topological(graph.nodes)
+    graph.opset = OPSET
+    graph.import_domains = [helper.make_opsetid("", OPSET), helper.make_opsetid("mla_trt", 1)] + [
+        entry for entry in (graph.import_domains or []) if entry.domain not in ("", "ai.onnx", "mla_trt")
+    ]
+    model = gs.export_onnx(graph, do_type_check=False)
+    model.ir_version = max(model.ir_version, IR_VERSION)
+    model.producer_name, model.producer_version = "mla-trt", __version__
+    metadata = {
+        "version": 1,
+        "token_input": found.interface.tokens.name,
+        "token_axes": [str(axis) for axis in token_axes],
+        "logits": options.logits,
+        "page_size": options.page_size,
+        "max_pages": None,
+        "row_format": options.kv_format,
+        "index_format": options.index_format,
+        "max_position": lowerer.packed.max_position,
+        "target": options.target,
+        "vocabulary": None,
+        "caches": [
+            {"name": cache.name, "layer": cache.layer, "kind": cache.kind, "page_words": cache.page_words}
+            for cache in lowerer.caches
+        ],
+        "layers": [layer.to_json() for layer in found.report.layers],
+        "side_inputs": [
+            {
+                "name": entry.name,
+                "role": entry.role,
+                "dtype": entry.dtype,
+                "axes": list(entry.axes),
+                "output": entry.output,
+            }
+            for entry in found.interface.inputs
+            if any(entry.name == tensor.name for tensor in graph.inputs) and entry.role != roles.TOKENS
+        ],
+    }
+    found.report.model = {
+        key: metadata[key]
+        for key in (
+            "token_input",
+            "token_axes",
+            "page_size",
+            "row_format",
+            "index_format",
+            "max_position",
+            "target",
+            "logits",
+        )
+    }
+    entry = model.metadata_props.add()
+    entry.key, entry.value = "mla_trt", json.dumps(metadata)
+    attach_functions(model)
+    return model
+
+
+def _result_shape(exported: list[int | str] | None, token_axes: list[int | str], tokens: str) -> list[int | str] | None:
+    """Shape of a result for packed tokens: [1, T, features] or, where the export had no axis for them, [T, features]."""
+    if exported is None or len(exported) not in (2, 3) or static_size(exported[-1]) is None:
+        return None
+    leading = token_axes[:2] if len(exported) == 3 else ["T"]
+    return [tokens if axis == "T" else axis for axis in leading] + [static_size(exported[-1]) or 0]

@@ -1,0 +1,130 @@
+"""Writes results whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import onnx
+from onnx import TensorProto
+
+from mla_trt.errors import UsageError
+
+# A protobuf message ends at 2 GiB; models above this size keep their weights beside them.
+INLINE_LIMIT = 1 << 30
+EXTERNAL_FILE = "model.data"
+LARGE_TENSOR = 1 << 10
+COPY_CHUNK = 1 << 30
+
+
+@contextmanager
+def folder_written_whole(folder: Path) -> Iterator[Path]:
+    """Gives a fresh folder beside `folder`; on success its files replace those of the same names there, on failure nothing is left.
+
+    Raises:
+        UsageError: the folder cannot be written, or the disk is full.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if folder.exists() and not folder.is_dir():
+            raise UsageError(f"'{folder}' is a file: give a folder to write to")
+        if folder.exists() and not os.access(folder, os.W_OK):
+            raise UsageError(f"'{folder}' cannot be written: choose another folder or change its permissions")
+        draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise UsageError(f"'{folder}' cannot be written: {error.strerror or error}") from None
+    try:
+        yield draft
+        folder.mkdir(exist_ok=True)
+        for file in sorted(path for path in draft.rglob("*") if path.is_file()):
+            target = folder / file.relative_to(draft)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, target)
+    except OSError as error:
+        raise UsageError(f"'{folder}' cannot be written: {error.strerror or error}; nothing was left there") from None
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def check_writable(folder: Path) -> None:
+    """Finds out before long work that a folder cannot be written.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"'{folder}' is a file: give a folder to write to")
+    place = folder
+    while not place.exists():
+        place = place.parent
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise UsageError(f"'{folder}' cannot be written: {error.strerror or error}") from None
+
+
+def write_model(model: onnx.ModelProto, draft: Path, folder: Path, base_dir: Path) -> None:
+    """Writes `model.onnx` into a draft of `folder`; weights that make it large go into `model.data`.
+
+    Weights that the export keeps in external files are copied file by file, not read: they can be larger than memory. Where `folder` is the
+    export's own, they are shared instead. (Links will not do: readers of ONNX refuse external data with more than one name.)
+    """
+    if folder.resolve() != base_dir.resolve():
+        for location in sorted(external_locations(model)):
+            copy_sparse(base_dir / location, draft / location)
+    if model.ByteSize() > INLINE_LIMIT:
+        onnx.save_model(
+            model,
+            str(draft / "model.onnx"),
+            save_as_external_data=True,
+            all_tensors_to_one_file=True,
+            location=EXTERNAL_FILE,
+            size_threshold=LARGE_TENSOR,
+        )
+    else:
+        (draft / "model.onnx").write_bytes(model.SerializeToString())
+
+
+def external_locations(model: onnx.ModelProto) -> set[str]:
+    """Files, relative to the model, that hold weights."""
+    return {
+        entry.value
+        for tensor in model.graph.initializer
+        if tensor.data_location == TensorProto.EXTERNAL
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+
+
+def copy_sparse(source: Path, target: Path) -> None:
+    """Copies a file; holes stay holes, and file systems that can share blocks do."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with source.open("rb") as reader, target.open("wb") as writer:
+        size = os.fstat(reader.fileno()).st_size
+        writer.truncate(size)
+        end = 0
+        while end < size:
+            try:
+                start = os.lseek(reader.fileno(), end, os.SEEK_DATA)
+            except OSError:
+                return  # only a hole is left
+            end = os.lseek(reader.fileno(), start, os.SEEK_HOLE)
+            while start < end:
+                copied = os.copy_file_range(
+                    reader.fileno(), writer.fileno(), min(end - start, COPY_CHUNK), start, start
+                )
+                if not copied:
+                    raise OSError(f"'{source}' became shorter while it was copied")
+                start += copied
+
+
+def write_json(value: Any, path: Path) -> None:
+    """Writes a JSON file that people can read."""
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")

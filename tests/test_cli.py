@@ -1,0 +1,208 @@
+"""The command: exit statuses, one-line errors, and nothing written on failure."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from mla_trt.cli import main
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "models" / "examples"
+EXAMPLE = EXAMPLES / "deepseek_v3__dynamo_op20__eager__dec.onnx"
+
+
+@pytest.fixture
+def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs `lower` on a path, checks that it fails with one line and writes nothing, and returns the line."""
+
+    def run(path: Path, *options: str, status: int = 2) -> str:
+        output = tmp_path / "output"
+        before = sorted(tmp_path.iterdir())
+        assert main(["lower", str(path), "-o", str(output), *options]) == status
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert len(captured.err.strip().splitlines()) == 1
+        assert captured.err.startswith("mla-trt: ")
+        assert sorted(tmp_path.iterdir()) == before
+        return captured.err
+
+    return run
+
+
+def test_lower_writes_model_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "a" / "b"
+    assert main(["lower", str(EXAMPLE), "-o", str(output)]) == 0
+    assert {file.name for file in output.iterdir()} == {"model.onnx", "report.json"}
+    report = json.loads((output / "report.json").read_text())
+    assert set(report) >= {"attention_cores", "matched", "assumptions", "layers", "verification", "passes"}
+    assert all(set(entry) == {"name", "changed", "seconds"} for entry in report["passes"])
+    assert "2 of 2" in capsys.readouterr().out
+    assert main(["verify", str(EXAMPLE), str(output)]) == 0
+
+
+def test_run_generates_what_other_batches_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "lowered"
+    assert main(["lower", str(EXAMPLE), "-o", str(output), "--quiet"]) == 0
+    capsys.readouterr()
+    together = ["run", str(output), "--prompt-ids", "1,5,9", "--prompt-ids", "3,4", "--max-new-tokens", "5", "--json"]
+    assert main(together) == 0
+    both = json.loads(capsys.readouterr().out)["sequences"]
+    for prompt, expected in (("1,5,9", both[0]), ("3,4", both[1])):
+        assert main(["run", str(output), "--prompt-ids", prompt, "--max-new-tokens", "5", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["sequences"] == [expected]
+
+
+def test_inspect_says_why_not(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(EXAMPLES / "deepseek_v4__dynamo_op20__eager__pre.onnx")]) == 3
+    assert "is not lowered: " in capsys.readouterr().out
+    assert main(["inspect", str(EXAMPLE), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["matched"] == 2
+
+
+def test_not_an_onnx_file(refused: Callable[..., str], tmp_path: Path) -> None:
+    file = tmp_path / "model.onnx"
+    file.write_text("this is no model\n" * 50)
+    assert "cannot be read as an ONNX model" in refused(file) or "no complete ONNX model" in refused(file)
+
+
+def test_missing_file(refused: Callable[..., str], tmp_path: Path) -> None:
+    assert "does not exist" in refused(tmp_path / "nowhere.onnx")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.9, 0.999])
+def test_truncated_file(refused: Callable[..., str], tmp_path: Path, share: float) -> None:
+    data = EXAMPLE.read_bytes()
+    file = tmp_path / "model.onnx"
+    file.write_bytes(data[: int(len(data) * share)])
+    refused(file)
+
+
+def test_missing_and_short_external_data(refused: Callable[..., str], tmp_path: Path) -> None:
+    file = tmp_path / "model.onnx"
+    onnx.save_model(onnx.load(EXAMPLE), str(file), save_as_external_data=True, location="weights.bin", size_threshold=0)
+    weights = tmp_path / "weights.bin"
+    weights.write_bytes(weights.read_bytes()[:-64])
+    assert "cut short" in refused(file)
+    weights.unlink()
+    assert "weights.bin" in refused(file)
+
+
+def test_external_data_is_lowered_like_inline_data(tmp_path: Path) -> None:
+    file = tmp_path / "model.onnx"
+    onnx.save_model(onnx.load(EXAMPLE), str(file), save_as_external_data=True, location="weights.bin", size_threshold=0)
+    assert main(["lower", str(file), "-o", str(tmp_path / "out"), "--quiet"]) == 0
+    assert main(["verify", str(file), str(tmp_path / "out"), "--quiet"]) == 0
+
+
+def _save(model: onnx.ModelProto, tmp_path: Path) -> Path:
+    file = tmp_path / "model.onnx"
+    onnx.save(model, file)
+    return file
+
+
+def test_unknown_op_inside_an_attention(refused: Callable[..., str], tmp_path: Path) -> None:
+    model = onnx.load(EXAMPLE)
+    softmax = next(node for node in model.graph.node if node.op_type == "Softmax")
+    softmax.input[0], old = "twisted", softmax.input[0]
+    index = list(model.graph.node).index(softmax)
+    model.graph.node.insert(index, helper.make_node("Twist", [old], ["twisted"], name="twist", domain="com.acme"))
+    model.opset_import.append(helper.make_opsetid("com.acme", 1))
+    assert "com.acme::Twist" in refused(_save(model, tmp_path))
+
+
+def test_contradictory_shapes(refused: Callable[..., str], tmp_path: Path) -> None:
+    model = onnx.load(EXAMPLE)
+    weight = next(tensor for tensor in model.graph.initializer if list(tensor.dims) == [48, 160])
+    weight.CopyFrom(numpy_helper.from_array(np.zeros((47, 160), np.float32), weight.name))
+    refused(_save(model, tmp_path))
+
+
+def test_dynamic_rank(refused: Callable[..., str], tmp_path: Path) -> None:
+    model = onnx.load(EXAMPLE)
+    model.graph.input[0].type.tensor_type.ClearField("shape")
+    assert "rank" in refused(_save(model, tmp_path))
+
+
+def test_cycle(refused: Callable[..., str], tmp_path: Path) -> None:
+    model = onnx.load(EXAMPLE)
+    adds = [node for node in model.graph.node if node.op_type == "Add"]
+    adds[-2].input[0] = adds[-1].output[0]
+    refused(_save(model, tmp_path))
+
+
+def test_a_model_without_attention(refused: Callable[..., str], tmp_path: Path) -> None:
+    value = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["B", "S", 8])
+    weight = numpy_helper.from_array(np.eye(8, dtype=np.float32), "w")
+    result = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["B", "S", 8])
+    graph = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["y"])], "g", [value], [result], [weight])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    assert "no attention" in refused(_save(model, tmp_path), status=3)
+
+
+def test_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "occupied"
+    file.write_text("")
+    assert main(["lower", str(EXAMPLE), "-o", str(file)]) == 2
+    assert main(["lower", str(EXAMPLE), "-o", str(file / "below")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+    assert file.read_text() == ""
+
+
+def test_full_disk_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("mla_trt.pipeline.write_json", fail)
+    assert main(["lower", str(EXAMPLE), "-o", str(tmp_path / "out"), "--no-verify"]) == 2
+    assert "No space left" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--kv-format", "fp7"],
+        ["--weights", "int3"],
+        ["--page-size", "0"],
+        ["--target", "tensorrt-9"],
+        ["--logits", "some"],
+        ["--kv-scale", "0"],
+    ],
+)
+def test_options_without_sense(refused: Callable[..., str], options: list[str]) -> None:
+    assert options[0] in refused(EXAMPLE, *options)
+
+
+def test_help_has_examples() -> None:
+    for command in ("lower", "inspect", "verify", "run", "export"):
+        text = subprocess.run(
+            [sys.executable, "-m", "mla_trt", command, "--help"], capture_output=True, text=True, check=True
+        ).stdout
+        assert f"mla-trt {command} " in text.split("examples:")[1]
+
+
+@pytest.mark.parametrize("row_format", ["f32", "bf16", "fp8", "fp8_ds_mla", "fp8_flat"])
+@pytest.mark.parametrize("weights", ["keep", "fp8"])
+def test_every_format_verifies(tmp_path: Path, row_format: str, weights: str) -> None:
+    arguments = [
+        "lower",
+        str(EXAMPLE),
+        "-o",
+        str(tmp_path / "out"),
+        "--quiet",
+        "--kv-format",
+        row_format,
+        "--weights",
+        weights,
+    ]
+    assert main([*arguments, "--page-size", "16", "--logits", "last"]) == 0
