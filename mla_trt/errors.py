@@ -29,5 +29,9 @@ class VerificationError(MlaTrtError):
     exit_status = 4
 
 
+class NoSessionError(VerificationError):
+    """No session of the original can begin with its first token, so that there is nothing to compare."""
+
+
 class OutOfPagesError(MlaTrtError):
     """The page pool has no room for the tokens asked for. No sequence was changed."""

@@ -34,6 +34,7 @@ from mla_trt.passes.probe import Probe, ProbeError, Sizes
 from mla_trt.passes.simplify import simplify
 from mla_trt.passes.standardize import standardize
 from mla_trt.report import LayerReport, PassReport, Report
+from mla_trt.weight_file import WeightFile
 
 log = logging.getLogger(__name__)
 
@@ -252,12 +253,23 @@ def _match(found: Inspection, node: gs.Node) -> None:
         found.report.layers.append(LayerReport(index, False, reason, at or label))
         log.info("attention core %d (%s) is not MLA: %s", index, label, reason)
     found.matches.append(match)
+    probe.forget_data()
 
 
 def lower(
-    model: onnx.ModelProto, options: LowerOptions, base_dir: Path | None = None, progress: Progress = lambda _: None
+    model: onnx.ModelProto,
+    options: LowerOptions,
+    base_dir: Path | None = None,
+    progress: Progress = lambda _: None,
+    *,
+    weight_file: WeightFile | None = None,
 ) -> Lowered:
     """Lowers an export.
+
+    Args:
+        base_dir: folder of its external data.
+        progress: told the name of each pass.
+        weight_file: where W_UK and W_UV go; into the model itself where there is none.
 
     Raises:
         BadModelError: the model cannot be read.
@@ -276,7 +288,9 @@ def lower(
         tokens = next(tensor for tensor in graph.inputs if tensor.name == found.interface.tokens.name)
         cache_format = CacheFormat(options.kv_format, options.index_format, options.page_size, options.kv_scale)
         results = [tensor for tensor in graph.outputs if tensor.name in found.interface.results]
-        lowerer = Lowerer(emitter, found.probes, tokens, cache_format, fp8_weights=options.weights == "fp8")
+        lowerer = Lowerer(
+            emitter, found.probes, tokens, cache_format, fp8_weights=options.weights == "fp8", weight_file=weight_file
+        )
         for layer, match in enumerate(found.matches):
             if match is not None:
                 try:

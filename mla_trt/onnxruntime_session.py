@@ -36,6 +36,8 @@ def open_session(model: onnx.ModelProto | Path | str, *, base_dir: Path | None =
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = level
         options.log_severity_level = 4  # what fails is raised as well
+        # Fused with their neighbours, dequantised weights would meet activations rounded to 8 bits, which no model asks for.
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
         # Threads that spin while they wait cost more than they give in the short steps of a session.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:

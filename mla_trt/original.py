@@ -22,6 +22,7 @@ from mla_trt.onnxruntime_session import RuntimeErrors, input_dtype, one_line, op
 
 ROPE_THETA = 10000.0
 LONGEST_TRIED_MINIMUM = 16
+SAME = 1e-5  # relative to the largest value: what rounding may make of equal results
 
 
 class RefusedLengthError(MlaTrtError):
@@ -38,6 +39,10 @@ class Limits:
         past: fewest cached tokens of a call that is not the first; 0 where the export has no cache.
         total: most tokens that a sequence can have, or the bound of the search.
         only: the one length that an export without a cache takes, where that is fixed.
+        window: rows that the caches of every call have at least. Where a sequence has fewer tokens yet, rows of zeros
+            stand before them, which the mask hides.
+        made: first tokens of every sequence that no call can give results of. Their rows in the caches are made by calls
+            beside other rows, on which they do not depend.
     """
 
     first: int | None
@@ -45,6 +50,13 @@ class Limits:
     past: int
     total: int
     only: int | None = None
+    window: int = 0
+    made: int = 0
+
+    @property
+    def can_begin(self) -> bool:
+        """Whether results of sequences can be had that begin with their first token."""
+        return self.first is not None or self.made > 0
 
 
 class OriginalModel:
@@ -76,6 +88,7 @@ class OriginalModel:
         self.has_state = bool(interface.by_role(roles.STATE))
         self.fixed_batch = interface.fixed.get("B") if "B" in interface.tokens.axes else 1
         self.fixed_new = interface.fixed.get("S")
+        self.fixed_past = interface.fixed.get("P")
         self._rope_dim = rope_dim
         self._session = open_session(model, base_dir=base_dir)
         # Types are those of the model given, which may be a float32 copy of the one that the interface describes.
@@ -84,8 +97,8 @@ class OriginalModel:
 
     @property
     def carries(self) -> bool:
-        """Whether anything goes from one call to the next."""
-        return self.has_cache or self.has_state
+        """Whether anything goes from one call to the next. A cache that must be empty carries nothing."""
+        return (self.has_cache and self.fixed_past != 0) or self.has_state
 
     @property
     def feature_axes(self) -> tuple[int, ...]:
@@ -102,23 +115,30 @@ class OriginalModel:
     def _leading(self) -> int:
         return 2 if "B" in self.interface.tokens.axes else 1
 
-    def start(self, sequences: int = 1) -> OriginalRun:
+    def start(self, sequences: int = 1, *, window: int = 0) -> OriginalRun:
         """Begins `sequences` sequences of equal lengths.
+
+        Args:
+            sequences: their number.
+            window: as in `Limits`.
 
         Raises:
             UsageError: the export has a fixed number of sequences that is smaller.
         """
         if self.fixed_batch is not None and sequences > self.fixed_batch:
             raise UsageError(f"the export takes {self.fixed_batch} sequences at once, not {sequences}")
-        return OriginalRun(self, sequences)
+        return OriginalRun(self, sequences, window)
 
-    def call(self, tokens: np.ndarray, past: dict[str, np.ndarray], cached: int) -> dict[str, np.ndarray]:
+    def call(
+        self, tokens: np.ndarray, past: dict[str, np.ndarray], cached: int, hidden: int = 0
+    ) -> dict[str, np.ndarray]:
         """Runs the export once.
 
         Args:
             tokens: [B, S, ...].
-            past: value of each cache and state input.
-            cached: P, the number of tokens in the caches.
+            past: value of each cache and state input, caches of P = hidden + cached rows.
+            cached: tokens in the caches: the new ones have the positions from there on.
+            hidden: rows before them that belong to no token. Attention masks are 0 there, score masks lowest.
 
         Returns:
             every output by name; results as [B, S, ...], or [B, 1, ...] where only those of last tokens are given.
@@ -127,24 +147,25 @@ class OriginalModel:
             RefusedLengthError: the export does not run with these lengths.
         """
         sequences, new = tokens.shape[:2]
-        sizes = {"B": sequences, "S": new, "P": cached, "T": cached + new}
-        feeds = {entry.name: self._value(entry, tokens, past, sizes) for entry in self.interface.inputs}
+        rows = hidden + cached
+        sizes = {"B": sequences, "S": new, "P": rows, "T": rows + new}
+        feeds = {entry.name: self._value(entry, tokens, past, sizes, hidden) for entry in self.interface.inputs}
         try:
             values = self._session.run(self._outputs, feeds)
         except RuntimeErrors as error:
             raise RefusedLengthError(
-                f"the export refuses {new} new tokens after {cached} cached ones: {one_line(error)}"
+                f"the export refuses {new} new tokens after {rows} cached ones: {one_line(error)}"
             ) from None
         outputs = dict(zip(self._outputs, values, strict=True))
         for name in self.results:
             outputs[name] = self._normal_result(outputs[name], sequences, new)
             if outputs[name] is None:
                 raise RefusedLengthError(
-                    f"the export gives no result '{name}' for {new} new tokens after {cached} cached ones"
+                    f"the export gives no result '{name}' for {new} new tokens after {rows} cached ones"
                 )
         for entry in self.interface.by_role(roles.CACHE):
-            if entry.output and outputs[entry.output].shape[entry.axes.index("P")] != cached + new:
-                raise RefusedLengthError(f"the cache '{entry.output}' does not hold {cached} + {new} tokens")
+            if entry.output and outputs[entry.output].shape[entry.axes.index("P")] != rows + new:
+                raise RefusedLengthError(f"the cache '{entry.output}' does not hold {rows} + {new} tokens")
         return outputs
 
     def empty_past(self, sequences: int, cached: int = 0) -> dict[str, np.ndarray]:
@@ -170,21 +191,34 @@ class OriginalModel:
             return self._limits_without_cache(bound)
         sizes = [self.fixed_new] if self.fixed_new else range(1, LONGEST_TRIED_MINIMUM + 1)
         first = next((size for size in sizes if self._accepts(size, 0)), None)
-        lowest = range(1, LONGEST_TRIED_MINIMUM + 1) if first is None else (first,)
+        lowest: Sequence[int] = range(1, LONGEST_TRIED_MINIMUM + 1)
+        if first is not None:
+            lowest = (first,)
+        elif self.fixed_past is not None:
+            lowest = (self.fixed_past,)
         found = next(((size, cached) for cached in lowest for size in sizes if self._accepts(size, cached)), None)
         if found is None:
             raise BadModelError("ONNX Runtime runs the export with none of the lengths that were tried")
         step, past = found
         if not self.has_cache:
             return Limits(first, step, past, bound)
-        total = _largest(lambda length: self._accepts(step, length - step), past + step, bound)
+        if self.fixed_past is not None:
+            # A call that would need more than P cached tokens cannot be made. Where the number of new tokens is free,
+            # sequences may come to the last call with P tokens or fewer, so it can only be counted on for one more.
+            new = self.fixed_new
+            total = past - past % new + new if new else past + 1
+        else:
+            total = _largest(lambda length: self._accepts(step, length - step), past + step, bound)
+        if first is None:
+            return self._limits_without_beginning(step, past, total)
         smallest = next((cached for cached in range(1, past) if self._accepts(step, cached)), past)
         return Limits(first, step, smallest, total)
 
-    def count_ids(self, most: int = 1024) -> int:
+    def count_ids(self, limits: Limits, most: int = 1024) -> int:
         """A number of token ids that the export accepts: the largest power of two up to `most`."""
         count = most
-        while count > 1 and not self._accepts(self.fixed_new or LONGEST_TRIED_MINIMUM, 0, token=count - 1):
+        new, cached = (limits.step, limits.past) if limits.first is None or limits.window else (limits.first, 0)
+        while count > 1 and not self._accepts(new, cached, token=count - 1):
             count //= 2
         return count
 
@@ -201,8 +235,13 @@ class OriginalModel:
         """
         rows: dict[str, np.ndarray] = {}
         if self.carries:
-            run = self.start()
+            run = self.start(window=limits.window)
             start = end = 0
+            if limits.made:
+                if len(tokens) <= limits.made:
+                    return rows
+                run.adopt(tokens[None, : limits.made], self._rows_of(tokens[: limits.made], limits))
+                start = limits.made
             for chunk in chunks:
                 end += chunk
                 fed = end - start - (end - start) % (self.fixed_new or 1)
@@ -236,17 +275,69 @@ class OriginalModel:
             return Limits(smallest, 1, 0, smallest, only=smallest)
         return Limits(smallest, 1, 0, _largest(lambda length: self._accepts(length, 0), smallest, bound))
 
+    def _limits_without_beginning(self, step: int, past: int, total: int) -> Limits:
+        """Limits of an export that refuses empty caches: looks for a way to begin sequences all the same."""
+        if self._hides(step, past):
+            return Limits(step, step, past, total, window=past)
+        # Rows are made beside other rows, so positions must not follow from how many there are.
+        given = any(self.interface.by_role(role) for role in (roles.POSITIONS, roles.ROPE_COS))
+        if (given or self._rope_dim == 0) and self._makes_rows_alone(step, past):
+            return Limits(None, step, past, total, made=past)
+        return Limits(None, step, past, total)
+
+    def _hides(self, new: int, cached: int) -> bool:
+        """Whether what the mask hides has no influence: tried with caches of which no row belongs to a token."""
+        masks = (*self.interface.by_role(roles.ATTENTION_MASK), *self.interface.by_role(roles.SCORE_MASK))
+        if not any("T" in mask.axes for mask in masks):
+            return False
+        with_zeros, with_others = (self._try(past, new, 0, cached) for past in self._different_pasts(cached))
+        return all(_same(with_zeros[name], with_others[name]) for name in self.results)
+
+    def _makes_rows_alone(self, new: int, cached: int) -> bool:
+        """Whether a call's new rows do not depend on those that are there: so it is before the first attention only."""
+        first, second = (self._try(past, new, cached, 0) for past in self._different_pasts(cached))
+        return all(
+            _same(*(np.take(found[output], range(cached, cached + new), axis) for found in (first, second)))
+            for _, output, axis in _grown(self.interface)
+        )
+
+    def _different_pasts(self, rows: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        zeros = self.empty_past(self.run_batch(1), rows)
+        random = np.random.default_rng(0)
+        return zeros, {name: random.standard_normal(value.shape).astype(value.dtype) for name, value in zeros.items()}
+
+    def _try(self, past: dict[str, np.ndarray], new: int, cached: int, hidden: int) -> dict[str, np.ndarray]:
+        tokens = self._some_tokens(new)
+        if self.feature_axes:
+            tokens = np.random.default_rng(1).standard_normal(tokens.shape).astype(tokens.dtype)
+        return self.call(tokens, past, cached, hidden)
+
+    def _rows_of(self, tokens: np.ndarray, limits: Limits) -> dict[str, np.ndarray]:
+        """Caches that hold the rows of some tokens [n, ...], made apart from each other (see `Limits.made`)."""
+        batch, count = self.run_batch(1), len(tokens)
+        past = self.empty_past(batch, limits.past)
+        pieces: dict[str, list[np.ndarray]] = {name: [] for name in past}
+        for start in range(0, count, limits.step):
+            chunk = tokens[start : start + limits.step]
+            padded = np.concatenate([chunk, np.repeat(chunk[-1:], limits.step - len(chunk), axis=0)])
+            outputs = self.call(np.repeat(padded[None], batch, axis=0), past, start, limits.past - start)
+            for name, output, axis in _grown(self.interface):
+                new = range(limits.past, limits.past + len(chunk))
+                pieces[name].append(np.take(outputs[output], new, axis))
+        return {name: np.concatenate(pieces[name], axis) for name, _, axis in _grown(self.interface)}
+
+    def _some_tokens(self, new: int, token: int = 0) -> np.ndarray:
+        return token + np.zeros((self.run_batch(1), new, *self.feature_axes), self.token_dtype)
+
     def _accepts(self, new: int, cached: int, *, token: int = 0) -> bool:
-        sequences = self.run_batch(1)
-        tokens = token + np.zeros((sequences, new, *self.feature_axes), self.token_dtype)
         try:
-            self.call(tokens, self.empty_past(sequences, cached), cached)
+            self.call(self._some_tokens(new, token), self.empty_past(self.run_batch(1), cached), cached)
         except RefusedLengthError:
             return False
         return True
 
     def _value(
-        self, entry: ModelInput, tokens: np.ndarray, past: dict[str, np.ndarray], sizes: dict[str, int]
+        self, entry: ModelInput, tokens: np.ndarray, past: dict[str, np.ndarray], sizes: dict[str, int], hidden: int
     ) -> np.ndarray:
         dtype = self._dtypes[entry.name]
         if entry.role in (roles.CACHE, roles.STATE):
@@ -254,13 +345,16 @@ class OriginalModel:
         if entry.role == roles.TOKENS:
             return tokens.reshape([sizes["B"], sizes["S"], *self.feature_axes][2 - self._leading :]).astype(dtype)
         shape = _shape(entry, sizes)
-        positions = np.arange(sizes["P"], sizes["T"])
+        positions = np.arange(sizes["P"], sizes["T"]) - hidden
         if entry.role == roles.POSITIONS:
-            return np.broadcast_to(positions if "S" in entry.axes else sizes["P"], shape).astype(dtype)
+            return np.broadcast_to(positions if "S" in entry.axes else positions[0], shape).astype(dtype)
         if entry.role == roles.ATTENTION_MASK:
-            return np.ones(shape, dtype)
+            mask = np.ones(shape, dtype)
+            if "T" in entry.axes:
+                np.moveaxis(mask, entry.axes.index("T"), 0)[:hidden] = 0
+            return mask
         if entry.role == roles.SCORE_MASK:
-            return causal_mask(shape, sizes["P"], dtype)
+            return causal_mask(shape, sizes["P"], dtype, hidden)
         if entry.role in (roles.ROPE_COS, roles.ROPE_SIN):
             return rope_input(entry, positions, shape, self._rope_dim).astype(dtype)
         return np.zeros(shape, dtype)
@@ -282,14 +376,15 @@ class OriginalRun:
         length: tokens fed so far.
     """
 
-    def __init__(self, model: OriginalModel, sequences: int) -> None:
+    def __init__(self, model: OriginalModel, sequences: int, window: int = 0) -> None:
         self.length = 0
+        self._window = window
         self._model = model
         self._sequences = sequences
         batch = model.run_batch(sequences)
         # An export with a fixed number of sequences computes copies of ours in the places that are left.
         self._places = np.arange(batch) % sequences
-        self._past = model.empty_past(batch)
+        self._past = model.empty_past(batch, window)
         self._history = np.zeros((sequences, 0, *model.feature_axes), model.token_dtype)
 
     def feed(self, tokens: ArrayLike) -> dict[str, np.ndarray]:
@@ -318,9 +413,18 @@ class OriginalRun:
         self.length += chunk.shape[1]
         return results
 
+    def adopt(self, tokens: np.ndarray, past: dict[str, np.ndarray]) -> None:
+        """Takes over rows of the first tokens.
+
+        Args:
+            tokens: [B, n, ...].
+            past: value of each cache, of n rows.
+        """
+        self._past, self._history, self.length = past, tokens, tokens.shape[1]
+
     def _feed_all(self, chunk: np.ndarray) -> dict[str, np.ndarray]:
         tokens = np.concatenate([self._history, chunk], axis=1)
-        outputs = self._model.call(tokens[self._places], {}, 0)
+        outputs = self._model.call(tokens[self._places], self._past, 0)
         return {name: outputs[name][: self._sequences, -chunk.shape[1] :] for name in self._model.results}
 
     def _feed_chunks(self, chunk: np.ndarray) -> dict[str, np.ndarray]:
@@ -330,9 +434,16 @@ class OriginalRun:
         past, length = self._past, self.length
         found: list[dict[str, np.ndarray]] = []
         for start in range(0, chunk.shape[1], size):
-            outputs = self._model.call(chunk[self._places, start : start + size], past, length)
+            fixed = self._model.fixed_past
+            if fixed is not None and length > fixed:
+                raise RefusedLengthError(f"the export takes {fixed} cached tokens, not {length}")
+            hidden = max(self._window - length, 0)
+            outputs = self._model.call(chunk[self._places, start : start + size], past, length, hidden)
             past = {name: outputs[output] for name, output in _next_values(self._model.interface)}
             length += size
+            if self._window:
+                rows = max(self._window, length if fixed is None else fixed)
+                past |= {name: _last(outputs[output], rows, axis) for name, output, axis in _grown(self._model.interface)}
             found.append(outputs)
         self._past = past
         if all(found[0][name].shape[1] == size for name in self._model.results):
@@ -358,16 +469,33 @@ def _next_values(interface: ModelInterface) -> Iterable[tuple[str, str]]:
         yield entry.name, entry.output
 
 
+def _grown(interface: ModelInterface) -> Iterable[tuple[str, str, int]]:
+    """Each cache with the output that holds its next value and the axis along which it grows."""
+    for entry in interface.by_role(roles.CACHE):
+        if entry.output is None:
+            raise BadModelError(f"no output holds the next value of '{entry.name}'")
+        yield entry.name, entry.output, entry.axes.index("P")
+
+
+def _last(value: np.ndarray, rows: int, axis: int) -> np.ndarray:
+    return np.take(value, range(value.shape[axis] - rows, value.shape[axis]), axis)
+
+
+def _same(left: np.ndarray, right: np.ndarray) -> bool:
+    return np.allclose(left, right, rtol=0, atol=SAME * max(float(np.abs(left).max(initial=0)), np.finfo(np.float32).tiny))
+
+
 def _shape(entry: ModelInput, sizes: dict[str, int]) -> tuple[int, ...]:
     # A letter that is none of ours is an axis about which nothing is known: inputs with one reach no output.
     return tuple(sizes.get(axis, 1) if isinstance(axis, str) else axis for axis in entry.axes)
 
 
-def causal_mask(shape: Sequence[int], cached: int, dtype: np.dtype) -> np.ndarray:
-    """A mask [..., S, T] in which new token i attends to tokens 0..cached + i: 0 and finfo.min, True and False, or 1
-    and 0."""
+def causal_mask(shape: Sequence[int], cached: int, dtype: np.dtype, hidden: int = 0) -> np.ndarray:
+    """A mask [..., S, T] in which new token i attends to tokens hidden..cached + i: 0 and finfo.min, True and False, or
+    1 and 0."""
     queries, keys = shape[-2:]
-    visible = np.arange(keys) <= cached + np.arange(queries)[:, None]
+    columns = np.arange(keys)
+    visible = (columns >= hidden) & (columns <= cached + np.arange(queries)[:, None])
     if dtype == np.bool_ or np.issubdtype(dtype, np.integer):
         return np.broadcast_to(visible, shape).astype(dtype)
     return np.broadcast_to(np.where(visible, np.zeros((), dtype), ml_dtypes.finfo(dtype).min), shape).astype(dtype)

@@ -14,7 +14,7 @@ from mla_trt.metadata import LoweredMetadata
 from mla_trt.ops import retarget
 from mla_trt.report import Report
 from mla_trt.verification import VerificationReport, verify
-from mla_trt.writing import check_writable, folder_written_whole, write_json, write_model
+from mla_trt.writing import check_writable, folder_written_whole, weight_file_in, write_json, write_model
 
 log = logging.getLogger(__name__)
 
@@ -34,19 +34,20 @@ def lower_file(
     loaded = load_model(path)
     if output.resolve() == loaded.path.parent.resolve() and loaded.path.name == "model.onnx":
         raise UsageError(f"the model would be written over the export itself: choose another folder than '{output}'")
-    lowered = lower(loaded.proto, options, loaded.base_dir, progress)
-    report = lowered.report
-    if verify:
-        progress("verify")
-        found = verify_models(loaded, lowered, options)
-        report.verification = found.to_json()
-        if not found.passed:
-            raise VerificationError(
-                f"the lowered model does not compute what the original computes: {found.failures[0]}"
-            )
-    progress("write")
     with folder_written_whole(output) as draft:
-        write_model(lowered.model, draft, output, loaded.base_dir)
+        weight_file = weight_file_in(draft, loaded.proto)
+        lowered = lower(loaded.proto, options, loaded.base_dir, progress, weight_file=None if verify else weight_file)
+        report = lowered.report
+        if verify:
+            progress("verify")
+            found = verify_models(loaded, lowered, options)
+            report.verification = found.to_json()
+            if not found.passed:
+                raise VerificationError(
+                    f"the lowered model does not compute what the original computes: {found.failures[0]}"
+                )
+        progress("write")
+        write_model(lowered.model, draft, output, loaded.base_dir, weight_file)
         write_json(report.to_json(), draft / "report.json")
     return report
 

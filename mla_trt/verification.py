@@ -23,12 +23,12 @@ import onnx
 
 from mla_trt.engine_onnxruntime import OnnxRuntimeEngine, embedded_vocabulary, load_structure
 from mla_trt.engine_recorder import RecordingEngine
-from mla_trt.errors import MlaTrtError
+from mla_trt.errors import MlaTrtError, NoSessionError
 from mla_trt.float32 import has_half_types, to_float32
 from mla_trt.interface import ModelInterface
 from mla_trt.metadata import LoweredMetadata
 from mla_trt.ops import DOMAIN
-from mla_trt.original import OriginalModel
+from mla_trt.original import Limits, OriginalModel
 from mla_trt.selection import force_selection, show_selection, top_k
 from mla_trt.session import Session
 from mla_trt.verification_cases import Script, Step, cases_for, run_step, script_for
@@ -149,6 +149,7 @@ def verify(
 
     Raises:
         BadModelError: ONNX Runtime cannot load the original.
+        NoSessionError: the original refuses an empty cache, and nothing can be put in its place.
     """
     structure = original if isinstance(original, onnx.ModelProto) else load_structure(original)
     folder = base_dir if isinstance(original, onnx.ModelProto) else Path(original).parent
@@ -197,6 +198,8 @@ class _Verification:
                     self.failures.append(
                         f"{result.op} '{result.node}' differs from its reference by {result.error:.2g}"
                     )
+        except NoSessionError:
+            raise
         except MlaTrtError as error:
             self.failures.append(str(error))
         overlap = float(np.mean(self.overlaps)) if self.overlaps else None
@@ -224,18 +227,43 @@ class _Verification:
         if self.selected and not exceeded:
             self.notes.append(f"no context grew past the {self.selected} selected keys")
         limits = self.export.find_limits(max(LEAST_BOUND, (exceeded or 0) + LEAST_BOUND // 2))
-        if limits.first is None:
-            raise MlaTrtError(
-                f"the export refuses an empty cache (it needs {limits.past} cached tokens): no session can begin"
-            )
+        self._note_limits(limits)
         if metadata.max_position is not None and metadata.max_position < limits.total:
             limits = replace(limits, total=metadata.max_position)
-        vocabulary = embedded_vocabulary(self.written, metadata.token_input) or self.export.count_ids()
-        cases = cases_for(packed=metadata.packed, top_k=exceeded)
+        if exceeded and limits.total <= exceeded:
+            self.notes.append(
+                f"no context grew past the {exceeded} selected keys: the export takes {limits.total} tokens at most"
+            )
+        vocabulary = embedded_vocabulary(self.written, metadata.token_input) or self.export.count_ids(limits)
+        cases = cases_for(packed=metadata.packed, top_k=exceeded, limits=limits)
         return [
             script_for(case, self.export, limits, vocabulary=vocabulary, seed=self.seed + index)
             for index, case in enumerate(cases)
         ]
+
+    def _note_limits(self, limits: Limits) -> None:
+        """Says what could not be tried because the export does not begin with an empty cache.
+
+        Raises:
+            NoSessionError: it can not be driven at all.
+        """
+        exactly = f"exactly {limits.past}" if self.export.fixed_past is not None else f"at least {limits.past}"
+        if not limits.can_begin:
+            raise NoSessionError(
+                f"the export takes {exactly} cached tokens, and none of its inputs hides those that are not there yet, so "
+                "no session can begin: export it with a free number of cached tokens or with an attention mask as an "
+                "input, or lower it unverified with --no-verify"
+            )
+        if limits.window:
+            self.notes.append(
+                f"the export takes {exactly} cached tokens: those not there yet were hidden by its mask, and no session "
+                f"has more than {limits.total} tokens"
+            )
+        if limits.made:
+            self.notes.append(
+                f"the export takes {exactly} cached tokens and cannot hide any: only results after the first {limits.made} "
+                f"tokens were compared, up to {limits.total} tokens"
+            )
 
     def _lane(self, model: onnx.ModelProto, scripts: list[Script]) -> _Lane:
         page_size = LoweredMetadata.of(model).page_size
@@ -314,7 +342,9 @@ class _Lane:
 
 
 def known_rows(results: dict[str, np.ndarray]) -> np.ndarray:
-    """The tokens of which every result is finite, bool [n]."""
+    """The tokens of which every result is finite, bool [n]; bool [] (False) where there is no result at all."""
+    if not results:
+        return np.array(False)
     return np.all([np.isfinite(rows).all(axis=tuple(range(1, rows.ndim))) for rows in results.values()], axis=0)
 
 

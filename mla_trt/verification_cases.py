@@ -153,15 +153,36 @@ def beyond_top_k(top_k: int) -> Case:
     )
 
 
-def cases_for(*, packed: bool, top_k: int | None) -> list[Case]:
+def after(tokens: int, step: int) -> Case:
+    """Sequences of which results are known only after their first tokens, and which end with the step after those.
+
+    Args:
+        tokens: how many come first.
+        step: tokens of the step after them.
+    """
+    return Case(
+        f"{step} after {tokens} cached tokens",
+        (
+            Step(new=(("a", tokens - 1), ("b", tokens))),
+            Step(new=(("b", step), ("a", 1)), pad_tokens=1),
+            Step(new=(("a", step),), freed=("b",)),
+        ),
+    )
+
+
+def cases_for(*, packed: bool, top_k: int | None, limits: Limits) -> list[Case]:
     """The cases that a model is verified with.
 
     Args:
         packed: sequences of different lengths may share a step.
         top_k: number of selected keys of a sparse model, where it is small enough to be exceeded.
+        limits: what the original accepts.
     """
     if not packed:
         return [ALONE, EQUAL]
+    if limits.made:
+        cases = [after(limits.made, limits.step)]
+        return [*cases, *(case for case in (ALONE, TOGETHER, FORKED) if case.longest() > limits.made)]
     return [ALONE, TOGETHER, FORKED, *([beyond_top_k(top_k)] if top_k else [])]
 
 

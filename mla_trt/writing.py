@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -15,10 +16,10 @@ import onnx
 from onnx import TensorProto
 
 from mla_trt.errors import UsageError
+from mla_trt.weight_file import WeightFile
 
 # A protobuf message ends at 2 GiB; models above this size keep their weights beside them.
 INLINE_LIMIT = 1 << 30
-EXTERNAL_FILE = "model.data"
 LARGE_TENSOR = 1 << 10
 COPY_CHUNK = 1 << 30
 
@@ -70,26 +71,27 @@ def check_writable(folder: Path) -> None:
         raise UsageError(f"'{folder}' cannot be written: {error.strerror or error}") from None
 
 
-def write_model(model: onnx.ModelProto, draft: Path, folder: Path, base_dir: Path) -> None:
-    """Writes `model.onnx` into a draft of `folder`; weights that make it large go into `model.data`.
+def write_model(model: onnx.ModelProto, draft: Path, folder: Path, base_dir: Path, weight_file: WeightFile) -> None:
+    """Writes `model.onnx` into a draft of `folder`; weights that would make it large go into `weight_file`, which is in the draft.
 
     Weights that the export keeps in external files are copied file by file, not read: they can be larger than memory. Where `folder` is the
     export's own, they are shared instead. (Links will not do: readers of ONNX refuse external data with more than one name.)
     """
     if folder.resolve() != base_dir.resolve():
-        for location in sorted(external_locations(model)):
+        for location in sorted(external_locations(model) - {weight_file.path.name}):
             copy_sparse(base_dir / location, draft / location)
     if model.ByteSize() > INLINE_LIMIT:
-        onnx.save_model(
-            model,
-            str(draft / "model.onnx"),
-            save_as_external_data=True,
-            all_tensors_to_one_file=True,
-            location=EXTERNAL_FILE,
-            size_threshold=LARGE_TENSOR,
-        )
-    else:
-        (draft / "model.onnx").write_bytes(model.SerializeToString())
+        for tensor in model.graph.initializer:
+            if tensor.data_location != TensorProto.EXTERNAL and len(tensor.raw_data) >= LARGE_TENSOR:
+                weight_file.move_out(tensor)
+    (draft / "model.onnx").write_bytes(model.SerializeToString())
+
+
+def weight_file_in(draft: Path, model: onnx.ModelProto) -> WeightFile:
+    """A file for new weights, of a name that none of the export's files has."""
+    taken = external_locations(model)
+    name = next(name for count in itertools.count() if (name := f"model{count or ''}.data") not in taken)
+    return WeightFile(draft / name)
 
 
 def external_locations(model: onnx.ModelProto) -> set[str]:

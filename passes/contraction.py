@@ -36,7 +36,7 @@ class Contraction:
     Attributes:
         left_axes, right_axes: for each operand, its axes in the order (group, row, summed); -1 stands for a missing (broadcast) axis.
         groups, rows, columns, summed: sizes of the axes of each kind.
-        place: int64 array of the output's shape; its values are flat indices into [groups, rows, columns].
+        order: for each axis of the output, its number among (*groups, *rows, *columns).
     """
 
     node: gs.Node
@@ -48,7 +48,13 @@ class Contraction:
     rows: tuple[int, ...]
     columns: tuple[int, ...]
     summed: tuple[int, ...]
-    place: np.ndarray
+    order: tuple[int, ...]
+
+    @property
+    def place(self) -> np.ndarray:
+        """int64 array of the output's shape: flat indices into [groups, rows, columns]."""
+        sizes = (*self.groups, *self.rows, *self.columns)
+        return np.arange(math.prod(sizes), dtype=np.int64).reshape(sizes).transpose(self.order)
 
     def left_array(self, array: np.ndarray) -> np.ndarray:
         """An array of the left operand's shape as [groups, rows, summed]."""
@@ -165,9 +171,7 @@ def _sort_axes(
         return tuple(labels.index(label) if label in real else -1 for label in order)
 
     order = [*groups, *rows, *columns]
-    inverse = [order.index(label) for label in out_labels]
-    sizes = [size[label] for label in order]
-    place = np.arange(math.prod(sizes), dtype=np.int64).reshape(sizes).transpose(inverse)
+    inverse = tuple(order.index(label) for label in out_labels)
     return Contraction(
         node,
         left,
@@ -178,7 +182,7 @@ def _sort_axes(
         tuple(size[label] for label in rows),
         tuple(size[label] for label in columns),
         tuple(size[label] for label in summed),
-        place,
+        inverse,
     )
 
 

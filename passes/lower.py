@@ -26,6 +26,7 @@ from mla_trt.passes.match_rope import TOLERANCE, Rotation
 from mla_trt.passes.positions import BY_SEQUENCE, PACKED, UNPACKED, CannotRebuild, PackedPositions, packed_sizes
 from mla_trt.passes.probe import Probe
 from mla_trt.passes.quantize import quantize_blocks
+from mla_trt.weight_file import WeightFile
 
 WEIGHT_BLOCK = 128
 
@@ -58,12 +59,20 @@ class Lowerer:
     """
 
     def __init__(
-        self, emitter: Emitter, probes: list[Probe], tokens: gs.Tensor, cache_format: CacheFormat, *, fp8_weights: bool
+        self,
+        emitter: Emitter,
+        probes: list[Probe],
+        tokens: gs.Tensor,
+        cache_format: CacheFormat,
+        *,
+        fp8_weights: bool = False,
+        weight_file: WeightFile | None = None,
     ) -> None:
         self.emitter = emitter
         self.probe = probes[0]
         self.format = cache_format
         self.fp8_weights = fp8_weights
+        self.weight_file = weight_file
         self.caches: list[LoweredCache] = []
         self.tokens = tokens
         self.layout = token_layout(self.probe.interface)
@@ -283,7 +292,7 @@ class Lowerer:
                     ],
                     f"{name}.query_scale",
                 )
-        raise NoMatch(f"the queries are scaled by position, but {reason}", match.core.softmax)
+        raise NoMatch(f"the queries are scaled by position, but {reason}", match.softmax)
 
     def _latent(self, match: MlaMatch, name: str, inputs: dict[str, gs.Tensor]) -> None:
         norm, latent = match.norm, match.latent
@@ -325,7 +334,7 @@ class Lowerer:
             inputs["rope_rows"] = self._zero_rows()
             return
         for label, wanted in (("cos", rotation.cos), ("sin", rotation.sin)):
-            inputs[label] = self._table(rotation, label, wanted, half, match.core.softmax)
+            inputs[label] = self._table(rotation, label, wanted, half, match.softmax)
 
     def _table_constant(self, label: str, row: np.ndarray) -> gs.Tensor:
         key = (label, row.tobytes(), row.shape)
@@ -388,12 +397,18 @@ class Lowerer:
             return
         for label, up, axes in (("w_uk", match.w_uk, (0, 2, 1)), ("w_uv", match.w_uv, (0, 1, 2))):
             weights = np.ascontiguousarray(up.weights(self.probe).transpose(axes))
+            self.probe.forget([up.operand])
             if self.fp8_weights:
-                codes, scales = quantize_blocks(weights, WEIGHT_BLOCK)
-                inputs[label] = typed_constant(self.emitter, f"{name}.{label}", codes, TensorProto.FLOAT8E4M3FN)
+                weights, scales = quantize_blocks(weights, WEIGHT_BLOCK)
                 inputs[f"{label}_scale"] = self.emitter.constant(f"{name}.{label}_scale", scales, np.float32)
-            else:
-                inputs[label] = typed_constant(self.emitter, f"{name}.{label}", weights, weights.dtype)
+            inputs[label] = self._weight(f"{name}.{label}", weights)
+
+    def _weight(self, wish: str, weights: np.ndarray) -> gs.Constant:
+        """A constant whose bytes go to the weight file, where there is one."""
+        if self.weight_file is None:
+            return typed_constant(self.emitter, wish, weights, weights.dtype)
+        tensor = self.weight_file.add_array(self.emitter.names.new(wish), weights)
+        return gs.Constant(tensor.name, LazyValues(tensor), data_location=TensorProto.EXTERNAL)
 
     def _cache(self, kind: str, layer: int, page_words: int) -> tuple[gs.Variable, gs.Variable]:
         prefix = "kv_cache" if kind == "kv" else "indexer_cache"

@@ -158,6 +158,8 @@ def _undo_transform(
         if made is None or made.per_head or not np.allclose(term.coefficients, term.coefficients.reshape(-1)[0]):
             return query, key, 1.0, False, sources
         width = term.codes.shape[-1]
+        if sorted(probe.shape(made.weight), reverse=True)[:2] != [width, width]:
+            return query, key, 1.0, False, sources
         operand = (made.view.right_array if made.right else made.view.left_array)(
             np.asarray(probe.known(made.weight), np.float64)
         )
@@ -227,23 +229,17 @@ def _read_parts(
         cos, sin, interleaved, fixed = np.zeros((new, 0)), np.zeros((new, 0)), True, True
     key_size = np.abs(matrix[0][:, plain]).max() if len(plain) else 1.0
     order = np.concatenate([rotated, plain])
-    indices, owners = [], set()
-    ratios = np.zeros((batch * new, heads))
-    for head in range(heads):
-        number, token, entries, query_matrix = rotation_matrix(
-            probe, take(query, (slice(None), head)), "index queries", product_node
-        )
-        if not np.array_equal(token, np.arange(batch * new)) or len(entries) != width:
-            raise NoMatch("the index queries are not laid out with the tokens first", product_node)
-        owners.add(number)
-        reference = np.tile(matrix, (batch, 1, 1))
-        ratios[:, head] = (query_matrix * reference).sum(axis=(1, 2)) / (reference**2).sum(axis=(1, 2))
-        if not np.allclose(
-            query_matrix, ratios[:, head, None, None] * reference, rtol=1e-4, atol=1e-6 * np.abs(reference).max()
-        ):
-            raise NoMatch("index queries and index keys are rotated differently", product_node)
-        indices.append(entries[order])
-    if len(owners) != 1 or not np.allclose(ratios, ratios[0, 0], rtol=1e-5) or ratios[0, 0] <= 0:
+    query_number, token, entries, query_matrix = rotation_matrix(
+        probe, query, "index queries", product_node, by_head=True
+    )  # [tokens, Hi, width, Di]
+    if not (token == np.arange(batch * new)[:, None]).all() or entries.shape[1] != width:
+        raise NoMatch("the index queries are not laid out with the tokens first", product_node)
+    reference = np.tile(matrix, (batch, 1, 1))[:, None]
+    ratios = (query_matrix * reference).sum(axis=(2, 3)) / (reference**2).sum(axis=(2, 3))
+    tolerance = 1e-6 * np.abs(reference).max()
+    if not np.allclose(query_matrix, ratios[:, :, None, None] * reference, rtol=1e-4, atol=tolerance):
+        raise NoMatch("index queries and index keys are rotated differently", product_node)
+    if not np.allclose(ratios, ratios[0, 0], rtol=1e-5) or ratios[0, 0] <= 0:
         raise NoMatch("the index queries are scaled differently from token to token", product_node)
     owner = probe.owner(key_number)
     norm = recognise_layer_norm(probe, owner)
@@ -273,7 +269,7 @@ def _read_parts(
         heads,
         width,
         len(rotated),
-        Features(probe.owner(owners.pop()), np.stack(indices), np.ones((heads, width))),
+        Features(probe.owner(query_number), entries[:, order], np.ones((heads, width))),
         key_features,
         norm,
         Features(probe.owner(int(numbers[0])), place.entry[0], total[0]),

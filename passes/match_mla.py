@@ -23,7 +23,7 @@ from mla_trt.passes.probe import Linear, Probe
 class MlaMatch:
     """One attention layer that is MLA. Shapes as in the op set; `selection` is the TopK output that picks its keys, if any."""
 
-    core: AttentionCore
+    softmax: gs.Node
     num_heads: int
     qk_nope_head_dim: int
     qk_rope_head_dim: int
@@ -134,7 +134,7 @@ def match_mla(probe: Probe, core: AttentionCore) -> MlaMatch:
     cache = "none" if not len(latent.cached) else "expanded" if latent.cached_expanded else "latent"
     heads, rank = rows.shape[2], len(latent.index)
     return MlaMatch(
-        core=core,
+        softmax=node,
         num_heads=heads,
         qk_nope_head_dim=nope.query.index.shape[1],
         qk_rope_head_dim=query_rope.index.shape[1],

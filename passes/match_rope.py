@@ -45,9 +45,13 @@ class RopePart:
 
 
 def rotation_matrix(
-    probe: Probe, linear: Linear, what: str, node: gs.Node
+    probe: Probe, linear: Linear, what: str, node: gs.Node, *, by_head: bool = False
 ) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
-    """A rotated part [..., dims] as owner, tokens [...], entries [Dr] (the same everywhere) and a matrix [..., dims, Dr]."""
+    """A rotated part [..., dims] as owner, tokens [...], entries [Dr] and a matrix [..., dims, Dr].
+
+    Args:
+        by_head: the last leading axis is one of heads; each has entries of its own, which lie in the same pattern. Entries are then [H, Dr].
+    """
     places = [locate(probe, term) for term in linear.terms if (term.codes != ZERO).any()]
     numbers = np.unique(np.concatenate([place.number[place.number > 0] for place in places]))
     if len(numbers) != 1:
@@ -58,14 +62,21 @@ def rotation_matrix(
         token = np.maximum(token, place.token.max(axis=-1))
         if ((place.number > 0) & (place.token != token[..., None])).any():
             raise NoMatch(f"the rope part of the {what} is not laid out with the tokens first", node)
-    entries = np.unique(np.concatenate([place.entry[place.number > 0] for place in places]))
+    start = np.zeros((1, 1), np.int64)
+    if by_head:
+        least = [np.where(place.number > 0, place.entry, np.iinfo(np.int64).max) for place in places]
+        start = np.min([found.min(axis=(*range(len(lead) - 1), -1)) for found in least], axis=0)[:, None]
+    relative = [place.entry - start for place in places]
+    entries = np.unique(
+        np.concatenate([found[place.number > 0] for found, place in zip(relative, places, strict=True)])
+    )
     matrix = np.zeros((*lead, linear.shape[-1], len(entries)))
     at = np.indices(linear.shape)
-    for place in places:
+    for place, found in zip(places, relative, strict=True):
         there = place.number > 0
-        column = np.searchsorted(entries, place.entry[there])
+        column = np.searchsorted(entries, found[there])
         np.add.at(matrix, (*(axis[there] for axis in at), column), place.factor[there])
-    return int(numbers[0]), token, entries, matrix
+    return int(numbers[0]), token, start + entries if by_head else entries, matrix
 
 
 def read_rope(
@@ -93,23 +104,13 @@ def read_rope(
         raise NoMatch("the rotation differs between sequences at the same position", node)
     cos, sin, interleaved, fixed = read_rotation(by_token[0], node)
 
-    query_entries = []
-    query_matrices = []
-    owners = set()
-    for head in range(rows.shape[2]):
-        query_number, token, head_entries, matrix = rotation_matrix(
-            probe, take(part.query, (rows[:, :, head, None], dims)), "queries", node
-        )
-        owners.add(query_number)
-        if not np.array_equal(token.reshape(-1), np.arange(token.size)):
-            raise NoMatch("the rope part and the rest of a query belong to different tokens", node)
-        query_entries.append(head_entries)
-        query_matrices.append(matrix)
-        if len(head_entries) != len(entries):
-            raise NoMatch("queries and keys have rope parts of different sizes", node)
-    if len(owners) != 1:
-        raise NoMatch("the rope parts of different heads come from different tensors", node)
-    query_matrix = np.stack(query_matrices, axis=2)  # [B, S, H, dims, Dr]
+    query_number, token, query_entries, query_matrix = rotation_matrix(
+        probe, take(part.query, (rows[..., None], dims)), "queries", node, by_head=True
+    )  # [B, S, H, dims, Dr]
+    if not (token.reshape(-1, rows.shape[2]) == np.arange(probe.batch * new)[:, None]).all():
+        raise NoMatch("the rope part and the rest of a query belong to different tokens", node)
+    if query_entries.shape[1] != len(entries):
+        raise NoMatch("queries and keys have rope parts of different sizes", node)
     reference = by_token[:, :, None]
     energy = (reference**2).sum(axis=(-1, -2))
     ratio = (query_matrix * reference).sum(axis=(-1, -2)) / energy
@@ -123,7 +124,7 @@ def read_rope(
     count = len(entries)
     rotation = Rotation(interleaved, cos, sin, collect_factors(probe, [part.key_tensor, part.query_tensor]), fixed)
     key_features = Features(probe.owner(number), entries, np.ones(count))
-    query_features = Features(probe.owner(owners.pop()), np.stack(query_entries), np.ones((rows.shape[2], count)))
+    query_features = Features(probe.owner(query_number), query_entries, np.ones((rows.shape[2], count)))
     return RopePart(key_features, query_features, rotation, token_scale[:, :, 0], float(token_scale[0, 0, 0]))
 
 

@@ -212,7 +212,10 @@ def _free_target(node: gs.Node, probe: Probe, emitter: Emitter, token_sizes: tup
     if len(node.inputs) < 2 or not probe.is_known(node.inputs[1]) or id(node.outputs[0]) not in probe.data:
         return 0
     tokens = probe.batch * probe.sizes.new
-    target = _free(list(probe.shape(node.outputs[0])), probe.batch, probe.sizes.new, token_sizes)
+    before, after = list(probe.shape(node.inputs[0])), list(probe.shape(node.outputs[0]))
+    target = _free(after, probe.batch, probe.sizes.new, token_sizes)
+    if target is None and node.op == "Reshape":
+        target = _free_merged(before, after, probe.batch, probe.sizes.new)
     if target is None or math.prod(probe.shape(node.inputs[0])) % max(tokens, 1):
         return 0
     if node.op == "Expand":
@@ -279,6 +282,15 @@ def _free(shape: list[int], batch: int, new: int, token_sizes: tuple[int, int]) 
     if len(shape) >= 3 and shape[0] == batch and shape[2] == new:
         return [token_sizes[0], shape[1], token_sizes[1], *shape[3:]]
     return None
+
+
+def _free_merged(before: list[int], after: list[int], batch: int, new: int) -> list[int] | None:
+    """The shape after leading token axes were merged with what follows them (each token's experts, say), with that axis free."""
+    leading = 2 if before[:2] == [batch, new] else 1
+    if len(before) <= leading or not after or math.prod(before[:leading]) != batch * new:
+        return None
+    merged = {math.prod(before[:count]) for count in range(leading + 1, len(before) + 1)}
+    return [-1, *after[1:]] if after[0] in merged else None
 
 
 def drop_inputs(graph: gs.Graph, probe: Probe, stays: frozenset[str]) -> None:

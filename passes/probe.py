@@ -88,6 +88,7 @@ _MOVES_DATA = {
     "DepthToSpace": 1,
     "SpaceToDepth": 1,
 }
+_PARAMETER_TYPES = (np.dtype(np.int64), np.dtype(np.int32), np.dtype(np.bool_))
 # A pair of them rounds activations; what is read through it is what the model meant before it was quantised.
 _FAKE_QUANTISATION = ("QuantizeLinear", "DequantizeLinear")
 _SAME_SHAPE = {
@@ -181,10 +182,8 @@ class Probe:
     def __post_init__(self) -> None:
         self._values: dict[int, Value] = {}
         self._shapes: dict[int, tuple[int, ...]] = {}
-        self._atom_starts: list[int] = [2]
-        self._atom_tensors: list[gs.Tensor | None] = [None]
-        self._atom_base: dict[int, int] = {}
-        self._next_code = 2
+        self._failures: dict[tuple[str, int], ProbeError] = {}
+        self._start_atoms()
         self._kernels: dict[int, Callable[..., tuple[np.ndarray, ...]]] = {}
         self.selections: dict[int, np.ndarray] = {}
         self.selection_tensors: dict[int, gs.Tensor] = {}
@@ -193,6 +192,12 @@ class Probe:
             self._shapes[id(tensor)] = shape
             if id(tensor) not in self.data:
                 self._values[id(tensor)] = widen(self._input_value(model_input, shape))
+
+    def _start_atoms(self) -> None:
+        self._atom_starts: list[int] = [2]
+        self._atom_tensors: list[gs.Tensor | None] = [None]
+        self._atom_base: dict[int, int] = {}
+        self._next_code = 2
 
     # -- the case ------------------------------------------------------------------------------------------------
 
@@ -312,23 +317,35 @@ class Probe:
         return id(tensor) in (self._values if kind == "value" else self._shapes)
 
     def _run(self, goal: tuple[str, gs.Tensor]) -> None:
-        """Depth first without recursion: graphs are thousands of nodes deep."""
+        """Depth first without recursion: graphs are thousands of nodes deep. What failed once is not tried again."""
         stack = [goal]
         pending: set[tuple[str, int]] = set()
         while stack:
             want = stack[-1]
+            kind, tensor = want
+            key = kind, id(tensor)
             if self._have(want):
                 stack.pop()
                 continue
-            kind, tensor = want
-            if (kind, id(tensor)) in pending:
+            try:
+                if key in self._failures:
+                    raise self._failures[key]
+                if key not in pending:
+                    pending.add(key)
+                    stack.extend(need for need in self._needs(kind, tensor) if not self._have(need))
+                    continue
                 self._compute(kind, tensor)
                 if not self._have(want):
                     raise ProbeError(f"'{tensor.name}' could not be evaluated", producer(tensor))
-                stack.pop()
-                continue
-            pending.add((kind, id(tensor)))
-            stack.extend(need for need in self._needs(kind, tensor) if not self._have(need))
+            except ProbeError as error:
+                # Of what is on the stack, only what waits for this tensor fails with it.
+                self._failures.update({(kind, id(tensor)): error for kind, tensor in self._waiting(stack, pending)})
+                raise
+            stack.pop()
+
+    @staticmethod
+    def _waiting(stack: list[tuple[str, gs.Tensor]], pending: set[tuple[str, int]]) -> list[tuple[str, gs.Tensor]]:
+        return [want for want in stack if (want[0], id(want[1])) in pending]
 
     def _needs(self, kind: str, tensor: gs.Tensor) -> list[tuple[str, gs.Tensor]]:
         node = producer(tensor)
@@ -337,7 +354,7 @@ class Probe:
         inputs = [item for item in node.inputs if not is_empty(item)]
         if node.op == "CastLike":
             inputs = inputs[:1]
-        if kind == "shape" and self.is_known(tensor) and node.op != "TopK":
+        if kind == "shape" and self._has_value_for_shape(tensor):
             return [("value", tensor)]
         if node.op in ("Shape", "Size"):
             return [("shape", inputs[0])]
@@ -347,7 +364,11 @@ class Probe:
             return [("value", item) for item in inputs]
         if kind == "value":
             return [("shape", tensor)]
-        return [("shape" if not self.is_known(item) else "value", item) for item in inputs]
+        return [("value" if self._has_value_for_shape(item) else "shape", item) for item in inputs]
+
+    def _has_value_for_shape(self, tensor: gs.Tensor) -> bool:
+        """Whether a shape is found through the tensor's values: those of parameters are, those of weights (gigabytes) are not."""
+        return self.is_known(tensor) and (tensor.dtype is None or tensor.dtype in _PARAMETER_TYPES)
 
     def _is_transparent(self, node: gs.Node, tensor: gs.Tensor) -> bool:
         """Whether a data tensor's elements are sums of its inputs' elements."""
@@ -391,7 +412,7 @@ class Probe:
                 self._store(tensor, self.overrides[id(tensor)])
             elif node is None:
                 self._compute_source(kind, tensor)
-            elif self.is_known(tensor):
+            elif self.is_known(tensor) and (kind == "value" or self._has_value_for_shape(tensor)):
                 self._compute_known(node, tensor)
             elif kind == "value" and self._is_transparent(node, tensor):
                 for output, value in zip(node.outputs, self._move(node), strict=False):
@@ -604,6 +625,11 @@ class Probe:
         """Drops the values of tensors that are no longer needed; their shapes stay."""
         for tensor in tensors:
             self._values.pop(id(tensor), None)
+
+    def forget_data(self) -> None:
+        """Drops all atoms, which one layer needs and the next does not; what was read off them before has no meaning any more."""
+        self._values = {key: value for key, value in self._values.items() if isinstance(value, np.ndarray)}
+        self._start_atoms()
 
 
 def widen(array: np.ndarray) -> np.ndarray:

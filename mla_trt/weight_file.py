@@ -1,0 +1,48 @@
+"""Weights written to disk as they are made, so that a model's own never lie in memory all at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto
+
+ALIGNMENT = 4096  # so that readers can map every tensor
+
+
+class WeightFile:
+    """One file of external data, written from its beginning to its end.
+
+    Args:
+        path: the file; it is made with the first tensor. Tensors name it without its folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._end = 0
+
+    def add(self, name: str, data: bytes | memoryview, element: int, shape: tuple[int, ...]) -> TensorProto:
+        """Appends a tensor's bytes; returns a tensor that refers to them."""
+        offset = -(-self._end // ALIGNMENT) * ALIGNMENT
+        with self.path.open("r+b" if self._end else "wb") as file:
+            file.seek(offset)
+            file.write(data)
+        size = memoryview(data).nbytes
+        self._end = offset + size
+        tensor = TensorProto(name=name, data_type=element, dims=shape, data_location=TensorProto.EXTERNAL)
+        for key, value in (("location", self.path.name), ("offset", offset), ("length", size)):
+            entry = tensor.external_data.add()
+            entry.key, entry.value = key, str(value)
+        return tensor
+
+    def add_array(self, name: str, values: np.ndarray) -> TensorProto:
+        """Appends an array, of any type that ONNX has."""
+        array = np.ascontiguousarray(values)
+        element = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
+        return self.add(name, array.reshape(-1).view(np.uint8).data, element, array.shape)
+
+    def move_out(self, tensor: TensorProto) -> None:
+        """Moves a tensor's bytes from the model to the file."""
+        moved = self.add(tensor.name, tensor.raw_data, tensor.data_type, tuple(tensor.dims))
+        tensor.CopyFrom(moved)
