@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -120,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     lower.add_argument(
         "--no-verify", dest="verify", action="store_false", help="do not run original and result side by side"
     )
+    _add_verify_memory(lower)
 
     inspect = _command(
         commands, "inspect", _inspect, "show what was found in an export, layer by layer, and why not where not"
@@ -131,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("original", type=Path, metavar="ORIGINAL.onnx")
     verify.add_argument("lowered", type=Path, metavar="DIR")
     verify.add_argument("--json", action="store_true", help="print the verification as JSON")
+    _add_verify_memory(verify)
 
     run = _command(commands, "run", _run, "generate with a lowered model on ONNX Runtime")
     run.add_argument("lowered", type=Path, metavar="DIR")
@@ -172,6 +175,25 @@ def _command(
     return parser
 
 
+def _add_verify_memory(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--verify-memory",
+        metavar="SIZE",
+        help="memory to verify in, such as 8G or 512M (default half of this machine's); a model that needs more is "
+        "verified a layer at a time, every model with 0",
+    )
+
+
+def _size(text: str | None, option: str) -> int | None:
+    """Bytes, from a number with K, M, G or T (of 1024) behind it or without."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if found is None:
+        raise UsageError(f"{option} is '{text}': give bytes, such as 8G, 512M or 1000000")
+    return int(float(found[1]) * 1024 ** " KMGT".index(found[2].upper() or " "))
+
+
 def _ids(text: str, option: str) -> list[int]:
     try:
         return [int(part) for part in text.replace(" ", "").split(",") if part]
@@ -204,6 +226,7 @@ def _lower(options: argparse.Namespace) -> int:
             options.output,
             lower_options,
             verify=options.verify,
+            verify_memory=_size(options.verify_memory, "--verify-memory"),
             progress=lambda text: status.update(text),
         )
     for assumption in report.assumptions:
@@ -231,8 +254,13 @@ def _verify(options: argparse.Namespace) -> int:
     from mla_trt.pipeline import verify_files
 
     console = Console(stderr=True, quiet=options.quiet)
-    with console.status("verify"):
-        report = verify_files(options.original, options.lowered)
+    with console.status("verify") as status:
+        report = verify_files(
+            options.original,
+            options.lowered,
+            verify_memory=_size(options.verify_memory, "--verify-memory"),
+            progress=lambda text: status.update(text),
+        )
     if options.json:
         print(json.dumps(report.to_json(), indent=1))
     elif not options.quiet:
@@ -321,7 +349,8 @@ def print_report(console: Console, report: dict[str, Any]) -> None:
 
 def print_verification(console: Console, verification: dict[str, Any]) -> None:
     """The sessions that were compared, with their errors."""
-    table = Table(title="verification: " + ("passed" if verification["passed"] else "FAILED"))
+    how = "verification" if verification["mode"] == "whole" else "verification a layer at a time"
+    table = Table(title=f"{how}: " + ("passed" if verification["passed"] else "FAILED"))
     for heading in ("session", "tokens", "rewrite error", "format error"):
         table.add_column(heading, justify="left" if heading == "session" else "right")
     for case in verification["cases"]:
@@ -329,6 +358,8 @@ def print_verification(console: Console, verification: dict[str, Any]) -> None:
             case["name"], str(case["tokens"]), _number(case["rewrite_max_error"]), _number(case["format_max_error"])
         )
     console.print(table)
+    for note in verification.get("notes", []):
+        console.print(f"note: {note}", highlight=False)
     for failure in verification.get("failures", []):
         console.print(f"[red]{failure}[/]")
 

@@ -337,7 +337,7 @@ def _find_value_product(probe: Probe, softmax: gs.Node) -> gs.Node:
                 queue.append(node.outputs[0])
             elif pair is not None and not any(probe.is_known(item) for item in pair):
                 found.append(node)
-            elif node.op in ("Shape", "Size"):
+            elif node.op in ("Shape", "Size", "IsNaN"):
                 continue
             elif probe.is_transparent(node):
                 queue.extend(node.outputs)

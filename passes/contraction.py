@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from mla_trt.errors import BadModelError
+from mla_trt.passes.einsum import einsum_labels
 from mla_trt.passes.graph import producer
 from mla_trt.passes.probe import Linear, Probe, Term
 
@@ -127,7 +129,7 @@ def contraction(probe: Probe, node: gs.Node) -> Contraction | None:
     elif node.op == "ReduceSum":
         return _summed_product(probe, node, left, right)
     else:
-        parsed = _parse_einsum(node.attrs["equation"], len(left_shape), len(right_shape), len(out_shape))
+        parsed = _parse_einsum(node.attrs["equation"], len(left_shape), len(right_shape))
         if parsed is None:
             return None
         left_labels, right_labels, out_labels = parsed
@@ -159,7 +161,7 @@ def _sort_axes(
     groups = [label for label in out_labels if label in left_labels and label in right_labels]
     rows = [label for label in out_labels if label in left_labels and label not in right_labels]
     columns = [label for label in out_labels if label in right_labels and label not in left_labels]
-    summed = [label for label in left_labels if label in right_labels and label not in out_labels]
+    summed = [label for label in left_labels if label and label in right_labels and label not in out_labels]
     understood = {*groups, *rows, *columns, *summed}
     if (
         len(understood) != len({*out_labels, *left_labels, *right_labels} - {BROADCAST})
@@ -207,24 +209,12 @@ def _summed_product(probe: Probe, node: gs.Node, left: gs.Tensor, right: gs.Tens
 
 
 def _parse_einsum(
-    equation: str | bytes, left_rank: int, right_rank: int, out_rank: int
+    equation: str | bytes, left_rank: int, right_rank: int
 ) -> tuple[list[str], list[str], list[str]] | None:
-    text = (equation.decode() if isinstance(equation, bytes) else equation).replace(" ", "")
-    if "->" not in text:
+    try:
+        (left, right), result = einsum_labels(equation, (left_rank, right_rank))
+    except BadModelError:
         return None
-    operands, out = text.split("->")
-    parts = operands.split(",")
-    if len(parts) != 2:
-        return None
-
-    def labels(part: str, rank: int) -> list[str]:
-        if "..." not in part:
-            return list(part)
-        before, after = part.split("...")
-        hidden = rank - len(before) - len(after)
-        return [*before, *(f"e{axis}" for axis in range(hidden, 0, -1)), *after]
-
-    left, right, result = labels(parts[0], left_rank), labels(parts[1], right_rank), labels(out, out_rank)
     if any(len(set(item)) != len(item) for item in (left, right, result)):
         return None
     return left, right, result

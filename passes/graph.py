@@ -51,6 +51,15 @@ def constant_value(tensor: gs.Constant, base_dir: Path | None) -> np.ndarray:
     return np.asarray(values)
 
 
+def from_constants(tensor: gs.Tensor, depth: int = 24) -> bool:
+    """Whether a tensor is a constant or computed from nothing else, in at most `depth` steps."""
+    if isinstance(tensor, gs.Constant):
+        return True
+    if not tensor.inputs or depth == 0:
+        return False
+    return all(is_empty(item) or from_constants(item, depth - 1) for item in tensor.inputs[0].inputs)
+
+
 def element_count(tensor: gs.Constant) -> int:
     """Number of elements of a constant, without loading it."""
     return int(np.prod(tensor.shape, dtype=np.int64))
@@ -195,7 +204,7 @@ class Emitter:
         self.names = names
 
     def constant(self, wish: str, values: Any, dtype: Any = None) -> gs.Constant:
-        return gs.Constant(self.names.new(wish), np.ascontiguousarray(np.asarray(values, dtype=dtype)))
+        return gs.Constant(self.names.new(wish), np.array(values, dtype=dtype, order="C"))
 
     def variable(self, wish: str, dtype: Any = None, shape: Any = None) -> gs.Variable:
         return gs.Variable(self.names.new(wish), dtype=dtype, shape=shape)

@@ -15,7 +15,7 @@ import onnx_graphsurgeon as gs
 from mla_trt import interface as roles
 from mla_trt.errors import BadModelError
 from mla_trt.interface import Axis, ModelInput, ModelInterface
-from mla_trt.passes.graph import is_empty, subgraphs
+from mla_trt.passes.graph import from_constants, is_empty, subgraphs
 
 # Ops whose outputs hold the same values elsewhere; the number of leading inputs whose values move (the others are shapes and indices).
 MOVES = {
@@ -50,6 +50,8 @@ NORM_STARTS = {
     "LpNormalization",
 }
 PRODUCTS = {"MatMul", "Gemm", "Einsum", "MatMulInteger", "QuantizeLinear", "DynamicQuantizeLinear", "Conv"}
+# What they give does not depend on their input's values (IsNaN: on no values that a run without a mistake has).
+_FREE_OF_DATA = ("Shape", "Size", "IsNaN")
 ELEMENTWISE = {"Mul", "Add", "Sub", "Div"}
 
 
@@ -116,7 +118,7 @@ def data_dependent(graph: gs.Graph, sources: list[gs.Tensor], *, selections: boo
     while queue:
         tensor = queue.popleft()
         for node in tensor.outputs:
-            if node.op in ("Shape", "Size") or (node.op == "CastLike" and node.inputs[0] is not tensor):
+            if node.op in _FREE_OF_DATA or (node.op == "CastLike" and node.inputs[0] is not tensor):
                 continue
             outputs = node.outputs[:1] if node.op == "TopK" and not selections else node.outputs
             for output in outputs:
@@ -173,14 +175,6 @@ def _is_table(tensor: gs.Tensor) -> bool:
     return isinstance(tensor, gs.Constant)
 
 
-def _from_constants(tensor: gs.Tensor, depth: int = 24) -> bool:
-    if isinstance(tensor, gs.Constant):
-        return True
-    if not tensor.inputs or depth == 0:
-        return False
-    return all(is_empty(item) or _from_constants(item, depth - 1) for item in tensor.inputs[0].inputs)
-
-
 def _enters_layer(tensor: gs.Tensor, lenient: bool) -> bool:
     """Whether values enter a norm or a projection as they are, but for casts, scales and changes of shape."""
     seen: set[int] = set()
@@ -194,9 +188,9 @@ def _enters_layer(tensor: gs.Tensor, lenient: bool) -> bool:
             others = [item for item in node.inputs if item is not current and not is_empty(item)]
             if node.op in NORM_STARTS:
                 return True
-            if node.op in PRODUCTS and all(_from_constants(item) for item in others):
+            if node.op in PRODUCTS and all(from_constants(item) for item in others):
                 return True
-            if node.op in ("Mul", "Add", "Div", "Sub") and all(_from_constants(item) for item in others):
+            if node.op in ("Mul", "Add", "Div", "Sub") and all(from_constants(item) for item in others):
                 if not others:
                     return True
                 stack.extend(node.outputs)

@@ -233,7 +233,7 @@ class Lowerer:
             "num_heads": match.num_heads,
             "qk_nope_head_dim": match.qk_nope_head_dim,
             "v_head_dim": match.v_head_dim,
-            "epsilon": match.norm.epsilon if match.norm is not None else 0.0,
+            "epsilon": match.epsilon,
             "rope_interleaved": int(match.rotation.interleaved),
             "softmax_scale": match.scale,
         }
@@ -295,30 +295,9 @@ class Lowerer:
         raise NoMatch(f"the queries are scaled by position, but {reason}", match.softmax)
 
     def _latent(self, match: MlaMatch, name: str, inputs: dict[str, gs.Tensor]) -> None:
-        norm, latent = match.norm, match.latent
-        width = self.probe.shape(latent.tensor)[-1]
-        if norm is not None and np.array_equal(np.sort(latent.index), np.arange(width)):
-            source = self.probe.linear(norm.source)
-            terms = [term for term in source.terms if (term.codes > 1).any()]
-            features = Features(norm.source, latent.index, np.ones(len(latent.index)))
-            if len(terms) == 1 and np.allclose(terms[0].coefficients, 1):
-                numbers, flat = self.probe.owners(terms[0].codes.reshape(-1, width))
-                owner = self.probe.owner(int(numbers[0, 0]))
-                tokens = self.probe.batch * self.probe.sizes.new
-                owner_width = math.prod(self.probe.shape(owner)) // tokens
-                entry = flat % owner_width
-                if (
-                    (numbers == numbers[0, 0]).all()
-                    and (entry == entry[0]).all()
-                    and np.array_equal(flat[:, 0] // owner_width, np.arange(tokens))
-                ):
-                    features = Features(owner, entry[0][latent.index], np.ones(len(latent.index)))
-            inputs["latent"] = self.features(features, f"{name}.latent")
-            inputs["norm_weight"] = self.emitter.constant(
-                f"{name}.norm_weight", norm.weight[latent.index] * latent.factor, np.float32
-            )
-        else:
-            inputs["latent"] = self.features(latent, f"{name}.latent")
+        inputs["latent"] = self.features(match.latent, f"{name}.latent")
+        if match.norm_weight is not None:
+            inputs["norm_weight"] = self.emitter.constant(f"{name}.norm_weight", match.norm_weight, np.float32)
         if match.rope_key is not None:
             inputs["rope_key"] = self.features(match.rope_key, f"{name}.rope_key")
         else:
@@ -491,21 +470,18 @@ class Lowerer:
         wanted = way_out.tensor.dtype
         if wanted is not None and wanted != result.dtype:
             result = self.emitter.cast(result, wanted, wish)
-        if way_out.order != "bshd":
+        order = "".join(way_out.axes)
+        if order != "bshd":
             result = self._reshape_tokens(result, ["b", "s", match.num_heads, match.v_head_dim], wish)
-            result = self.emitter.node("Transpose", [result], wish, perm=["bshd".index(axis) for axis in way_out.order])
+            result = self.emitter.node("Transpose", [result], wish, perm=["bshd".index(axis) for axis in order])
+        varying = {PACKED: "s", BY_SEQUENCE: "b", UNPACKED: "bs"}[self.layout]
         shape: list[int | str] = []
-        axes = list(way_out.order)
-        for size in way_out.shape:
-            merged, names, extent = 1, "", 1
-            while axes and merged * sizes[axes[0]] <= size and (merged < size or sizes[axes[0]] == 1):
-                axis = axes.pop(0)
-                merged *= sizes[axis]
-                if axis in "bs":
-                    names += axis
-                else:
-                    extent *= sizes[axis]
-            shape.append(names if names and extent == 1 else extent)
+        for names in way_out.axes:
+            tokens = "".join(axis for axis in names if axis in "bs")
+            extent = math.prod(sizes[axis] for axis in names if axis in "hd")
+            if self.layout == UNPACKED and tokens and extent > 1:
+                raise NoMatch("the result leaves in a layout that merges tokens and heads", match.softmax)
+            shape.append(tokens if set(tokens) & set(varying) or (tokens and extent == 1) else extent)
         return self._reshape_tokens(result, shape, wish)
 
     def _reshape_tokens(self, tensor: gs.Tensor, shape: list[int | str], wish: str) -> gs.Tensor:
@@ -516,9 +492,9 @@ class Lowerer:
             ]
             sizes = packed_sizes(self.emitter, self.tokens, self.probe.interface, axes, f"{wish}.shape")
             return self.emitter.node("Reshape", [tensor, sizes], wish, allowzero=0)
-        varying = {"bs", "b" if self.layout == BY_SEQUENCE else "s"}
+        varying = {"bs", "sb", "b" if self.layout == BY_SEQUENCE else "s"}
         if self.layout == UNPACKED:
-            varying = {"bs", "b", "s"}
+            varying = {"bs", "sb", "b", "s"}
         return self.emitter.reshape(
             tensor, [size if isinstance(size, int) else -1 if size in varying else 1 for size in shape], wish
         )

@@ -19,11 +19,10 @@ from mla_trt.passes.probe import Probe
 
 @dataclass(frozen=True)
 class Exit:
-    """A tensor through which the result leaves. `order` names its axes before they were merged into `shape`: b, s, h, d."""
+    """A tensor through which the result leaves. `axes` names what each of its axes is made of, in order: b, s, h, d; "" is an axis of size 1."""
 
     tensor: gs.Tensor
-    order: str
-    shape: tuple[int, ...]
+    axes: tuple[str, ...]
 
 
 def read_exits(
@@ -31,9 +30,9 @@ def read_exits(
 ) -> tuple[tuple[Exit, ...], UpProjection | None]:
     """Follows the result to where it is no longer only moved, through W_UV where the graph applies it after the attention."""
     place = core.output_place[rows]  # [B, S, H, d]
-    exits, products = _follow(probe, core.output)
+    exits, products, measured = _follow(probe, core.output)
     if latent.expanded:
-        return tuple(_describe_exit(probe, tensor, core.output, place) for tensor in exits), None
+        return _describe_exits(probe, exits, measured, core.output, place), None
     up = None
     order = None
     for node in products:
@@ -43,26 +42,43 @@ def read_exits(
                 raise NoMatch("the result meets two different W_UV", node)
             up, order = found, node
     if up is None or order is None:
-        return tuple(_describe_exit(probe, tensor, core.output, place) for tensor in exits), None
+        return _describe_exits(probe, exits, measured, core.output, place), None
     projection, after = up
     if len(exits) > 1 or any(
         reader is not order for tensor in exits for reader in tensor.outputs if reader.op not in ("Shape", "Size")
     ):
         raise NoMatch("the result before W_UV is used elsewhere too", order)
-    later, _ = _follow(probe, order.outputs[0])
-    return tuple(_describe_exit(probe, tensor, order.outputs[0], after) for tensor in later), projection
+    later, _, measured = _follow(probe, order.outputs[0])
+    return _describe_exits(probe, later, measured, order.outputs[0], after), projection
 
 
-def _follow(probe: Probe, start: gs.Tensor) -> tuple[list[gs.Tensor], list[gs.Node]]:
-    """Tensors that only move the elements of `start` and are used by something else, and the products with constants among their users."""
+def _describe_exits(
+    probe: Probe, exits: list[gs.Tensor], measured: list[gs.Tensor], result: gs.Tensor, place: np.ndarray
+) -> tuple[Exit, ...]:
+    """Exits, and tensors on the way of which only the shape is read: it may be needed behind the attention too."""
+    found = [_describe_exit(probe, tensor, result, place) for tensor in exits]
+    for tensor in measured:
+        try:
+            found.append(_describe_exit(probe, tensor, result, place))
+        except NoMatch:
+            continue  # then the shape has to be that of what is dropped, or drop_inputs says what is missing
+    return tuple(found)
+
+
+def _follow(probe: Probe, start: gs.Tensor) -> tuple[list[gs.Tensor], list[gs.Node], list[gs.Tensor]]:
+    """Tensors that only move the elements of `start`: those used by something else, the products with constants among their users, and those of
+    which nothing but the shape is used."""
     exits: list[gs.Tensor] = []
     products: list[gs.Node] = []
+    measured: list[gs.Tensor] = []
     queue = deque([start])
     while queue:
         tensor = queue.popleft()
         leaves = tensor in probe.graph.outputs
+        has_size = False
         for node in tensor.outputs:
             if node.op in ("Shape", "Size"):
+                has_size = True
                 continue
             pair = operands(node)
             if pair is not None and any(probe.is_known(item) for item in pair):
@@ -74,7 +90,9 @@ def _follow(probe: Probe, start: gs.Tensor) -> tuple[list[gs.Tensor], list[gs.No
                 leaves = True
         if leaves:
             exits.append(tensor)
-    return exits, products
+        elif has_size:
+            measured.append(tensor)
+    return exits, products, measured
 
 
 def _only_moves(probe: Probe, node: gs.Node, start: gs.Tensor) -> bool:
@@ -144,5 +162,24 @@ def _describe_exit(probe: Probe, tensor: gs.Tensor, result: gs.Tensor, place: np
         for order in ("bshd", "bhsd", "hbsd", "sbhd", "bsdh", "bhds", "shbd", "bdsh", "bdhs"):
             moved = plain.transpose(["bshd".index(axis) for axis in order])
             if np.array_equal(moved.reshape(-1), canonical.reshape(-1)):
-                return Exit(tensor, order, codes.shape)
+                axes = _merge(order, dict(zip("bshd", place.shape, strict=True)), codes.shape)
+                if axes is not None:
+                    return Exit(tensor, axes)
     raise NoMatch(f"the result leaves through '{tensor.name}' in a layout that is not understood", producer(tensor))
+
+
+def _merge(order: str, sizes: dict[str, int], shape: tuple[int, ...]) -> tuple[str, ...] | None:
+    """Which axes were merged into each axis of a shape; None where one of them was cut."""
+    left = list(order)
+    found = []
+    for size in shape:
+        merged, names = 1, ""
+        while left and merged * sizes[left[0]] <= size and (merged < size or sizes[left[0]] == 1):
+            merged *= sizes[left[0]]
+            names += left.pop(0)
+        if merged != size:
+            return None
+        found.append(names)
+    if any(sizes[axis] != 1 for axis in left):
+        return None
+    return (*found[:-1], found[-1] + "".join(left)) if found else None

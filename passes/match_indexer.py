@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from mla_trt import interface as roles
 from mla_trt.passes.attention_core import HIDDEN_SCORE, NoMatch, ScorePart, read_part, sort_terms
 from mla_trt.passes.contraction import contraction
 from mla_trt.passes.features import Features, locate, projected_by, single_term, take
@@ -15,7 +16,15 @@ from mla_trt.passes.match_rope import Rotation, collect_factors, read_rotation, 
 from mla_trt.passes.norms import LayerNorm, recognise_layer_norm
 from mla_trt.passes.probe import Linear, Probe, ProbeError, Sizes, Term
 
-UNLIMITED = 1 << 22  # cached tokens of the case on which a TopK's k is read: more than any model selects
+FAR = (
+    1 << 16,
+    1 << 12,
+    1 << 8,
+)  # cached tokens of the cases on which a TopK's k is read, of which not every export takes the longest
+
+
+class SelectsAllKeys(NoMatch):
+    """The TopK's k is the number of keys, whatever that is: the attention is dense. Some exporters trace it so."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,7 @@ def match_indexer(probe: Probe, selection: gs.Tensor) -> IndexerMatch:
     """
     node = producer(selection)
     assert node is not None
+    top_k = _top_k(probe, node)
     scores = probe.linear(node.inputs[0])
     axis = node.attrs.get("axis", -1) % len(scores.shape)
     if not node.attrs.get("largest", 1):
@@ -82,7 +92,9 @@ def match_indexer(probe: Probe, selection: gs.Tensor) -> IndexerMatch:
     token_order = np.arange(tokens).reshape(probe.batch, new)
     product_node, query, key, scale = _query_and_key(probe, rectified, token_order, cached, node)
     query, key, turned, hadamard, sources = _undo_transform(probe, query, key, list(product_node.inputs))
-    return _read_parts(probe, node, product_node, weights, query, key, scale * turned, part.scale, hadamard, sources)
+    return _read_parts(
+        probe, node, product_node, weights, query, key, scale * turned, part.scale, hadamard, sources, top_k
+    )
 
 
 def _weights_and_scores(probe: Probe, part: ScorePart, node: gs.Node) -> tuple[Linear, Linear]:
@@ -205,6 +217,7 @@ def _read_parts(
     row_scale: np.ndarray,
     hadamard: bool,
     sources: list[gs.Tensor],
+    top_k: int,
 ) -> IndexerMatch:
     new, batch = probe.sizes.new, probe.batch
     key_number, key_token, key_entries, key_matrix = rotation_matrix(
@@ -275,17 +288,25 @@ def _read_parts(
         Features(probe.owner(int(numbers[0])), place.entry[0], total[0]),
         rotation,
         hadamard,
-        _top_k(probe, node),
+        top_k,
     )
 
 
 def _top_k(probe: Probe, node: gs.Node) -> int:
     """The largest number of keys that the TopK returns, however long the context."""
-    far = Probe(probe.graph, probe.interface, probe.data, Sizes(1, probe.sizes.new, UNLIMITED), probe.base_dir)
-    try:
-        count = int(np.asarray(far.known(node.inputs[1])).reshape(-1)[0])
-    except (ProbeError, MemoryError):
-        count = int(np.asarray(probe.known(node.inputs[1])).reshape(-1)[0])
-    if count >= UNLIMITED:
-        raise NoMatch("the indexer selects all keys", node)
+    cache = bool(probe.interface.by_role(roles.CACHE))
+    fixed = ("P" if cache else "S") in probe.interface.fixed
+    for cached in () if fixed else FAR if cache else FAR[1:]:
+        sizes = Sizes(1, probe.sizes.new, cached) if cache else Sizes(1, cached, 0)
+        far = Probe(probe.graph, probe.interface, probe.data, sizes, probe.base_dir)
+        try:
+            count = int(np.asarray(far.known(node.inputs[1])).reshape(-1)[0])
+        except ProbeError:
+            continue
+        if count >= cached:
+            raise SelectsAllKeys("the indexer selects all keys", node)
+        return count
+    count = int(np.asarray(probe.known(node.inputs[1])).reshape(-1)[0])
+    if not fixed and count >= probe.sizes.cached + probe.sizes.new:
+        raise NoMatch("how many keys the indexer selects in long contexts cannot be read", node)
     return count

@@ -11,7 +11,17 @@ from mla_trt.passes.attention_core import AttentionCore, NoMatch, ScorePart
 from mla_trt.passes.features import Features, Projected, UpProjection, is_input, locate, projected_by, single_term, take
 from mla_trt.passes.graph import producer
 from mla_trt.passes.match_query import QueryGroup
+from mla_trt.passes.norms import RmsNorm, recognise_rms_norm
 from mla_trt.passes.probe import ZERO, Linear, Probe, Term
+
+
+class NormOverCache(NoMatch):
+    """The export caches latents before their norm and norms all of them in every step."""
+
+    def __init__(self, tensor: gs.Tensor, norm: RmsNorm, node: gs.Node) -> None:
+        super().__init__("the latents are normed after they are cached", node)
+        self.tensor = tensor
+        self.norm = norm
 
 
 @dataclass(frozen=True)
@@ -40,7 +50,17 @@ def read_latent(probe: Probe, core: AttentionCore, rows: np.ndarray) -> tuple[La
     group = core.value_group[rows]
     if not (group == group[:, :1]).all():
         raise NoMatch("different query tokens of one head meet different values", node)
-    value = single_term(take(core.value, (group[:, 0],)), "the values", node)  # [B, H, C, Dv]
+    values = take(core.value, (group[:, 0],))
+    if (
+        len(values.terms) > 1
+        and len(np.unique([np.unique(probe.owners(term.codes)[0]).max() for term in values.terms])) == 1
+    ):
+        raise NoMatch(
+            "the values are rotated by position like the keys: keys and values are one tensor (multi-query attention), not "
+            "projections of a latent",
+            node,
+        )
+    value = single_term(values, "the values", node)  # [B, H, C, Dv]
     numbers = probe.owners(value.codes)[0]
     column_owner = numbers[0, 0, :, 0]
     if not (numbers == column_owner[None, None, :, None]).all():
@@ -131,6 +151,11 @@ def _latent_entries(probe: Probe, term: Term, columns: np.ndarray, node: gs.Node
             node,
         )
     place = locate(probe, Term(term.codes[:, fresh], term.coefficients[:, fresh]))
+    if (place.token < 0).any() and not len(np.flatnonzero(cached)):
+        tensor = probe.owner(int(makers[0]))
+        norm = recognise_rms_norm(probe, tensor)
+        if norm is not None:
+            raise NormOverCache(tensor, norm, node)
     if (place.token < 0).any() or not (place.token == place.token[:, :, :1]).all():
         raise NoMatch("the latent is not laid out with the tokens first", node)
     index, factor = place.entry[0, 0], place.factor[0, 0]

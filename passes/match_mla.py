@@ -9,19 +9,24 @@ import onnx_graphsurgeon as gs
 
 from mla_trt.passes.attention_core import AttentionCore, NoMatch, ScorePart
 from mla_trt.passes.contraction import contraction, operands
-from mla_trt.passes.features import Features, UpProjection
-from mla_trt.passes.graph import producer
+from mla_trt.passes.features import Features, UpProjection, locate
+from mla_trt.passes.graph import is_empty, producer
 from mla_trt.passes.match_exits import Exit, read_exits
 from mla_trt.passes.match_latent import Latent, divide_key, new_keys, read_latent, read_nope
+from mla_trt.passes.match_mask import check_far_mask, check_mask
 from mla_trt.passes.match_query import query_groups, sort_heads
 from mla_trt.passes.match_rope import Rotation, balance, read_rope
 from mla_trt.passes.norms import RmsNorm, recognise_rms_norm
-from mla_trt.passes.probe import Linear, Probe
+from mla_trt.passes.probe import ONE, Linear, Probe, Term
 
 
 @dataclass(frozen=True)
 class MlaMatch:
-    """One attention layer that is MLA. Shapes as in the op set; `selection` is the TopK output that picks its keys, if any."""
+    """One attention layer that is MLA. Shapes as in the op set.
+
+    `latent` is before its norm where there is one (`norm_weight`, with `epsilon`), and rope key and queries are before their rotation.
+    `selection` is the TopK output that picks the layer's keys, if any.
+    """
 
     softmax: gs.Node
     num_heads: int
@@ -35,7 +40,8 @@ class MlaMatch:
     query_rope: Features
     query_token_scale: np.ndarray | None
     latent: Features
-    norm: RmsNorm | None
+    norm_weight: np.ndarray | None
+    epsilon: float
     rope_key: Features | None
     rotation: Rotation
     w_uk: UpProjection | None
@@ -47,42 +53,14 @@ class MlaMatch:
     selection: gs.Tensor | None
 
 
-def check_mask(probe: Probe, core: AttentionCore, rows: np.ndarray, latent: Latent) -> gs.Tensor | None:
-    """Checks that exactly the keys up to the query's position are visible, or those of a TopK's list among them; returns that TopK's output."""
-    new = probe.sizes.new
-    expected = np.zeros_like(core.visible)
-    position = np.full((probe.batch, core.visible.shape[1]), -1, np.int64)
-    position[:, latent.cached] = np.arange(len(latent.cached))
-    position[:, latent.new] = latent.token % new + len(latent.cached)
-    if not (latent.token // new == np.arange(probe.batch)[:, None]).all():
-        raise NoMatch("queries meet keys of another sequence", core.softmax)
-    for b in range(probe.batch):
-        for s in range(new):
-            expected[rows[b, s]] = (position[b] >= 0) & (position[b] <= len(latent.cached) + s)
-    if np.array_equal(core.visible, expected):
-        return None
-    for tensor, lists in probe.selections.items():
-        chosen = lists.reshape(-1, lists.shape[-1])
-        if len(chosen) != probe.batch * new:
-            continue
-        wanted = np.zeros_like(expected)
-        for b in range(probe.batch):
-            for s in range(new):
-                wanted[rows[b, s]] = expected[rows[b, s]] & np.isin(position[b], chosen[b * new + s])
-        if np.array_equal(core.visible, wanted):
-            return probe.selection_tensors[tensor]
-    if (core.visible & ~expected).any():
-        raise NoMatch("a query sees keys after its own position: the attention is not causal", core.softmax)
-    raise NoMatch(
-        "the mask hides keys that causal attention shows (a window, blocks, or a selection of another kind)",
-        core.softmax,
-    )
-
-
-def match_mla(probe: Probe, core: AttentionCore) -> MlaMatch:
+def match_mla(probe: Probe, core: AttentionCore, norm_over_cache: RmsNorm | None = None) -> MlaMatch:
     """Reads a core as MLA.
 
+    Args:
+        norm_over_cache: the norm that the export applies to cached and new latents alike, which `probe` sees through.
+
     Raises:
+        NormOverCache: there is such a norm, and `probe` does not see through it yet.
         NoMatch: it is another attention; the reason says which property is missing.
     """
     node = core.softmax
@@ -107,7 +85,9 @@ def match_mla(probe: Probe, core: AttentionCore) -> MlaMatch:
     owner = probe.owner(latent.number)
     norm = recognise_rms_norm(probe, owner)
     _check_low_rank(probe, owner if norm is None else norm.source, node)
+    latent_source, norm_weight, epsilon = _before_norm(probe, latent, owner, norm, norm_over_cache)
     selection = check_mask(probe, core, rows, latent)
+    check_far_mask(probe, node, selection)
     exits, w_uv_after = read_exits(probe, core, rows, latent)
     w_uv = w_uv or w_uv_after
     if (nope.up is None) != (w_uv is None):
@@ -145,8 +125,9 @@ def match_mla(probe: Probe, core: AttentionCore) -> MlaMatch:
         query_nope=nope.query,
         query_rope=query_rope,
         query_token_scale=token_scale,
-        latent=Features(owner, latent.index, latent.factor),
-        norm=norm,
+        latent=latent_source,
+        norm_weight=norm_weight,
+        epsilon=epsilon,
         rope_key=rope.key if rope is not None else None,
         rotation=rotation,
         w_uk=nope.up,
@@ -157,6 +138,32 @@ def match_mla(probe: Probe, core: AttentionCore) -> MlaMatch:
         absorbed=not latent.expanded,
         selection=selection,
     )
+
+
+def _before_norm(
+    probe: Probe, latent: Latent, owner: gs.Tensor, norm: RmsNorm | None, over_cache: RmsNorm | None
+) -> tuple[Features, np.ndarray | None, float]:
+    """The latent before its norm, the norm's weight [R] and its epsilon; the latent as it is where no norm is recognised."""
+    count = len(latent.index)
+    if over_cache is not None:
+        return Features(owner, latent.index, np.ones(count)), latent.factor, over_cache.epsilon
+    width = probe.shape(owner)[-1]
+    if norm is None or not np.array_equal(np.sort(latent.index), np.arange(width)):
+        return Features(owner, latent.index, latent.factor), None, 0.0
+    weight = norm.weight[latent.index] * latent.factor
+    source = Features(norm.source, latent.index, np.ones(count))
+    terms = [term for term in probe.linear(norm.source).terms if (term.codes > ONE).any()]
+    if len(terms) == 1 and np.allclose(terms[0].coefficients, 1):
+        # The norm's input is usually a slice of a projection's output: taking it from there leaves the slice to the op's own inputs.
+        place = locate(probe, Term(terms[0].codes.reshape(-1, width), np.ones((1, 1))))
+        tokens = np.arange(probe.batch * probe.sizes.new)
+        if (
+            (place.number == place.number[0, 0]).all()
+            and np.array_equal(place.token[:, 0], tokens)
+            and (place.entry == place.entry[0]).all()
+        ):
+            source = Features(probe.owner(int(place.number[0, 0])), place.entry[0][latent.index], np.ones(count))
+    return source, weight, norm.epsilon
 
 
 def _source_is_projection(probe: Probe, tensor: gs.Tensor) -> bool:
@@ -170,18 +177,10 @@ def _source_is_projection(probe: Probe, tensor: gs.Tensor) -> bool:
         pair = operands(node)
         if pair is not None:
             return any(probe.is_known(item) for item in pair)
-        if (node.op == "Add" and any(isinstance(item, gs.Constant) for item in node.inputs)) or node.op in (
-            "Cast",
-            "DequantizeLinear",
-            "QuantizeLinear",
-            "Reshape",
-            "Mul",
-            "Div",
-        ):
-            data = next((item for item in node.inputs if not probe.is_known(item)), None)
-        else:
+        data = [item for item in node.inputs if not is_empty(item) and not probe.is_known(item)]
+        if len(data) != 1 or not (node.op in ("Add", "Sub", "Sum") or probe.is_transparent(node)):
             return False
-        node = producer(data) if data is not None else None
+        node = producer(data[0])
         seen += 1
     return False
 

@@ -37,6 +37,9 @@ _PARTS = {
     "RMSNormalization",
     "LayerNormalization",
     "Expand",
+    "Sum",
+    "Exp",
+    "Log",
 }
 _MAX_NODES = 40
 
@@ -92,6 +95,11 @@ def recognise_rms_norm(probe: Probe, tensor: gs.Tensor) -> RmsNorm | None:
     return None
 
 
+def _is_part(probe: Probe, node: gs.Node) -> bool:
+    """Whether a node may belong to a norm. What it computes is found out by evaluating it."""
+    return not node.domain and (node.op in _PARTS or probe.is_transparent(node))
+
+
 def _candidates(probe: Probe, tensor: gs.Tensor, shape: tuple[int, ...]) -> list[gs.Tensor]:
     """Data tensors of the same shape behind `tensor`, the furthest last found first."""
     found: list[gs.Tensor] = []
@@ -99,7 +107,7 @@ def _candidates(probe: Probe, tensor: gs.Tensor, shape: tuple[int, ...]) -> list
     stack = [tensor]
     while stack and len(seen) < _MAX_NODES:
         node = producer(stack.pop())
-        if node is None or id(node) in seen or node.op not in _PARTS or node.domain:
+        if node is None or id(node) in seen or not _is_part(probe, node):
             continue
         seen.add(id(node))
         for item in node.inputs:
@@ -119,7 +127,7 @@ def _cone(probe: Probe, tensor: gs.Tensor, source: gs.Tensor) -> list[gs.Node] |
         if item is source or is_empty(item) or probe.is_known(item):
             return True
         node = producer(item)
-        if node is None or node.op not in _PARTS or node.domain or depth > _MAX_NODES:
+        if node is None or not _is_part(probe, node) or depth > _MAX_NODES:
             return False
         if id(node) in done:
             return True
@@ -153,7 +161,8 @@ def _evaluate(
         kernel = load_op("", node.op, OPSET)(
             to_proto(node), {"log": lambda *_: None, "opsets": {"": OPSET}, "verbose": 0, "new_ops": None}
         )
-        known[id(node.outputs[0])] = np.asarray(kernel.run(*arguments)[0])
+        for output, value in zip(node.outputs, kernel.run(*arguments), strict=False):
+            known[id(output)] = np.asarray(value)
     return known[id(target)]
 
 

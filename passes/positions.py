@@ -46,12 +46,11 @@ class PackedPositions:
         self._positions = positions
         self._tokens = tokens
         self._layout = layout
-        self._by_sequence = layout == BY_SEQUENCE
         self._built: dict[int, gs.Tensor] = {}
         self._already_packed: set[int] = (
             set()
         )  # ids of tensors that come from inputs which stay, laid out by packed token
-        self._cast: dict[tuple[object, tuple[int, ...]], gs.Tensor] = {}
+        self._cast: dict[tuple[object, tuple[roles.Axis, ...]], gs.Tensor] = {}
         self.max_position: int | None = None
 
     def rebuild(self, tensor: gs.Tensor) -> gs.Tensor:
@@ -137,19 +136,33 @@ class PackedPositions:
 
     def _insert_positions(self, tensor: gs.Tensor, value: np.ndarray, axes: tuple[int, int]) -> gs.Tensor:
         sequence_axis, token_axis = axes
-        shape = [1] * value.ndim
-        shape[sequence_axis if self._by_sequence and sequence_axis >= 0 else token_axis] = -1
+        shape: list[roles.Axis] = [1] * value.ndim
+        shape[token_axis] = "S"
+        if sequence_axis >= 0:
+            shape[sequence_axis] = "B"
         key = (value.dtype, tuple(shape))
-        if self._layout == UNPACKED:
-            raise CannotRebuild("positions cannot be replaced where sequences stay apart")
         if key not in self._cast:
             positions = (
                 self._emitter.cast(self._positions, value.dtype, "packed_positions")
                 if value.dtype != np.int32
                 else self._positions
             )
-            self._cast[key] = self._emitter.reshape(positions, shape, "packed_positions_in_place")
+            self._cast[key] = self._spread(positions, shape, "packed_positions_in_place")
         return self._cast[key]
+
+    def _spread(self, tensor: gs.Tensor, shape: list[roles.Axis], wish: str) -> gs.Tensor:
+        """A tensor [T, ...] in a shape of sizes, of sequences "B" (perhaps missing) and of their tokens "S"."""
+        one_sequence = self._probes[0].interface.fixed.get("B") == 1 and "B" not in shape
+        if self._layout == UNPACKED and not one_sequence:
+            token_axis = shape.index("S")
+            if "B" not in shape and (token_axis == 0 or shape[0] != 1):
+                raise CannotRebuild("all sequences share their positions, which they cannot where sequences stay apart")
+            axes = ["B" if index == 0 and "B" not in shape else size for index, size in enumerate(shape)]
+            sizes = packed_sizes(self._emitter, self._tokens, self._probes[0].interface, axes, f"{wish}.shape")
+            return self._emitter.node("Reshape", [tensor, sizes], wish, allowzero=0)
+        varying = "B" if self._layout == BY_SEQUENCE and "B" in shape else "S"
+        target = [size if isinstance(size, int) else -1 if size == varying else 1 for size in shape]
+        return self._emitter.reshape(tensor, target, wish)
 
     def _as_table(self, tensor: gs.Tensor, table: gs.Constant, values: list[np.ndarray]) -> gs.Tensor | None:
         """A Gather, where the values are rows of a constant chosen by position (the same for every sequence)."""
@@ -168,13 +181,11 @@ class PackedPositions:
             self.max_position = min(self.max_position or rows.shape[axis], rows.shape[axis])
             flat = self._emitter.cast(self._positions, np.dtype(np.int64), "packed_positions")
             gathered = self._emitter.gather(table, flat, axis, f"{tensor.name}.packed")
-            shape = list(values[0].shape)
+            shape: list[roles.Axis] = list(values[0].shape)
+            shape[token_axis] = "S"
             if sequence_axis >= 0:
-                shape[sequence_axis] = 1
-            shape[token_axis] = -1 if not self._by_sequence or sequence_axis < 0 else 1
-            if self._by_sequence and sequence_axis >= 0:
-                shape[sequence_axis] = -1
-            return self._emitter.reshape(gathered, shape, f"{tensor.name}.packed")
+                shape[sequence_axis] = "B"
+            return self._spread(gathered, shape, f"{tensor.name}.packed")
         return None
 
     @staticmethod
@@ -215,7 +226,12 @@ class PackedPositions:
     def _input(self, tensor: gs.Tensor) -> gs.Tensor:
         model_input = next((entry for entry in self._probes[0].interface.inputs if entry.name == tensor.name), None)
         if model_input is not None and model_input.role in (roles.ROPE_COS, roles.ROPE_SIN):
-            letters = {"B": "T", "S": 1} if self._by_sequence else {"B": 1, "S": "T"}
+            packed: dict[str, dict[str, int | str]] = {
+                PACKED: {"B": 1, "S": "T"},
+                BY_SEQUENCE: {"B": "T", "S": 1},
+                UNPACKED: {},
+            }
+            letters = packed[self._layout]
             tensor.shape = [letters.get(axis, axis) if isinstance(axis, str) else axis for axis in model_input.axes]
             self._already_packed.add(id(tensor))
             return tensor

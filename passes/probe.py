@@ -13,6 +13,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 
 import ml_dtypes
@@ -25,9 +26,13 @@ from onnx.reference.ops import load_op
 from mla_trt import interface as roles
 from mla_trt.errors import MlaTrtError
 from mla_trt.interface import ModelInterface
-from mla_trt.passes.graph import OPSET, constant_value, is_empty, outer_inputs, producer, to_proto
+from mla_trt.passes.einsum import einsum_shape
+from mla_trt.passes.graph import OPSET, constant_value, from_constants, is_empty, outer_inputs, producer, to_proto
 
 MAX_TERMS = 8
+MAX_ELEMENTS = 1 << 28  # of one array: what is larger on a small case is not worth its memory
+MAX_DATA = 1 << 26  # the same for data, each element of which takes 16 bytes and more
+MAX_MATRIX = 1 << 20  # elements of a constant that may turn out to move data; larger ones are weights
 ZERO, ONE = 0, 1  # atom codes: no term; the number one (its coefficient is the value)
 
 
@@ -37,6 +42,10 @@ class ProbeError(MlaTrtError):
     def __init__(self, message: str, node: gs.Node | None = None) -> None:
         super().__init__(message)
         self.node = node
+
+
+class TooManyTermsError(ProbeError):
+    """An element sums up more atoms than are told apart."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +98,15 @@ _MOVES_DATA = {
     "SpaceToDepth": 1,
 }
 _PARAMETER_TYPES = (np.dtype(np.int64), np.dtype(np.int32), np.dtype(np.bool_))
+# Casts to these types keep values but for their rounding.
+_ROUNDING_TYPES = (
+    TensorProto.FLOAT,
+    TensorProto.FLOAT16,
+    TensorProto.BFLOAT16,
+    TensorProto.DOUBLE,
+    TensorProto.FLOAT8E4M3FN,
+    TensorProto.FLOAT8E5M2,
+)
 # A pair of them rounds activations; what is read through it is what the model meant before it was quantised.
 _FAKE_QUANTISATION = ("QuantizeLinear", "DequantizeLinear")
 _SAME_SHAPE = {
@@ -167,6 +185,7 @@ class Probe:
     Attributes:
         data: ids of the tensors that depend on data (`identify_inputs.data_dependent`).
         opaque: ids of data tensors whose elements are to be taken as atoms although they could be explained.
+        seen_through: data tensors, by id, that are to be read as another tensor times a vector: a norm without its division.
         selection_size: number of distinct keys in the random lists that stand for a TopK's indices.
     """
 
@@ -178,6 +197,7 @@ class Probe:
     overrides: dict[int, np.ndarray] = field(default_factory=dict)
     selection_size: int = 3
     opaque: set[int] = field(default_factory=set)
+    seen_through: dict[int, tuple[gs.Tensor, np.ndarray]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._values: dict[int, Value] = {}
@@ -185,7 +205,9 @@ class Probe:
         self._failures: dict[tuple[str, int], ProbeError] = {}
         self._start_atoms()
         self._kernels: dict[int, Callable[..., tuple[np.ndarray, ...]]] = {}
+        self._matrices: dict[int, tuple[np.ndarray, bool] | None] = {}
         self.selections: dict[int, np.ndarray] = {}
+        self.masks_checked: set[frozenset[int]] = set()
         self.selection_tensors: dict[int, gs.Tensor] = {}
         for model_input, tensor in zip(self.interface.inputs, self.graph.inputs, strict=True):
             shape = tuple(self.axis_size(axis) for axis in model_input.axes)
@@ -251,6 +273,8 @@ class Probe:
         shape = self.shape(tensor)
         base = self._atom_base.get(id(tensor))
         size = math.prod(shape)
+        if size > MAX_DATA:
+            raise ProbeError(f"'{tensor.name}' has {size} elements in a small case", producer(tensor))
         if base is None:
             base = self._next_code
             self._next_code += max(size, 1)
@@ -356,14 +380,20 @@ class Probe:
             inputs = inputs[:1]
         if kind == "shape" and self._has_value_for_shape(tensor):
             return [("value", tensor)]
-        if node.op in ("Shape", "Size"):
+        if node.op in ("Shape", "Size") or (node.op == "IsNaN" and not self.is_known(inputs[0])):
             return [("shape", inputs[0])]
         if kind == "value" and (self.is_known(tensor) and node.op != "TopK"):
             return [("value", item) for item in (inputs if not node.attrs.get("then_branch") else outer_inputs(node))]
+        if kind == "value" and id(tensor) in self.seen_through:
+            return [("value", self.seen_through[id(tensor)][0])]
         if kind == "value" and self._is_transparent(node, tensor):
             return [("value", item) for item in inputs]
         if kind == "value":
             return [("shape", tensor)]
+        if node.op in _SAME_SHAPE:
+            return [("shape", inputs[0])]
+        if node.op in _BROADCASTS:
+            return [("shape", item) for item in inputs]
         return [("value" if self._has_value_for_shape(item) else "shape", item) for item in inputs]
 
     def _has_value_for_shape(self, tensor: gs.Tensor) -> bool:
@@ -376,14 +406,16 @@ class Probe:
             return False
         known = [is_empty(item) or self.is_known(item) for item in node.inputs]
         op = node.op
-        if op in ("CastLike", *_FAKE_QUANTISATION) or op in _MOVES_DATA or op in ("Cast", "Dropout"):
+        if op == "Cast":
+            return node.attrs["to"] in _ROUNDING_TYPES
+        if op in ("CastLike", "Dropout", *_FAKE_QUANTISATION) or op in _MOVES_DATA:
             return op == "CastLike" or all(known[1:])
+        if op == "MatMul":
+            return self._moving_matrix(node) is not None
         if op in ("Neg", "Concat", "Sub", "Add", "Sum"):
-            return op != "Add" or not self._adds_bias(node)
-        if op == "Mul":
-            return any(known)
-        if op == "Div":
-            return known[1]
+            return op not in ("Add", "Sub", "Sum") or not self._adds_bias(node)
+        if op in ("Mul", "Div"):
+            return (known[1] or (known[0] and op == "Mul")) and not self._applies_weight(node)
         if op == "Where":
             return known[0]
         if op in ("ScatterND", "ScatterElements"):
@@ -394,15 +426,28 @@ class Probe:
         """Whether a node only moves, scales or adds elements of the data that enters it."""
         return self._is_transparent(node, node.outputs[0])
 
+    def _applies_weight(self, node: gs.Node) -> bool:
+        """A constant vector of different sizes that multiplies the last axis is a weight, as a norm's; what multiplies data in a
+        rotation depends on positions, or only changes signs."""
+        for item in node.inputs:
+            if isinstance(item, gs.Constant) and len(item.shape) and item.shape[-1] > 1:
+                if int(np.prod(item.shape, dtype=np.int64)) != item.shape[-1]:
+                    continue
+                sizes = np.abs(np.asarray(widen(constant_value(item, self.base_dir)), np.float64)).reshape(-1)
+                if not np.allclose(sizes, sizes[0], rtol=1e-6):
+                    return True
+        return False
+
     def _adds_bias(self, node: gs.Node) -> bool:
         """A constant vector added to data is a bias (part of a projection), unless it hides scores."""
         for item in node.inputs:
-            if isinstance(item, gs.Constant) and int(np.prod(item.shape, dtype=np.int64)) > 1:
-                values = (
-                    constant_value(item, self.base_dir) if int(np.prod(item.shape, dtype=np.int64)) < 1 << 20 else None
-                )
-                if values is None or not (np.asarray(values, np.float64) < -1e4).any():
-                    return True
+            if not is_empty(item) and self.is_known(item) and from_constants(item):
+                try:
+                    size = math.prod(self.shape(item))
+                    if size > MAX_MATRIX or (size > 1 and not (self.known(item).astype(np.float64) < -1e4).any()):
+                        return True
+                except ProbeError:
+                    continue
         return False
 
     def _compute(self, kind: str, tensor: gs.Tensor) -> None:
@@ -414,8 +459,15 @@ class Probe:
                 self._compute_source(kind, tensor)
             elif self.is_known(tensor) and (kind == "value" or self._has_value_for_shape(tensor)):
                 self._compute_known(node, tensor)
+            elif kind == "value" and id(tensor) in self.seen_through:
+                source, weight = self.seen_through[id(tensor)]
+                self._store(tensor, scale(self.linear(source), weight))
             elif kind == "value" and self._is_transparent(node, tensor):
-                for output, value in zip(node.outputs, self._move(node), strict=False):
+                try:
+                    moved = self._move(node)
+                except TooManyTermsError:  # a residual stream: what it sums up is of no interest
+                    moved = [self.atoms(output) for output in node.outputs]
+                for output, value in zip(node.outputs, moved, strict=False):
                     self._store(output, value)
             elif kind == "value":
                 self._values[id(tensor)] = self.atoms(tensor)
@@ -455,6 +507,10 @@ class Probe:
             shape = self._shapes[id(node.inputs[0])]
             self._store(tensor, np.array(shape[slice(node.attrs.get("start", 0), node.attrs.get("end"))], np.int64))
             return
+        if node.op == "IsNaN" and not self.is_known(node.inputs[0]):
+            # Guards against rows that attend to nothing, which the fused ops answer with 0: no other data is not a number.
+            self._store(tensor, np.zeros(self._shapes[id(node.inputs[0])], np.bool_))
+            return
         if node.op == "Size":
             self._store(tensor, np.array(math.prod(self._shapes[id(node.inputs[0])]), np.int64))
             return
@@ -472,6 +528,7 @@ class Probe:
             self._store(tensor, value if value.dtype.kind == "f" else value.astype(np.float32))
             return
         arguments = [None if is_empty(item) else self.known(item) for item in node.inputs]
+        _check_size(node, arguments)
         for output, value in zip(node.outputs, self._kernel(node)(*arguments), strict=False):
             self._store(output, widen(np.asarray(value)))
 
@@ -517,15 +574,21 @@ class Probe:
         op = node.op
         if op in ("Cast", "CastLike", "Dropout", "Identity", *_FAKE_QUANTISATION):
             return [self.linear(node.inputs[0])]
-        if op in ("Neg", "Add", "Sub", "Sum", "Mul", "Div"):
-            return [self._arithmetic(op, [self.value(item) for item in node.inputs])]
+        if op == "MatMul":
+            return [self._move_by_matrix(node)]
         values = [None if is_empty(item) else self.value(item) for item in node.inputs]
+        sizes = [np.broadcast_to(0, value.shape) if isinstance(value, Linear) else value for value in values]
+        _check_size(node, sizes, MAX_DATA)
+        if op in ("Neg", "Add", "Sub", "Sum", "Mul", "Div"):
+            return [self._arithmetic(op, [value for value in values if value is not None])]
         moving = self._moving_inputs(node, len(values))
         linears = {
             index: as_linear(value) for index, value in enumerate(values) if index in moving and value is not None
         }
         if op == "Pad" and len(values) > 2 and values[2] is not None:
-            raise ProbeError(f"node '{node.name}' pads data with a value", node)
+            if not isinstance(values[2], np.ndarray) or (values[2] != 0).any():
+                raise ProbeError(f"node '{node.name}' pads data with a value", node)
+            values[2] = None
         count = max(len(linear.terms) for linear in linears.values())
         kernel = self._kernel(node)
         outputs: list[list[Term]] = [[] for _ in node.outputs]
@@ -547,6 +610,59 @@ class Probe:
             for output, codes, coefficients in zip(outputs, kernel(*codes_in), kernel(*coefficients_in), strict=False):
                 output.append(Term(np.asarray(codes), np.asarray(coefficients)))
         return [Linear(tuple(terms[0].codes.shape), tuple(terms)) for terms in outputs if terms]
+
+    def _moving_matrix(self, node: gs.Node) -> tuple[np.ndarray, bool] | None:
+        """A known operand of a MatMul that only moves and scales data, each result being made of two entries at most, and whether it is the
+        right one: a permutation, a rotate_half, a rotation."""
+        if id(node) in self._matrices:
+            return self._matrices[id(node)]
+        found = None
+        for operand, other in (node.inputs, node.inputs[::-1]):
+            if not self.is_known(operand) or self.is_known(other):
+                continue
+            right = operand is node.inputs[1]
+            try:
+                shape = self.shape(operand)
+                if len(shape) >= 2 and math.prod(shape) <= MAX_MATRIX and min(shape[-2:]) > 1:
+                    matrix = np.asarray(self.known(operand), np.float64)
+                    used = np.count_nonzero(matrix, axis=-2 if right else -1)
+                    found = (matrix, right) if used.min(initial=1) > 0 and used.max(initial=0) <= 2 else None
+            except ProbeError:
+                found = None
+        self._matrices[id(node)] = found
+        return found
+
+    def _move_by_matrix(self, node: gs.Node) -> Linear:
+        moving = self._moving_matrix(node)
+        assert moving is not None
+        matrix, right = moving
+        data = self.linear(node.inputs[0 if right else 1])
+        if len(data.shape) < 2:
+            raise ProbeError(f"node '{node.name}' (MatMul) multiplies a vector", node)
+        weights = matrix if right else matrix.swapaxes(-1, -2)  # [..., summed, results]
+        order = np.argsort(weights == 0, axis=-2, kind="stable")[..., :2, :]
+        batch = np.broadcast_shapes(data.shape[:-2], weights.shape[:-2])
+        parts = []
+        for place in range(2):
+            index = order[..., place : place + 1, :]
+            factor = np.take_along_axis(weights, index, axis=-2)
+            terms = []
+            for term in data.terms:
+                codes, coefficients = (
+                    np.take_along_axis(
+                        np.broadcast_to(array, (*batch, *array.shape[-2:])),
+                        np.broadcast_to(index, (*batch, array.shape[-2], index.shape[-1])),
+                        axis=-1,
+                    )
+                    for array in (side if right else side.swapaxes(-1, -2) for side in (term.codes, term.coefficients))
+                )
+                terms.append(Term(codes, coefficients))
+            parts.append(scale(Linear(terms[0].codes.shape, tuple(terms)), factor))
+        total = add(parts)
+        if right:
+            return total
+        terms = [Term(term.codes.swapaxes(-1, -2), term.coefficients.swapaxes(-1, -2)) for term in total.terms]
+        return Linear(terms[0].codes.shape, tuple(terms))
 
     @staticmethod
     def _moving_inputs(node: gs.Node, count: int) -> set[int]:
@@ -575,11 +691,11 @@ class Probe:
 
     def _infer_shapes(self, node: gs.Node) -> None:
         """Shapes of a data node's outputs, by quick rules where they are enough, else by ONNX's shape inference."""
-        shapes = [() if is_empty(item) else self._shapes[id(item)] for item in node.inputs]
         if node.op in _SAME_SHAPE:
             for output in node.outputs:
-                self._shapes[id(output)] = shapes[0]
+                self._shapes[id(output)] = self._shapes[id(node.inputs[0])]
             return
+        shapes = [() if is_empty(item) else self._shapes[id(item)] for item in node.inputs]
         if node.op in _BROADCASTS:
             self._shapes[id(node.outputs[0])] = tuple(np.broadcast_shapes(*shapes))
             return
@@ -590,6 +706,9 @@ class Probe:
                 )
             batch = np.broadcast_shapes(shapes[0][:-2], shapes[1][:-2])
             self._shapes[id(node.outputs[0])] = (*batch, shapes[0][-2], shapes[1][-1])
+            return
+        if node.op == "Einsum":
+            self._shapes[id(node.outputs[0])] = einsum_shape(node.attrs["equation"], shapes)
             return
         if node.domain not in (None, "", "ai.onnx"):
             # Nothing is known of the op. Fused MLPs and norms keep the shape of what they are given; if this one does
@@ -661,9 +780,10 @@ def as_linear(value: Value) -> Linear:
 def scale(linear: Linear, factor: np.ndarray) -> Linear:
     """Multiplies by a known array, broadcasting."""
     shape = tuple(np.broadcast_shapes(linear.shape, factor.shape))
+    gone = factor == 0
     terms = tuple(
         Term(
-            np.broadcast_to(term.codes, shape),
+            np.where(gone, ZERO, term.codes) if gone.any() else np.broadcast_to(term.codes, shape),
             np.where(term.codes == ZERO, 0.0, np.multiply(term.coefficients, factor)),
         )
         for term in linear.terms
@@ -671,11 +791,50 @@ def scale(linear: Linear, factor: np.ndarray) -> Linear:
     return Linear(shape, terms)
 
 
+def _check_size(node: gs.Node, arguments: Sequence[np.ndarray | None], limit: int = MAX_ELEMENTS) -> None:
+    """Refuses to evaluate nodes that make arrays out of all proportion.
+
+    Raises:
+        ProbeError: the result would be too large.
+    """
+    sizes = [() if argument is None else argument.shape for argument in arguments]
+    size = 0
+    if node.op in _BROADCASTS or node.op == "Neg":
+        size = math.prod(np.broadcast_shapes(*sizes))
+    elif node.op == "ConstantOfShape":
+        size = math.prod(int(extent) for extent in _numbers(arguments, 0))
+    elif node.op == "Expand":
+        target = [int(extent) for extent in _numbers(arguments, 1)]
+        size = math.prod(max(a, b) for a, b in zip_longest(sizes[0][::-1], target[::-1], fillvalue=1))
+    elif node.op == "Tile":
+        size = math.prod(sizes[0]) * math.prod(int(count) for count in _numbers(arguments, 1))
+    elif node.op == "Range":
+        start, limit, delta = (float(_numbers(arguments, index)[0]) for index in range(3))
+        size = math.ceil((limit - start) / delta) if delta else 0
+    elif node.op == "Gather":
+        axis = node.attrs.get("axis", 0)
+        size = math.prod(sizes[0]) // max(sizes[0][axis], 1) * math.prod(sizes[1])
+    elif node.op == "OneHot":
+        size = math.prod(sizes[0]) * int(_numbers(arguments, 1)[0])
+    elif node.op == "Pad":
+        size = math.prod(sizes[0]) * 2 + int(np.abs(_numbers(arguments, 1)).sum())
+    elif node.op == "MatMul" and min(map(len, sizes)) >= 2:
+        size = math.prod(np.broadcast_shapes(sizes[0][:-2], sizes[1][:-2])) * sizes[0][-2] * sizes[1][-1]
+    elif node.op == "Einsum":
+        size = math.prod(einsum_shape(node.attrs["equation"], sizes))
+    if size > limit:
+        raise ProbeError(f"node '{node.name or node.op}' ({node.op}) makes {size} elements of a small case", node)
+
+
+def _numbers(arguments: Sequence[np.ndarray | None], index: int) -> np.ndarray:
+    return np.asarray(arguments[index]).reshape(-1)
+
+
 def add(linears: Sequence[Linear]) -> Linear:
     """The sum, broadcasting; equal atoms are merged.
 
     Raises:
-        ProbeError: more than `MAX_TERMS` different atoms in one element.
+        TooManyTermsError: more than `MAX_TERMS` different atoms in one element.
     """
     shape = tuple(np.broadcast_shapes(*(linear.shape for linear in linears)))
     terms: list[Term] = []
@@ -695,7 +854,7 @@ def add(linears: Sequence[Linear]) -> Linear:
             else:
                 terms.append(Term(codes, coefficients))
     if len(terms) > MAX_TERMS:
-        raise ProbeError(f"a sum of more than {MAX_TERMS} terms")
+        raise TooManyTermsError(f"a sum of more than {MAX_TERMS} terms")
     if not terms:
         terms = [Term(np.zeros(shape, np.int64), np.zeros(shape))]
     return Linear(shape, tuple(terms))

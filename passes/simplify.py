@@ -1,5 +1,5 @@
 """Second pass: data movement and softmax in one form. Removes what computes nothing and rewrites the few idioms that hide an
-attention's softmax or split: explicit softmax, shifted softmax, NaN guards, sequences."""
+attention's softmax or split: explicit softmax, shifted softmax, sequences."""
 
 from __future__ import annotations
 
@@ -27,9 +27,11 @@ def simplify(graph: gs.Graph) -> int:
         _split_sequences,
         _cast_by_type,
         _drop_identities,
-        _drop_nan_guards,
+        _shapes_behind_casts,
+        _einsum_as_transpose,
         _explicit_softmax,
         _shifted_softmax,
+        _drop_row_guards,
     ):
         rule(graph, names)
         remove_dead_nodes(graph)
@@ -120,13 +122,14 @@ def _drop_identities(graph: gs.Graph, names: Names) -> None:
         replace_uses(graph, node.outputs[0], node.inputs[0])
 
 
-def _drop_nan_guards(graph: gs.Graph, names: Names) -> None:
-    """Where(IsNaN(x), c, x) only changes rows that attend to nothing, which the fused ops answer with 0."""
+def _einsum_as_transpose(graph: gs.Graph, names: Names) -> None:
+    """An Einsum of one operand that keeps every axis is a Transpose."""
     for node in graph.nodes:
-        if node.op == "Where":
-            test = producer(node.inputs[0])
-            if test is not None and test.op == "IsNaN" and test.inputs[0] is node.inputs[2]:
-                replace_uses(graph, node.outputs[0], node.inputs[2])
+        if node.op != "Einsum" or len(node.inputs) != 1:
+            continue
+        left, _, right = str(node.attrs["equation"]).replace(" ", "").partition("->")
+        if left.isalpha() and len(set(left)) == len(left) and sorted(left) == sorted(right):
+            node.op, node.attrs = "Transpose", {"perm": [left.index(letter) for letter in right]}
 
 
 def _is_reduction(tensor: gs.Tensor, op: str, of: gs.Tensor) -> int | None:
@@ -175,3 +178,64 @@ def _shifted_softmax(graph: gs.Graph, names: Names) -> None:
             and _is_reduction(shift.inputs[1], "ReduceMax", shift.inputs[0]) is not None
         ):
             node.inputs[0] = shift.inputs[0]
+
+
+def _shapes_behind_casts(graph: gs.Graph, names: Names) -> None:
+    """The shape of a cast tensor is that of the tensor itself, which may be an input that only its shape is wanted of."""
+    for node in graph.nodes:
+        if node.op == "Shape":
+            cast = producer(node.inputs[0])
+            while cast is not None and cast.op == "Cast":
+                node.inputs[0] = cast.inputs[0]
+                cast = producer(node.inputs[0])
+
+
+_ROW_TESTS = (
+    "Equal", "IsInf", "IsNaN", "Not", "And", "Or", "Cast", "ReduceMax", "ReduceMin", "ReduceSum", "ReduceProd", "Greater",
+    "GreaterOrEqual", "Less", "LessOrEqual", "Expand", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Shape",
+)  # fmt: skip
+
+
+def _drop_row_guards(graph: gs.Graph, names: Names) -> None:
+    """Where(test of x, Softmax(x), 0) blanks rows in which every score is hidden; the fused ops answer those with 0 anyway."""
+    for node in graph.nodes:
+        if node.op != "Where":
+            continue
+        for probabilities, other in ((node.inputs[1], node.inputs[2]), (node.inputs[2], node.inputs[1])):
+            softmax = producer(probabilities)
+            while softmax is not None and softmax.op == "Cast":
+                softmax = producer(softmax.inputs[0])
+            if softmax is None or softmax.op != "Softmax" or not _is_zero(other):
+                continue
+            if _tests_only(node.inputs[0], softmax.inputs[0]):
+                replace_uses(graph, node.outputs[0], probabilities)
+                break
+
+
+def _is_zero(tensor: gs.Tensor) -> bool:
+    """Whether every element of a tensor is the constant 0, as far as that shows without evaluating anything."""
+    node = producer(tensor)
+    if node is not None and node.op in ("Expand", "Cast", "Identity"):
+        return _is_zero(node.inputs[0])
+    if node is not None and node.op == "ConstantOfShape":
+        value = node.attrs.get("value")
+        return value is None or not np.any(np.asarray(value.values))
+    values = small_constant(tensor)
+    return values is not None and not values.any()
+
+
+def _tests_only(condition: gs.Tensor, scores: gs.Tensor) -> bool:
+    """Whether a condition is made from the scores and constants by comparisons and reductions."""
+    seen: set[int] = set()
+    stack = [condition]
+    while stack:
+        tensor = stack.pop()
+        if tensor is scores or isinstance(tensor, gs.Constant) or id(tensor) in seen or is_empty(tensor):
+            continue
+        seen.add(id(tensor))
+        node = producer(tensor)
+        if node is None or node.op not in _ROW_TESTS or len(seen) > len(_ROW_TESTS):
+            return False
+        if node.op != "Shape":
+            stack.extend(node.inputs[:1] if node.op in ("Expand", "Reshape", "Squeeze", "Unsqueeze") else node.inputs)
+    return True

@@ -238,6 +238,33 @@ def _rotary(rw: _Rewriter) -> None:
     rw.emit("RotaryEmbedding", [x, cos, sin, positions], rw.node.output[0], **attributes)
 
 
+def _multi_head_attention(rw: _Rewriter) -> None:
+    """ONNX Runtime's MultiHeadAttention over separate queries, keys and values."""
+    unsupported = {3: "a bias of its own", 4: "a key padding mask"}
+    for index, what in unsupported.items():
+        if rw.has(index):
+            raise BadModelError(
+                f"node '{rw.node.name}': MultiHeadAttention with {what} is not supported: export without that fusion"
+            )
+    if not rw.has(1) or not rw.has(2):
+        raise BadModelError(
+            f"node '{rw.node.name}': MultiHeadAttention with packed inputs is not supported: export without that fusion"
+        )
+    inputs = [*rw.node.input[:3], *(rw.node.input[index] if rw.has(index) else "" for index in (5, 6, 7))]
+    while not inputs[-1]:
+        inputs.pop()
+    heads = int(rw.attributes["num_heads"])
+    attributes: dict[str, Any] = {
+        "q_num_heads": heads,
+        "kv_num_heads": heads,
+        "is_causal": int(rw.attributes.get("unidirectional", 0)),
+    }
+    if rw.attributes.get("scale", 0.0):
+        attributes["scale"] = rw.attributes["scale"]
+    name = rw.node.name or rw.node.output[0]
+    rw.nodes.append(helper.make_node("Attention", inputs, list(rw.node.output), name=f"{name}/Attention", **attributes))
+
+
 _RUNTIME_OPS = {
     "SimplifiedLayerNormalization": _rms_norm,
     "SkipSimplifiedLayerNormalization": _skip_norm,
@@ -250,6 +277,7 @@ _RUNTIME_OPS = {
     "FastGelu": _gelu,
     "MatMulNBits": _matmul_nbits,
     "RotaryEmbedding": _rotary,
+    "MultiHeadAttention": _multi_head_attention,
 }
 _RENAMED = ("DequantizeLinear", "QuantizeLinear", "GatherND", "Trilu", "Range")
 
