@@ -229,8 +229,8 @@ def _lower(options: argparse.Namespace) -> int:
             verify_memory=_size(options.verify_memory, "--verify-memory"),
             progress=lambda text: status.update(text),
         )
-    for assumption in report.assumptions:
-        log.warning("%s", assumption)
+    for warning in (*report.assumptions, *report.notes):
+        log.warning("%s", warning)
     if not options.quiet:
         print_report(Console(), report.to_json())
         print(f"written: {options.output / 'model.onnx'}, {options.output / 'report.json'}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import google.protobuf.message
@@ -35,8 +36,29 @@ class LoadedModel:
     def external_files(self) -> set[Path]:
         """Files that hold weights outside the model."""
         return {
-            self.base_dir / location for tensor in _tensors(self.proto) if (location := _location(tensor)) is not None
+            self.base_dir / location
+            for tensor in _tensors(self.proto)
+            if (location := external_file(tensor)) is not None
         }
+
+
+@dataclass(frozen=True)
+class ModelOnDisk:
+    """A model of which some or all weights are in files.
+
+    Attributes:
+        proto: the model.
+        folder: where its files are.
+        moved: folders of those files that are elsewhere.
+    """
+
+    proto: onnx.ModelProto
+    folder: Path | None
+    moved: Mapping[str, Path] = field(default_factory=dict)
+
+    def folder_of(self, tensor: TensorProto) -> Path | None:
+        """The folder of the file that a tensor is in."""
+        return self.moved.get(external_file(tensor) or "", self.folder)
 
 
 def load_model(path: Path) -> LoadedModel:
@@ -60,12 +82,17 @@ def load_model(path: Path) -> LoadedModel:
     model = LoadedModel(proto, path)
     _check_external(model)
     for tensor in _tensors(proto):
-        if _location(tensor) is not None and _is_small(tensor):
-            load_external_data_for_tensor(tensor, str(model.base_dir))
-            tensor.data_location = TensorProto.DEFAULT
-            del tensor.external_data[:]
+        if external_file(tensor) is not None and _is_small(tensor):
+            load_tensor(tensor, model.base_dir)
     _check_names(proto)
     return model
+
+
+def load_tensor(tensor: TensorProto, folder: Path) -> None:
+    """Reads a tensor's external data into it."""
+    load_external_data_for_tensor(tensor, str(folder))
+    tensor.data_location = TensorProto.DEFAULT
+    del tensor.external_data[:]
 
 
 def _tensors(proto: onnx.ModelProto) -> list[TensorProto]:
@@ -79,7 +106,22 @@ def _is_small(tensor: TensorProto) -> bool:
     return int(np.prod(tensor.dims, dtype=np.int64)) <= SMALL_TENSOR
 
 
-def _location(tensor: TensorProto) -> str | None:
+def load_from_elsewhere(model: onnx.ModelProto, source: ModelOnDisk, folder: Path | None) -> None:
+    """Reads those weights of a model whose files are not in a folder.
+
+    Args:
+        model: the model, or a part of it.
+        source: where its files are.
+        folder: the only one that whoever runs the model will look in.
+    """
+    for tensor in model.graph.initializer:
+        place = source.folder_of(tensor)
+        if external_file(tensor) is not None and place is not None and place != folder:
+            load_tensor(tensor, place)
+
+
+def external_file(tensor: TensorProto) -> str | None:
+    """Name of the file that a tensor's data is in; None where it is in the model."""
     if tensor.data_location != TensorProto.EXTERNAL:
         return None
     return next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
@@ -88,7 +130,7 @@ def _location(tensor: TensorProto) -> str | None:
 def _check_external(model: LoadedModel) -> None:
     sizes: dict[str, int] = {}
     for tensor in _tensors(model.proto):
-        location = _location(tensor)
+        location = external_file(tensor)
         if location is None:
             continue
         if location not in sizes:

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,17 @@ from mla_trt import interface as roles
 from mla_trt.errors import BadModelError, NoMlaError, UsageError
 from mla_trt.formats import INDEX_FORMATS, ROW_FORMATS
 from mla_trt.interface import ModelInterface
+from mla_trt.layer_plan import LayerPlan, plan_layers
 from mla_trt.ops import attach_functions
 from mla_trt.passes import pack
 from mla_trt.passes.attention_core import NoMatch, find_softmaxes, read_core, unknown_op_near
 from mla_trt.passes.graph import OPSET, Emitter, Names, topological
 from mla_trt.passes.identify_inputs import data_dependent, identify_inputs, static_size
 from mla_trt.passes.inline_branches import inline_branches
+from mla_trt.passes.legalize import illegal_nodes, legalize
 from mla_trt.passes.lower import CacheFormat, Lowerer
-from mla_trt.passes.match_indexer import IndexerMatch, match_indexer
+from mla_trt.passes.match_indexer import IndexerMatch, SelectsAllKeys, match_indexer
+from mla_trt.passes.match_latent import NormOverCache
 from mla_trt.passes.match_mla import MlaMatch, match_mla
 from mla_trt.passes.positions import BY_SEQUENCE, PACKED, UNPACKED
 from mla_trt.passes.probe import Probe, ProbeError, Sizes
@@ -91,12 +94,14 @@ class Lowered:
         model: with function bodies and metadata.
         interface: roles of the export's inputs.
         quantised_activations: the export rounds activations, which the lowered attention does not repeat.
+        plan: where the export's layers begin and end, if that was asked for.
     """
 
     model: onnx.ModelProto
     interface: ModelInterface
     report: Report
     quantised_activations: bool = False
+    plan: LayerPlan | None = None
 
 
 @dataclass
@@ -212,13 +217,19 @@ def _match(found: Inspection, node: gs.Node) -> None:
     index = len(found.matches)
     label = node.name or node.outputs[0].name
     try:
-        match: MlaMatch | None = match_mla(probe, read_core(probe, node))
+        match: MlaMatch | None = _read(probe, node)
         assert match is not None
         top_k = None
         if match.selection is not None:
-            if id(match.selection) not in found.indexers:
-                found.indexers[id(match.selection)] = match_indexer(probe, match.selection)
-            top_k = found.indexers[id(match.selection)].top_k
+            try:
+                if id(match.selection) not in found.indexers:
+                    found.indexers[id(match.selection)] = match_indexer(probe, match.selection)
+                top_k = found.indexers[id(match.selection)].top_k
+            except SelectsAllKeys:
+                log.warning(
+                    "attention core %d (%s) selects all keys, as it was traced: it is lowered as dense", index, label
+                )
+                match = replace(match, selection=None)
         found.report.layers.append(
             LayerReport(
                 index,
@@ -256,6 +267,16 @@ def _match(found: Inspection, node: gs.Node) -> None:
     probe.forget_data()
 
 
+def _read(probe: Probe, node: gs.Node) -> MlaMatch:
+    """Reads a core; where the export norms cached and new latents together, a second time through that norm."""
+    try:
+        return match_mla(probe, read_core(probe, node))
+    except NormOverCache as found:
+        probe.forget_data()
+        probe.seen_through[id(found.tensor)] = found.norm.source, found.norm.weight
+        return match_mla(probe, read_core(probe, node), found.norm)
+
+
 def lower(
     model: onnx.ModelProto,
     options: LowerOptions,
@@ -263,6 +284,7 @@ def lower(
     progress: Progress = lambda _: None,
     *,
     weight_file: WeightFile | None = None,
+    plan: bool = False,
 ) -> Lowered:
     """Lowers an export.
 
@@ -270,15 +292,18 @@ def lower(
         base_dir: folder of its external data.
         progress: told the name of each pass.
         weight_file: where W_UK and W_UV go; into the model itself where there is none.
+        plan: find out where the layers can be cut off, too.
 
     Raises:
         BadModelError: the model cannot be read.
         NoMlaError: it has no MLA, or cannot be lowered whole.
     """
+    shaped = {node.input[0] for node in model.graph.node if node.op_type in ("Shape", "Size") and plan}
     found = inspect(model, base_dir, progress)
     report, graph, probe = found.report, found.graph, found.probes[0]
     stages = _Stages(report, progress)
     check_lowerable(found, options)
+    layer_plan = plan_layers(found, shaped) if plan else None
     with stages.run("lower") as changed:
         # Around the attention what a TopK picks (experts) is data like any other.
         surroundings = Probe(
@@ -313,10 +338,14 @@ def lower(
         changed[0] += pack.replace_lost_shapes(graph, surroundings, emitter, tokens, stays)
         pack.drop_inputs(graph, surroundings, stays)
         token_axes = _pack_tokens(tokens, found.interface, lowerer.layout)
+    with stages.run("legalize") as changed:
+        changed[0] = legalize(graph, options.target, base_dir, weight_file, report.notes)
+        for node in illegal_nodes(graph, options.target):
+            report.notes.append(f"node '{node.name}' ({node.op}) may be refused by {options.target}: {node.reason}")
     with stages.run("export") as changed:
         lowered = _export(graph, lowerer, found, options, token_axes)
         changed[0] = len(lowered.graph.node)
-    return Lowered(lowered, found.interface, report, ROUNDED_ACTIVATIONS in report.assumptions)
+    return Lowered(lowered, found.interface, report, ROUNDED_ACTIVATIONS in report.assumptions, layer_plan)
 
 
 def check_lowerable(found: Inspection, options: LowerOptions) -> None:

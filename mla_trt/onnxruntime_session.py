@@ -6,6 +6,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+import google.protobuf.message
 import numpy as np
 import onnx
 import onnxruntime
@@ -53,7 +54,8 @@ def _open(
     providers = ["CPUExecutionProvider"]
     if not isinstance(model, onnx.ModelProto):
         return onnxruntime.InferenceSession(str(model), options, providers=providers)
-    if model.ByteSize() >= PROTOBUF_LIMIT:
+    data = _serialised(model)
+    if data is None:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.onnx"
             copy = onnx.ModelProto()
@@ -62,7 +64,16 @@ def _open(
             return onnxruntime.InferenceSession(str(path), options, providers=providers)
     if base_dir is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(base_dir))
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=providers)
+    return onnxruntime.InferenceSession(data, options, providers=providers)
+
+
+def _serialised(model: onnx.ModelProto) -> bytes | None:
+    """The model as bytes; None where it is larger than protobuf writes. (Asking for its size would write it too.)"""
+    try:
+        data = model.SerializeToString()
+    except (google.protobuf.message.EncodeError, ValueError):
+        return None
+    return data if len(data) < PROTOBUF_LIMIT else None
 
 
 def one_line(error: Exception) -> str:

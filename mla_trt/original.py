@@ -39,8 +39,8 @@ class Limits:
         past: fewest cached tokens of a call that is not the first; 0 where the export has no cache.
         total: most tokens that a sequence can have, or the bound of the search.
         only: the one length that an export without a cache takes, where that is fixed.
-        window: rows that the caches of every call have at least. Where a sequence has fewer tokens yet, rows of zeros
-            stand before them, which the mask hides.
+        window: rows of zeros, hidden by the mask, with which the caches of a sequence begin. Where an export fixes the
+            number of cached rows, its tokens take their places one by one; else they come behind them.
         made: first tokens of every sequence that no call can give results of. Their rows in the caches are made by calls
             beside other rows, on which they do not depend.
     """
@@ -203,10 +203,7 @@ class OriginalModel:
         if not self.has_cache:
             return Limits(first, step, past, bound)
         if self.fixed_past is not None:
-            # A call that would need more than P cached tokens cannot be made. Where the number of new tokens is free,
-            # sequences may come to the last call with P tokens or fewer, so it can only be counted on for one more.
-            new = self.fixed_new
-            total = past - past % new + new if new else past + 1
+            total = past + (self.fixed_new or 1)
         else:
             total = _largest(lambda length: self._accepts(step, length - step), past + step, bound)
         if first is None:
@@ -278,7 +275,9 @@ class OriginalModel:
     def _limits_without_beginning(self, step: int, past: int, total: int) -> Limits:
         """Limits of an export that refuses empty caches: looks for a way to begin sequences all the same."""
         if self._hides(step, past):
-            return Limits(step, step, past, total, window=past)
+            # Calls of a fixed number of tokens may not come to exactly P cached ones, and none can be made beyond.
+            beyond = past % step if self.fixed_past is not None else past
+            return Limits(step, step, past, total - beyond, window=past)
         # Rows are made beside other rows, so positions must not follow from how many there are.
         given = any(self.interface.by_role(role) for role in (roles.POSITIONS, roles.ROPE_COS))
         if (given or self._rope_dim == 0) and self._makes_rows_alone(step, past):
@@ -437,13 +436,14 @@ class OriginalRun:
             fixed = self._model.fixed_past
             if fixed is not None and length > fixed:
                 raise RefusedLengthError(f"the export takes {fixed} cached tokens, not {length}")
-            hidden = max(self._window - length, 0)
+            hidden = self._window if fixed is None else max(self._window - length, 0)
             outputs = self._model.call(chunk[self._places, start : start + size], past, length, hidden)
             past = {name: outputs[output] for name, output in _next_values(self._model.interface)}
             length += size
-            if self._window:
-                rows = max(self._window, length if fixed is None else fixed)
-                past |= {name: _last(outputs[output], rows, axis) for name, output, axis in _grown(self._model.interface)}
+            if self._window and fixed is not None:
+                past |= {
+                    name: _last(outputs[output], fixed, axis) for name, output, axis in _grown(self._model.interface)
+                }
             found.append(outputs)
         self._past = past
         if all(found[0][name].shape[1] == size for name in self._model.results):
@@ -459,6 +459,8 @@ def _set_rows(rows: dict[str, np.ndarray], results: dict[str, np.ndarray], end: 
     """Puts the results of the last tokens before `end` where they belong."""
     for name, value in results.items():
         kept = rows.setdefault(name, np.full((total, *value.shape[2:]), np.nan))
+        if value.shape[1] > end or value.shape[2:] != kept.shape[1:]:
+            raise RefusedLengthError(f"the result '{name}' does not have one row of a fixed size for each token")
         kept[end - value.shape[1] : end] = value[0]
 
 
@@ -482,7 +484,8 @@ def _last(value: np.ndarray, rows: int, axis: int) -> np.ndarray:
 
 
 def _same(left: np.ndarray, right: np.ndarray) -> bool:
-    return np.allclose(left, right, rtol=0, atol=SAME * max(float(np.abs(left).max(initial=0)), np.finfo(np.float32).tiny))
+    largest = float(np.abs(left).max(initial=0.0)) + float(np.finfo(np.float32).tiny)
+    return np.allclose(left, right, rtol=0, atol=SAME * largest)
 
 
 def _shape(entry: ModelInput, sizes: dict[str, int]) -> tuple[int, ...]:

@@ -66,6 +66,7 @@ class Report:
 
     layers: list[LayerReport] = field(default_factory=list)
     assumptions: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     passes: list[PassReport] = field(default_factory=list)
     verification: dict[str, Any] | None = None
     model: dict[str, Any] = field(default_factory=dict)
@@ -79,6 +80,7 @@ class Report:
             "attention_cores": len(self.layers),
             "matched": self.matched,
             "assumptions": self.assumptions,
+            "notes": self.notes,
             "layers": [layer.to_json() for layer in self.layers],
             "verification": self.verification,
             "passes": [entry.to_json() for entry in self.passes],

@@ -13,7 +13,7 @@ weights, so this
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from mla_trt.interface import ModelInterface
 from mla_trt.metadata import LoweredMetadata
 from mla_trt.ops import DOMAIN
 from mla_trt.original import Limits, OriginalModel
-from mla_trt.selection import force_selection, show_selection, top_k
+from mla_trt.selection import force_selection, show_selection, sparse_nodes, top_k
 from mla_trt.session import Session
 from mla_trt.verification_cases import Script, Step, cases_for, run_step, script_for
 from mla_trt.verification_ops import OPS_TOLERANCE, OpResult, check_ops
@@ -39,6 +39,8 @@ HALF_TOLERANCE = 1e-3
 LONGEST_SELECTION = 256
 LEAST_BOUND = 48
 SPARE_PAGES = 6
+VERIFICATION_PAGE_SIZE = 4  # so small that sessions cross page borders early
+WHOLE, LAYERS = "whole", "layers"
 TINY = 1e-30
 
 
@@ -73,6 +75,7 @@ class VerificationReport:
             that see more keys than are selected; None where there are none.
         notes: what could not be tried.
         failures: why the model fails, one line each.
+        mode: whether the model was run "whole" or its attention "layers" alone.
     """
 
     judged: bool
@@ -82,6 +85,7 @@ class VerificationReport:
     selection_overlap: float | None
     notes: tuple[str, ...]
     failures: tuple[str, ...]
+    mode: str = WHOLE
 
     @property
     def passed(self) -> bool:
@@ -102,9 +106,10 @@ class VerificationReport:
         """The entry `verification` of `report.json`. Errors that are not finite become null."""
         return {
             "passed": self.passed,
+            "mode": self.mode,
             "judged": self.judged,
             "rewrite_max_error": _json_number(self.rewrite_max_error),
-            "rewrite_tolerance": self.tolerance,
+            "rewrite_tolerance": _json_number(self.tolerance),
             "format_max_error": _json_number(self.format_max_error),
             "ops_max_error": _json_number(max((result.error for result in self.ops), default=math.nan)),
             "selection_overlap": self.selection_overlap,
@@ -130,8 +135,10 @@ def verify(
     written: onnx.ModelProto,
     *,
     base_dir: Path | None = None,
+    original_dir: Path | None = None,
     judged: bool = True,
     seed: int = 0,
+    ops: bool = True,
 ) -> VerificationReport:
     """Compares a lowered model with its original.
 
@@ -143,111 +150,163 @@ def verify(
         rewritten: the lowered model over f32 rows and f32 index rows in pages of 4 tokens, with weights as exported.
         written: the lowered model as it is to be used.
         base_dir: folder of the external data of the models in memory.
+        original_dir: that of an original in memory, where it is another.
         judged: False where the export rounds activations, which lowering does not repeat: errors are stated then, not
             judged.
         seed: of the random tokens.
+        ops: whether each op is compared with its reference too.
 
     Raises:
         BadModelError: ONNX Runtime cannot load the original.
         NoSessionError: the original refuses an empty cache, and nothing can be put in its place.
     """
     structure = original if isinstance(original, onnx.ModelProto) else load_structure(original)
-    folder = base_dir if isinstance(original, onnx.ModelProto) else Path(original).parent
+    folder = original_dir or base_dir if isinstance(original, onnx.ModelProto) else Path(original).parent
     half = has_half_types(structure)
-    if half:
-        original = to_float32(structure, folder)
-        rewritten, written = _lowered_in_float32(rewritten, base_dir), _lowered_in_float32(written, base_dir)
-    rope_dim = next((layer.get("qk_rope_head_dim") for layer in LoweredMetadata.of(written).layers), None)
-    export = OriginalModel(original, interface, base_dir=folder, rope_dim=rope_dim)
-    return _Verification(export, rewritten, written, base_dir, seed).run(
-        HALF_TOLERANCE if half else FLOAT32_TOLERANCE, judged
+    verification = _Verification(written, base_dir, seed, half=half)
+    rope_dim = next((layer.get("qk_rope_head_dim") for layer in verification.metadata.layers), None)
+    export = OriginalModel(
+        to_float32(structure, folder) if half else original, interface, base_dir=folder, rope_dim=rope_dim
     )
+    verification.run_original(export)
+    # Models may be half as large as memory: one is open at a time.
+    del structure, export, original
+    verification.run_lowered(rewritten, judged=judged, ops=ops)
+    return verification.report(judged)
+
+
+def with_failures(report: VerificationReport, failures: Sequence[str]) -> VerificationReport:
+    """A report with more failures."""
+    return replace(report, failures=(*report.failures, *failures))
 
 
 class _Verification:
-    """The models, open, and what they gave so far."""
+    """What was found out so far."""
 
-    def __init__(
-        self,
-        export: OriginalModel,
-        rewritten: onnx.ModelProto,
-        written: onnx.ModelProto,
-        base_dir: Path | None,
-        seed: int,
-    ) -> None:
-        self.export = export
+    def __init__(self, written: onnx.ModelProto, base_dir: Path | None, seed: int, *, half: bool) -> None:
+        self.written = written
+        self.metadata = LoweredMetadata.of(written)
         self.base_dir = base_dir
         self.seed = seed
-        self.written = written
-        self.rewritten, self.shown = show_selection(rewritten)
-        self.forced, self.forced_inputs, self.own = force_selection(written)
-        self.selected = top_k(written)
+        self.half = half
+        self.tolerance = HALF_TOLERANCE if half else FLOAT32_TOLERANCE
+        self.scripts: list[Script] = []
+        self.cases: list[CaseResult] = []
+        self.ops: list[OpResult] = []
+        self.overlaps: list[float] = []
         self.notes: list[str] = []
         self.failures: list[str] = []
-        self.overlaps: list[float] = []
 
-    def run(self, tolerance: float, judged: bool) -> VerificationReport:
-        cases: list[CaseResult] = []
-        ops: list[OpResult] = []
+    def report(self, judged: bool) -> VerificationReport:
+        return VerificationReport(
+            judged,
+            self.tolerance,
+            tuple(self.cases),
+            tuple(self.ops),
+            float(np.mean(self.overlaps)) if self.overlaps else None,
+            tuple(self.notes),
+            tuple(self.failures),
+        )
+
+    def run_original(self, export: OriginalModel) -> None:
+        """Draws the sessions and what the original gives in them."""
         try:
-            cases = list(self._sessions())
-            self._judge(cases, tolerance, judged)
-            ops = check_ops(self.written, base_dir=self.base_dir, seed=self.seed)
-            for result in ops:
-                if not result.error <= OPS_TOLERANCE:
-                    self.failures.append(
-                        f"{result.op} '{result.node}' differs from its reference by {result.error:.2g}"
-                    )
+            selected = top_k(self.written)
+            exceeded = selected if selected and selected <= LONGEST_SELECTION else None
+            if selected and not exceeded:
+                self.notes.append(f"no context grew past the {selected} selected keys")
+            limits = export.find_limits(max(LEAST_BOUND, (exceeded or 0) + LEAST_BOUND // 2))
+            self._note_limits(export, limits)
+            if self.metadata.max_position is not None and self.metadata.max_position < limits.total:
+                limits = replace(limits, total=self.metadata.max_position)
+            if exceeded and limits.total <= exceeded:
+                self.notes.append(
+                    f"no context grew past the {exceeded} selected keys: the export takes {limits.total} tokens at most"
+                )
+            vocabulary = embedded_vocabulary(self.written, self.metadata.token_input) or export.count_ids(limits)
+            cases = cases_for(packed=self.metadata.packed, top_k=exceeded, limits=limits)
+            self.scripts = [
+                script_for(case, export, limits, vocabulary=vocabulary, seed=self.seed + index)
+                for index, case in enumerate(cases)
+            ]
+            if not any(scale for script in self.scripts for scale in script.scales().values()):
+                self.notes.append("the original gives nothing but zeros, with which anything agrees")
         except NoSessionError:
             raise
         except MlaTrtError as error:
             self.failures.append(str(error))
-        overlap = float(np.mean(self.overlaps)) if self.overlaps else None
-        return VerificationReport(
-            judged, tolerance, tuple(cases), tuple(ops), overlap, tuple(self.notes), tuple(self.failures)
+
+    def run_lowered(self, rewritten: onnx.ModelProto, *, judged: bool, ops: bool) -> None:
+        """Runs the sessions again: over f32 rows, then over rows as written, with the keys that the former selected."""
+        if self.failures:
+            return
+        try:
+            exact = self._in_float32(rewritten)
+            shown: list[str] = []
+            if sparse_nodes(exact):
+                exact, shown = show_selection(exact)
+            rewrites = self._play(exact, shown)
+            del exact
+            written = self._in_float32(self.written)
+            forced, inputs, own = force_selection(written) if shown else (written, [], [])
+            formats = self._play(forced, own, [dict(zip(inputs, step, strict=True)) for step in rewrites.shown])
+            del forced
+            for expected, actual in zip(rewrites.shown, formats.shown, strict=True):
+                for left, right in zip(expected, actual, strict=True):
+                    self.overlaps += overlaps(left, right)
+            self.cases = [
+                CaseResult(script.case.name, compared, rewrite, formatted)
+                for script, compared, rewrite, formatted in zip(
+                    self.scripts, rewrites.compared, rewrites.errors, formats.errors, strict=True
+                )
+            ]
+            self._judge(judged)
+            if ops:
+                self._check_ops(written)
+        except MlaTrtError as error:
+            self.failures.append(str(error))
+
+    def _in_float32(self, model: onnx.ModelProto) -> onnx.ModelProto:
+        return _lowered_in_float32(model, self.base_dir) if self.half else model
+
+    def _play(
+        self, model: onnx.ModelProto, shown: list[str], extra: Sequence[dict[str, np.ndarray]] | None = None
+    ) -> _Trace:
+        """Runs a lowered model through all sessions.
+
+        Args:
+            model: the model.
+            shown: outputs to keep, of each step.
+            extra: more inputs of each step.
+        """
+        page_size = LoweredMetadata.of(model).page_size
+        needed = [sum(-(-len(tokens) // page_size) for tokens in script.tokens.values()) for script in self.scripts]
+        lane = _Lane(
+            model, OnnxRuntimeEngine(model, pages=max(needed, default=0) + SPARE_PAGES, base_dir=self.base_dir)
         )
-
-    def _sessions(self) -> Iterator[CaseResult]:
-        scripts = self._scripts()
-        rewritten, forced = (self._lane(model, scripts) for model in (self.rewritten, self.forced))
-        for script in scripts:
-            for lane in (rewritten, forced):
-                lane.begin(script)
+        trace = _Trace([], [], [])
+        for script in self.scripts:
+            lane.begin(script)
             for step, spans in script.case.spans():
-                rewritten.step(step, spans)
-                selections = [rewritten.engine.outputs[name] for name in self.shown]
-                forced.step(step, spans, dict(zip(self.forced_inputs, selections, strict=True)))
-                for name, selection in zip(self.own, selections, strict=True):
-                    self.overlaps += overlaps(selection, forced.engine.outputs[name])
-            yield CaseResult(script.case.name, rewritten.compared(), rewritten.error(), forced.error())
+                lane.step(step, spans, extra[len(trace.shown)] if extra is not None else None)
+                trace.shown.append([lane.engine.outputs[name] for name in shown])
+            trace.compared.append(lane.compared())
+            trace.errors.append(lane.error())
+        return trace
 
-    def _scripts(self) -> list[Script]:
-        metadata = LoweredMetadata.of(self.rewritten)
-        exceeded = self.selected if self.selected and self.selected <= LONGEST_SELECTION else None
-        if self.selected and not exceeded:
-            self.notes.append(f"no context grew past the {self.selected} selected keys")
-        limits = self.export.find_limits(max(LEAST_BOUND, (exceeded or 0) + LEAST_BOUND // 2))
-        self._note_limits(limits)
-        if metadata.max_position is not None and metadata.max_position < limits.total:
-            limits = replace(limits, total=metadata.max_position)
-        if exceeded and limits.total <= exceeded:
-            self.notes.append(
-                f"no context grew past the {exceeded} selected keys: the export takes {limits.total} tokens at most"
-            )
-        vocabulary = embedded_vocabulary(self.written, metadata.token_input) or self.export.count_ids(limits)
-        cases = cases_for(packed=metadata.packed, top_k=exceeded, limits=limits)
-        return [
-            script_for(case, self.export, limits, vocabulary=vocabulary, seed=self.seed + index)
-            for index, case in enumerate(cases)
-        ]
+    def _check_ops(self, written: onnx.ModelProto) -> None:
+        self.ops = check_ops(written, base_dir=self.base_dir, seed=self.seed)
+        for result in self.ops:
+            if not result.error <= OPS_TOLERANCE:
+                self.failures.append(f"{result.op} '{result.node}' differs from its reference by {result.error:.2g}")
 
-    def _note_limits(self, limits: Limits) -> None:
+    def _note_limits(self, export: OriginalModel, limits: Limits) -> None:
         """Says what could not be tried because the export does not begin with an empty cache.
 
         Raises:
             NoSessionError: it can not be driven at all.
         """
-        exactly = f"exactly {limits.past}" if self.export.fixed_past is not None else f"at least {limits.past}"
+        exactly = f"exactly {limits.past}" if export.fixed_past is not None else f"at least {limits.past}"
         if not limits.can_begin:
             raise NoSessionError(
                 f"the export takes {exactly} cached tokens, and none of its inputs hides those that are not there yet, so "
@@ -265,21 +324,26 @@ class _Verification:
                 f"tokens were compared, up to {limits.total} tokens"
             )
 
-    def _lane(self, model: onnx.ModelProto, scripts: list[Script]) -> _Lane:
-        page_size = LoweredMetadata.of(model).page_size
-        needed = [sum(-(-len(tokens) // page_size) for tokens in script.tokens.values()) for script in scripts]
-        return _Lane(model, OnnxRuntimeEngine(model, pages=max(needed) + SPARE_PAGES, base_dir=self.base_dir))
-
-    def _judge(self, cases: list[CaseResult], tolerance: float, judged: bool) -> None:
-        for case in cases:
+    def _judge(self, judged: bool) -> None:
+        for case in self.cases:
             if not case.tokens:
                 self.failures.append(f"{case.name}: there is no token of which both models gave a result")
-            elif judged and not case.rewrite_max_error <= tolerance:
+            elif judged and not case.rewrite_max_error <= self.tolerance:
                 self.failures.append(
-                    f"{case.name}: differs from the original by {case.rewrite_max_error:.2g}, not {tolerance:g}"
+                    f"{case.name}: differs from the original by {case.rewrite_max_error:.2g}, not {self.tolerance:g}"
                 )
             elif not math.isfinite(case.rewrite_max_error) or not math.isfinite(case.format_max_error):
                 self.failures.append(f"{case.name}: the lowered model gives results that are not finite")
+
+
+@dataclass(frozen=True)
+class _Trace:
+    """What one lowered model gave: for each session the tokens that can be compared and the error, for each step the
+    outputs that were asked for."""
+
+    compared: list[int]
+    errors: list[float]
+    shown: list[list[np.ndarray]]
 
 
 class _Lane:

@@ -15,7 +15,7 @@ import onnx_graphsurgeon as gs
 
 from mla_trt.passes.contraction import contraction, operands
 from mla_trt.passes.graph import producer
-from mla_trt.passes.probe import ONE, ZERO, Linear, Probe, Term
+from mla_trt.passes.probe import ONE, Linear, Probe, Term
 
 # A score at or below this is hidden: -1e4 was the mask of many early exporters, finfo.min and -inf are today's.
 HIDDEN_SCORE = -9e3
@@ -110,7 +110,13 @@ _LOCAL = {
     "ScatterElements",
     "ScatterND",
     "Gather",
+    "GatherND",
+    "GatherElements",
     "Pad",
+    "Sum",
+    "Flatten",
+    "Tile",
+    "Trilu",
 }
 
 
@@ -154,6 +160,8 @@ def read_core(probe: Probe, softmax: gs.Node) -> AttentionCore:
     present = np.logical_or.reduce([flat >= 0 for flat, _ in products.values()])
     sinks, keys = _split_off_sink(softmax, constant, present)
     constant, present = constant[:, keys], present[:, keys]
+    if np.isnan(constant).any():
+        raise NoMatch("the mask is not a number somewhere", softmax)
     visible = present & (constant > HIDDEN_SCORE)
     if (np.abs(constant[visible]) > 1e-6).any():
         raise NoMatch("a bias that is no mask is added to the scores", softmax)
@@ -275,7 +283,9 @@ def _read_values(
     weights = (view.left_linear if probabilities_left else view.right_linear)(weights)
     value = (view.right_linear if probabilities_left else view.left_linear)(probe.linear(tensor))
     term = weights.terms[0]
-    if len(weights.terms) > 1 or (term.codes == ZERO).any() or not np.allclose(term.coefficients, 1):
+    size = math.prod(probe.shape(softmax.outputs[0]))
+    only_probabilities = bool(((term.codes >= base) & (term.codes < base + size)).all())
+    if len(weights.terms) > 1 or not only_probabilities or not np.allclose(term.coefficients, 1):
         raise NoMatch("the probabilities are changed before they meet the values", node)
     place = np.unravel_index(term.codes - base, probe.shape(softmax.outputs[0]))
     column = place[axis]

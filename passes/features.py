@@ -12,7 +12,7 @@ from onnx import helper
 from mla_trt.passes.attention_core import NoMatch
 from mla_trt.passes.contraction import Contraction, contraction
 from mla_trt.passes.graph import producer
-from mla_trt.passes.probe import ZERO, Linear, Probe, Term
+from mla_trt.passes.probe import ONE, ZERO, Linear, Probe, Term
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,12 @@ def single_term(linear: Linear, what: str, node: gs.Node | None) -> Term:
     if len(terms) != 1:
         raise NoMatch(f"{what} are sums of several tensors", node)
     return terms[0]
+
+
+def refuse_constants(linear: Linear, what: str, node: gs.Node | None) -> None:
+    """Raises NoMatch where numbers are added to data."""
+    if any(((term.codes == ONE) & (term.coefficients != 0)).any() for term in linear.terms):
+        raise NoMatch(f"numbers are added to the {what} or stand among them", node)
 
 
 def take(linear: Linear, index: tuple[np.ndarray | slice | int, ...]) -> Linear:

@@ -219,6 +219,9 @@ class Emitter:
         return output
 
     def reshape(self, tensor: gs.Tensor, shape: list[int], wish: str) -> gs.Variable:
+        maker = producer(tensor)
+        if maker is not None and maker.op == "Reshape" and not maker.domain:
+            tensor = maker.inputs[0]  # one Reshape does what two do
         return self.node("Reshape", [tensor, self.constant(f"{wish}/shape", shape, np.int64)], wish, allowzero=0)
 
     def gather(self, tensor: gs.Tensor, indices: Any, axis: int, wish: str) -> gs.Variable:

@@ -205,37 +205,54 @@ def _next_value(graph: gs.Graph, tensor: gs.Tensor) -> tuple[str, int | None] | 
         return None
     outputs = {id(output): output for output in graph.outputs}
     seen: set[int] = set()
-    stack: list[tuple[gs.Tensor, int | None]] = [(tensor, None)]
-    found: tuple[gs.Tensor, int | None] | None = None
+    stack: list[tuple[gs.Tensor, tuple[int, ...]]] = [(tensor, ())]
+    found: tuple[gs.Tensor, tuple[int, ...]] | None = None
     while stack:
-        current, axis = stack.pop()
+        current, joined = stack.pop()
         if id(current) in seen:
             continue
         seen.add(id(current))
-        if id(current) in outputs and current is not tensor and (found is None or found[1] is None):
-            found = current, axis
+        if id(current) in outputs and current is not tensor and (found is None or not found[1]):
+            found = current, joined
         for node in current.outputs:
             if node.op in JOINS:
                 position = next(index for index, item in enumerate(node.inputs) if item is current)
                 if node.op == "Concat":
                     rank = len(tensor.shape)
-                    stack.append((node.outputs[0], node.attrs["axis"] % rank if axis is None else axis))
+                    stack.append((node.outputs[0], (*joined, node.attrs["axis"] % rank)))
                 elif position == 0 or node.op == "Where":
-                    stack.append((node.outputs[0], axis))
+                    stack.append((node.outputs[0], joined))
             elif (
                 MOVES.get(node.op)
                 and node.inputs[0] is current
                 and node.op not in ("Gather", "GatherND", "GatherElements")
             ):
-                stack.extend((output, axis) for output in node.outputs)
-    if found is not None:
-        output, axis = found
-        if output.shape is not None and len(output.shape) == len(tensor.shape) and axis is not None:
-            before, after = static_size(tensor.shape[axis]), static_size(output.shape[axis])
-            if before is not None and before == after:
-                axis = None
-        return output.name, axis
-    return None
+                stack.extend((output, joined) for output in node.outputs)
+            elif node.op in (*ELEMENTWISE, "Neg") and all(
+                item is current or from_constants(item) for item in node.inputs
+            ):
+                stack.append((node.outputs[0], joined))
+    return None if found is None else (found[0].name, _growing_axis(tensor, *found))
+
+
+def _growing_axis(tensor: gs.Tensor, output: gs.Tensor, joined: tuple[int, ...]) -> int | None:
+    """The axis along which an input grows to its next value: one along which the graph joins it with something (`joined`) and whose size is not
+    fixed to be the same, or, where axes were moved around before the join, the only one that changes its name."""
+    if not joined:
+        return None
+    if output.shape is None or len(output.shape) != len(tensor.shape):
+        return joined[0]
+    sizes = list(zip(tensor.shape, output.shape, strict=True))
+    free = [
+        axis
+        for axis, (before, after) in enumerate(sizes)
+        if static_size(before) is None or static_size(before) != static_size(after)
+    ]
+    changed = [axis for axis in free if sizes[axis][0] != sizes[axis][1]]
+    for candidates in ([axis for axis in joined if axis in changed], [axis for axis in joined if axis in free]):
+        if candidates:
+            return candidates[0]
+    return changed[0] if len(changed) == 1 else None
 
 
 def _recurrent_states(

@@ -212,7 +212,7 @@ class Lowerer:
             "schedule": self.schedule,
         }
         self._latent(match, name, inputs)
-        self._rope(match, name, inputs)
+        self._rope(match, indexer, name, inputs)
         self._weights(match, name, inputs)
         if match.sinks is not None:
             inputs["sinks"] = self.emitter.constant(f"{name}.sinks", match.sinks, np.float32)
@@ -303,14 +303,19 @@ class Lowerer:
         else:
             inputs["rope_key"] = self._slice(inputs["latent"], 0, 0, 1, f"{name}.rope_key")
 
-    def _rope(self, match: MlaMatch, name: str, inputs: dict[str, gs.Tensor]) -> None:
+    def _rope(self, match: MlaMatch, indexer: IndexerMatch | None, name: str, inputs: dict[str, gs.Tensor]) -> None:
         rotation = match.rotation
         half = match.qk_rope_head_dim // 2
         if rotation.fixed:
             for label, values in (("cos", rotation.cos), ("sin", rotation.sin)):
                 row = values[:1] if half else np.zeros((1, 0))
                 inputs[label] = self._table_constant(label, row)
-            inputs["rope_rows"] = self._zero_rows()
+            if indexer is None or not indexer.rope_dim or id(match.selection) in self._selections:
+                inputs["rope_rows"] = self._zero_rows()
+                return
+            # Row indices would serve the indexer's tables too, which have a row for each token.
+            for label in ("cos", "sin"):
+                inputs[label] = self.emitter.gather(inputs[label], self._zero_rows(), 0, f"{name}.{label}")
             return
         for label, wanted in (("cos", rotation.cos), ("sin", rotation.sin)):
             inputs[label] = self._table(rotation, label, wanted, half, match.softmax)
@@ -470,7 +475,7 @@ class Lowerer:
         wanted = way_out.tensor.dtype
         if wanted is not None and wanted != result.dtype:
             result = self.emitter.cast(result, wanted, wish)
-        order = "".join(way_out.axes)
+        order = way_out.order
         if order != "bshd":
             result = self._reshape_tokens(result, ["b", "s", match.num_heads, match.v_head_dim], wish)
             result = self.emitter.node("Transpose", [result], wish, perm=["bshd".index(axis) for axis in order])

@@ -24,6 +24,11 @@ class Exit:
     tensor: gs.Tensor
     axes: tuple[str, ...]
 
+    @property
+    def order(self) -> str:
+        """The order of b, s, h and d."""
+        return "".join(self.axes)
+
 
 def read_exits(
     probe: Probe, core: AttentionCore, rows: np.ndarray, latent: Latent

@@ -12,6 +12,7 @@ from mla_trt.passes.attention_core import HIDDEN_SCORE, NoMatch, ScorePart, read
 from mla_trt.passes.contraction import contraction
 from mla_trt.passes.features import Features, locate, projected_by, single_term, take
 from mla_trt.passes.graph import producer
+from mla_trt.passes.match_cache import check_cached_rows
 from mla_trt.passes.match_rope import Rotation, collect_factors, read_rotation, rotation_matrix
 from mla_trt.passes.norms import LayerNorm, recognise_layer_norm
 from mla_trt.passes.probe import Linear, Probe, ProbeError, Sizes, Term
@@ -148,6 +149,9 @@ def _query_and_key(
         other = take(key_side, (group[first_rows, cached:, head], key_index[first_rows, cached:, head]))
         if not all(np.array_equal(a.codes, b.codes) for a, b in zip(keys.terms, other.terms, strict=True)):
             raise NoMatch("the indexer's heads do not share one key", product_node)
+    every = take(key_side, (group[first_rows, :, :1].swapaxes(1, 2), key_index[first_rows, :, :1].swapaxes(1, 2)))
+    columns = np.arange(group.shape[1])
+    check_cached_rows(probe, every, columns[:cached], columns[cached:], token_order, product_node)
     return product_node, query, keys, float(factors.reshape(-1)[0])
 
 
@@ -241,6 +245,8 @@ def _read_parts(
     else:
         cos, sin, interleaved, fixed = np.zeros((new, 0)), np.zeros((new, 0)), True, True
     key_size = np.abs(matrix[0][:, plain]).max() if len(plain) else 1.0
+    # What scales all entries alike goes to the weights; cos and sin keep what the rotated entries have beyond that.
+    cos, sin = cos / key_size, sin / key_size
     order = np.concatenate([rotated, plain])
     query_number, token, entries, query_matrix = rotation_matrix(
         probe, query, "index queries", product_node, by_head=True

@@ -8,7 +8,17 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from mla_trt.passes.attention_core import AttentionCore, NoMatch, ScorePart
-from mla_trt.passes.features import Features, Projected, UpProjection, is_input, locate, projected_by, single_term, take
+from mla_trt.passes.features import (
+    Features,
+    Projected,
+    UpProjection,
+    is_input,
+    locate,
+    projected_by,
+    refuse_constants,
+    single_term,
+    take,
+)
 from mla_trt.passes.graph import producer
 from mla_trt.passes.match_query import QueryGroup
 from mla_trt.passes.norms import RmsNorm, recognise_rms_norm
@@ -185,6 +195,7 @@ def new_keys(probe: Probe, part: ScorePart, rows: np.ndarray, latent: Latent) ->
 
 def divide_key(probe: Probe, part: ScorePart, keys: Linear, latent: Latent) -> tuple[np.ndarray, np.ndarray]:
     """Dimensions of a part that are made from the latent, and the others."""
+    refuse_constants(keys, "keys", part.node)
     first = np.zeros(keys.shape, np.int64)
     for term in reversed(keys.terms):
         first = np.where(term.codes != ZERO, term.codes, first)

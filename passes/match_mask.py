@@ -106,7 +106,7 @@ def _mask_tensors(probe: Probe, softmax: gs.Node) -> frozenset[int]:
 
 
 def _visible(probe: Probe, softmax: gs.Node) -> np.ndarray:
-    """bool [rows, columns]: scores that no mask hides."""
+    """bool [rows, keys]: scores that no mask hides. A sink's column has no key."""
     scores = probe.linear(softmax.inputs[0])
     axis = softmax.attrs.get("axis", -1) % len(scores.shape)
     constant = np.zeros(scores.shape)
@@ -114,7 +114,10 @@ def _visible(probe: Probe, softmax: gs.Node) -> np.ndarray:
     for term in scores.terms:
         constant += np.where(term.codes == ONE, term.coefficients, 0)
         present |= term.codes > ONE
-    return np.moveaxis(present & (constant > HIDDEN_SCORE), axis, -1).reshape(-1, scores.shape[axis])
+    constant = np.moveaxis(constant, axis, -1).reshape(-1, scores.shape[axis])
+    present = np.moveaxis(present, axis, -1).reshape(-1, scores.shape[axis])
+    sink = ~present.any(axis=0) & (constant > HIDDEN_SCORE).all(axis=0)
+    return (present & (constant > HIDDEN_SCORE))[:, ~sink]
 
 
 def _compare(far: Probe, softmax: gs.Node, visible: np.ndarray, selection: gs.Tensor | None) -> None:

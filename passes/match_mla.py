@@ -9,8 +9,9 @@ import onnx_graphsurgeon as gs
 
 from mla_trt.passes.attention_core import AttentionCore, NoMatch, ScorePart
 from mla_trt.passes.contraction import contraction, operands
-from mla_trt.passes.features import Features, UpProjection, locate
+from mla_trt.passes.features import Features, UpProjection, locate, take
 from mla_trt.passes.graph import is_empty, producer
+from mla_trt.passes.match_cache import check_cached_rows
 from mla_trt.passes.match_exits import Exit, read_exits
 from mla_trt.passes.match_latent import Latent, divide_key, new_keys, read_latent, read_nope
 from mla_trt.passes.match_mask import check_far_mask, check_mask
@@ -87,6 +88,7 @@ def match_mla(probe: Probe, core: AttentionCore, norm_over_cache: RmsNorm | None
     _check_low_rank(probe, owner if norm is None else norm.source, node)
     latent_source, norm_weight, epsilon = _before_norm(probe, latent, owner, norm, norm_over_cache)
     selection = check_mask(probe, core, rows, latent)
+    _check_caches(probe, core, rows, latent)
     check_far_mask(probe, node, selection)
     exits, w_uv_after = read_exits(probe, core, rows, latent)
     w_uv = w_uv or w_uv_after
@@ -164,6 +166,13 @@ def _before_norm(
         ):
             source = Features(probe.owner(int(place.number[0, 0])), place.entry[0][latent.index], np.ones(count))
     return source, weight, norm.epsilon
+
+
+def _check_caches(probe: Probe, core: AttentionCore, rows: np.ndarray, latent: Latent) -> None:
+    sides = [(core.value, core.value_group[rows][:, 0])]
+    sides += [(part.key, part.group[rows][:, 0]) for part in core.parts]
+    for linear, group in sides:
+        check_cached_rows(probe, take(linear, (group,)), latent.cached, latent.new, latent.token, core.softmax)
 
 
 def _source_is_projection(probe: Probe, tensor: gs.Tensor) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from mla_trt.passes.attention_core import NoMatch, ScorePart
-from mla_trt.passes.features import Features, locate, take
+from mla_trt.passes.features import Features, locate, refuse_constants, take
 from mla_trt.passes.graph import producer
 from mla_trt.passes.match_latent import Latent
 from mla_trt.passes.probe import ZERO, Linear, Probe
@@ -52,6 +52,7 @@ def rotation_matrix(
     Args:
         by_head: the last leading axis is one of heads; each has entries of its own, which lie in the same pattern. Entries are then [H, Dr].
     """
+    refuse_constants(linear, f"rope part of the {what}", node)
     places = [locate(probe, term) for term in linear.terms if (term.codes != ZERO).any()]
     numbers = np.unique(np.concatenate([place.number[place.number > 0] for place in places]))
     if len(numbers) != 1:
@@ -113,18 +114,22 @@ def read_rope(
         raise NoMatch("queries and keys have rope parts of different sizes", node)
     reference = by_token[:, :, None]
     energy = (reference**2).sum(axis=(-1, -2))
+    if not energy.all():
+        raise NoMatch("the rope part of the keys is multiplied by zero", node)
     ratio = (query_matrix * reference).sum(axis=(-1, -2)) / energy
     if not np.allclose(
         query_matrix, ratio[..., None, None] * reference, rtol=1e-4, atol=1e-6 * np.abs(reference).max()
     ):
         raise NoMatch("queries and keys are rotated differently", node)
     token_scale = ratio * part.scale[rows]
-    if not np.allclose(token_scale, token_scale[:, :, :1], rtol=1e-5):
-        raise NoMatch("the rope scores are scaled differently from head to head", node)
+    head_scale = token_scale / token_scale[:, :, :1]
+    if not np.allclose(head_scale, head_scale[:1, :1], rtol=1e-5):
+        raise NoMatch("the rope scores of a head are scaled differently from token to token than those of others", node)
     count = len(entries)
     rotation = Rotation(interleaved, cos, sin, collect_factors(probe, [part.key_tensor, part.query_tensor]), fixed)
     key_features = Features(probe.owner(number), entries, np.ones(count))
-    query_features = Features(probe.owner(query_number), query_entries, np.ones((rows.shape[2], count)))
+    head_factor = np.repeat(head_scale[0, 0][:, None], count, axis=1)
+    query_features = Features(probe.owner(query_number), query_entries, head_factor)
     return RopePart(key_features, query_features, rotation, token_scale[:, :, 0], float(token_scale[0, 0, 0]))
 
 

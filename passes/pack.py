@@ -10,12 +10,38 @@ import onnx_graphsurgeon as gs
 from mla_trt import interface as roles
 from mla_trt.errors import NoMlaError
 from mla_trt.interface import Axis
-from mla_trt.passes.graph import Emitter, is_empty, outer_inputs, producer, remove_dead_nodes, replace_uses, topological
+from mla_trt.passes.graph import (
+    Emitter,
+    from_constants,
+    is_empty,
+    outer_inputs,
+    producer,
+    remove_dead_nodes,
+    replace_uses,
+    topological,
+)
 from mla_trt.passes.positions import BY_SEQUENCE, UNPACKED, CannotRebuild, PackedPositions, packed_sizes
 from mla_trt.passes.probe import Probe, ProbeError
 
 _FEEDS_LOGITS = ("MatMul", "Gemm", "Einsum")
-ELEMENTWISE_OPS = ("Add", "Sub", "Mul", "Div", "Where", "And", "Or", "Equal", "Max", "Min")
+ELEMENTWISE_OPS = (
+    "Add",
+    "Sub",
+    "Mul",
+    "Div",
+    "Pow",
+    "Where",
+    "And",
+    "Or",
+    "Equal",
+    "Less",
+    "LessOrEqual",
+    "Greater",
+    "GreaterOrEqual",
+    "Max",
+    "Min",
+    "Sum",
+)
 
 
 def drop_old_caches(graph: gs.Graph, probe: Probe) -> None:
@@ -143,6 +169,9 @@ def rebuild_side_tensors(graph: gs.Graph, probe: Probe, packed: PackedPositions,
     for node in topological(graph.nodes):
         if node.domain == "mla_trt" or node.op in ("Shape", "Size"):
             continue
+        if node.op in ELEMENTWISE_OPS and not all(probe.is_known(output) for output in node.outputs):
+            # What is made from ranges and sizes alone follows positions too, though no input tells so.
+            tainted.update(id(item) for item in node.inputs if _follows_tokens(item, probe, packed))
         if not any(id(item) in tainted for item in outer_inputs(node)):
             continue
         if all(probe.is_known(output) for output in node.outputs):
@@ -158,6 +187,16 @@ def rebuild_side_tensors(graph: gs.Graph, probe: Probe, packed: PackedPositions,
                     ) from None
                 changed += 1
     return changed
+
+
+def _follows_tokens(tensor: gs.Tensor, probe: Probe, packed: PackedPositions) -> bool:
+    return (
+        not is_empty(tensor)
+        and probe.is_known(tensor)
+        and producer(tensor) is not None
+        and not from_constants(tensor)
+        and packed.varies(tensor)
+    )
 
 
 def replace_lost_shapes(

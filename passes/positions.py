@@ -65,6 +65,22 @@ class PackedPositions:
             self._built[id(tensor)] = found
         return found
 
+    def varies(self, tensor: gs.Tensor) -> bool:
+        """Whether a tensor's values differ from token to token or from case to case, so that they can not be used on packed tokens as they are.
+
+        Where sequences stay apart, so do the tokens' places, and nothing has to change.
+        """
+        if self._layout == UNPACKED:
+            return False
+        try:
+            values = [self._value(probe, tensor) for probe in self._probes]
+        except CannotRebuild:
+            return False
+        first = values[0].reshape(-1)[:1]
+        if all((value == first).all() for value in values):
+            return False
+        return any(not np.array_equal(value, values[0]) for value in values)
+
     def _build(self, tensor: gs.Tensor) -> gs.Tensor:
         values = [self._value(probe, tensor) for probe in self._probes]
         # A constant is a list of positions only where the export fixed how many tokens come.
@@ -240,6 +256,7 @@ class PackedPositions:
     def _shape_of(self, node: gs.Node, values: list[np.ndarray]) -> gs.Tensor:
         source = node.inputs[0]
         if source is self._tokens:
+            self._already_packed.add(id(node.outputs[0]))
             return node.outputs[0]
         if all(np.array_equal(value, values[0]) for value in values):
             return self._emitter.constant(f"{node.outputs[0].name}.packed", values[0])

@@ -13,7 +13,6 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from pathlib import Path
 
 import ml_dtypes
@@ -26,22 +25,13 @@ from onnx.reference.ops import load_op
 from mla_trt import interface as roles
 from mla_trt.errors import MlaTrtError
 from mla_trt.interface import ModelInterface
+from mla_trt.passes.bounds import MAX_DATA, MAX_ELEMENTS, ProbeError, check_scatter, check_size
 from mla_trt.passes.einsum import einsum_shape
 from mla_trt.passes.graph import OPSET, constant_value, from_constants, is_empty, outer_inputs, producer, to_proto
 
 MAX_TERMS = 8
-MAX_ELEMENTS = 1 << 28  # of one array: what is larger on a small case is not worth its memory
-MAX_DATA = 1 << 26  # the same for data, each element of which takes 16 bytes and more
 MAX_MATRIX = 1 << 20  # elements of a constant that may turn out to move data; larger ones are weights
 ZERO, ONE = 0, 1  # atom codes: no term; the number one (its coefficient is the value)
-
-
-class ProbeError(MlaTrtError):
-    """A tensor cannot be evaluated on this case; the message says which node is in the way."""
-
-    def __init__(self, message: str, node: gs.Node | None = None) -> None:
-        super().__init__(message)
-        self.node = node
 
 
 class TooManyTermsError(ProbeError):
@@ -450,6 +440,7 @@ class Probe:
                     continue
         return False
 
+    @np.errstate(all="ignore")
     def _compute(self, kind: str, tensor: gs.Tensor) -> None:
         node = producer(tensor)
         try:
@@ -528,7 +519,8 @@ class Probe:
             self._store(tensor, value if value.dtype.kind == "f" else value.astype(np.float32))
             return
         arguments = [None if is_empty(item) else self.known(item) for item in node.inputs]
-        _check_size(node, arguments)
+        check_size(node, arguments, MAX_ELEMENTS, elementwise=node.op in _BROADCASTS)
+        check_scatter(node, arguments)
         for output, value in zip(node.outputs, self._kernel(node)(*arguments), strict=False):
             self._store(output, widen(np.asarray(value)))
 
@@ -578,7 +570,8 @@ class Probe:
             return [self._move_by_matrix(node)]
         values = [None if is_empty(item) else self.value(item) for item in node.inputs]
         sizes = [np.broadcast_to(0, value.shape) if isinstance(value, Linear) else value for value in values]
-        _check_size(node, sizes, MAX_DATA)
+        check_size(node, sizes, MAX_DATA, elementwise=op in _BROADCASTS)
+        check_scatter(node, sizes)
         if op in ("Neg", "Add", "Sub", "Sum", "Mul", "Div"):
             return [self._arithmetic(op, [value for value in values if value is not None])]
         moving = self._moving_inputs(node, len(values))
@@ -789,45 +782,6 @@ def scale(linear: Linear, factor: np.ndarray) -> Linear:
         for term in linear.terms
     )
     return Linear(shape, terms)
-
-
-def _check_size(node: gs.Node, arguments: Sequence[np.ndarray | None], limit: int = MAX_ELEMENTS) -> None:
-    """Refuses to evaluate nodes that make arrays out of all proportion.
-
-    Raises:
-        ProbeError: the result would be too large.
-    """
-    sizes = [() if argument is None else argument.shape for argument in arguments]
-    size = 0
-    if node.op in _BROADCASTS or node.op == "Neg":
-        size = math.prod(np.broadcast_shapes(*sizes))
-    elif node.op == "ConstantOfShape":
-        size = math.prod(int(extent) for extent in _numbers(arguments, 0))
-    elif node.op == "Expand":
-        target = [int(extent) for extent in _numbers(arguments, 1)]
-        size = math.prod(max(a, b) for a, b in zip_longest(sizes[0][::-1], target[::-1], fillvalue=1))
-    elif node.op == "Tile":
-        size = math.prod(sizes[0]) * math.prod(int(count) for count in _numbers(arguments, 1))
-    elif node.op == "Range":
-        start, limit, delta = (float(_numbers(arguments, index)[0]) for index in range(3))
-        size = math.ceil((limit - start) / delta) if delta else 0
-    elif node.op == "Gather":
-        axis = node.attrs.get("axis", 0)
-        size = math.prod(sizes[0]) // max(sizes[0][axis], 1) * math.prod(sizes[1])
-    elif node.op == "OneHot":
-        size = math.prod(sizes[0]) * int(_numbers(arguments, 1)[0])
-    elif node.op == "Pad":
-        size = math.prod(sizes[0]) * 2 + int(np.abs(_numbers(arguments, 1)).sum())
-    elif node.op == "MatMul" and min(map(len, sizes)) >= 2:
-        size = math.prod(np.broadcast_shapes(sizes[0][:-2], sizes[1][:-2])) * sizes[0][-2] * sizes[1][-1]
-    elif node.op == "Einsum":
-        size = math.prod(einsum_shape(node.attrs["equation"], sizes))
-    if size > limit:
-        raise ProbeError(f"node '{node.name or node.op}' ({node.op}) makes {size} elements of a small case", node)
-
-
-def _numbers(arguments: Sequence[np.ndarray | None], index: int) -> np.ndarray:
-    return np.asarray(arguments[index]).reshape(-1)
 
 
 def add(linears: Sequence[Linear]) -> Linear:

@@ -16,6 +16,7 @@ from mla_trt.passes.graph import (
     replace_uses,
     small_constant,
 )
+from mla_trt.passes.merge_equal import merge_equal
 
 
 def simplify(graph: gs.Graph) -> int:
@@ -29,6 +30,8 @@ def simplify(graph: gs.Graph) -> int:
         _drop_identities,
         _shapes_behind_casts,
         _einsum_as_transpose,
+        _einsum_as_matmul,
+        _merge,
         _explicit_softmax,
         _shifted_softmax,
         _drop_row_guards,
@@ -149,13 +152,16 @@ def _is_reduction(tensor: gs.Tensor, op: str, of: gs.Tensor) -> int | None:
 
 
 def _explicit_softmax(graph: gs.Graph, names: Names) -> None:
-    """Div(Exp(x), ReduceSum(Exp(x))) is Softmax(x)."""
-    for node in [node for node in graph.nodes if node.op == "Div"]:
-        exponential = producer(node.inputs[0])
-        if exponential is None or exponential.op != "Exp":
-            continue
-        axis = _is_reduction(node.inputs[1], "ReduceSum", node.inputs[0])
-        if axis is None:
+    """Exp(x) divided by ReduceSum(Exp(x)), or multiplied with its reciprocal, is Softmax(x), and so is Exp(LogSoftmax(x))."""
+    for node in [node for node in graph.nodes if node.op in ("Div", "Mul", "Exp")]:
+        if node.op == "Exp":
+            exponential, axis = node, None
+            logarithm = producer(node.inputs[0])
+            if logarithm is not None and logarithm.op == "LogSoftmax":
+                exponential, axis = logarithm, logarithm.attrs.get("axis", -1)
+        else:
+            exponential, axis = _normalised(node)
+        if exponential is None or axis is None:
             continue
         output = gs.Variable(
             names.new(f"{node.outputs[0].name}_softmax"), dtype=node.outputs[0].dtype, shape=node.outputs[0].shape
@@ -164,6 +170,50 @@ def _explicit_softmax(graph: gs.Graph, names: Names) -> None:
             gs.Node("Softmax", names.new(f"{node.name}/Softmax"), {"axis": axis}, [exponential.inputs[0]], [output])
         )
         replace_uses(graph, node.outputs[0], output)
+
+
+def _normalised(node: gs.Node) -> tuple[gs.Node | None, int | None]:
+    """The Exp that a Div or Mul divides by its own sum, and the axis of that sum; None where it does something else."""
+    for powers, total in (node.inputs, node.inputs[::-1]) if node.op == "Mul" else (node.inputs,):
+        exponential, inverse = producer(powers), producer(total)
+        if node.op == "Mul":
+            if inverse is None or inverse.op != "Reciprocal":
+                continue
+            total = inverse.inputs[0]
+        if exponential is not None and exponential.op == "Exp":
+            return exponential, _is_reduction(total, "ReduceSum", powers)
+    return None, None
+
+
+def _einsum_as_matmul(graph: gs.Graph, names: Names) -> None:
+    """An Einsum that multiplies the last two axes is a MatMul, with a turned operand perhaps: its ellipses may stand for different numbers of
+    axes only there."""
+    for node in [node for node in graph.nodes if node.op == "Einsum" and len(node.inputs) == 2]:
+        equation = node.attrs["equation"]
+        text = (equation.decode() if isinstance(equation, bytes) else str(equation)).replace(" ", "")
+        turned = {
+            "...mk,...kn->...mn": (),
+            "...mk,...nk->...mn": (1,),
+            "...km,...kn->...mn": (0,),
+            "...km,...nk->...mn": (0, 1),
+        }
+        operands = turned.get(text)
+        if operands is None or any(node.inputs[index].shape is None for index in operands):
+            continue
+        for index in operands:
+            source = node.inputs[index]
+            rank = len(source.shape)
+            output = gs.Variable(names.new(f"{node.outputs[0].name}_turned"), dtype=source.dtype)
+            perm = [*range(rank - 2), rank - 1, rank - 2]
+            graph.nodes.append(
+                gs.Node("Transpose", names.new(f"{node.name}/Transpose"), {"perm": perm}, [source], [output])
+            )
+            node.inputs[index] = output
+        node.op, node.attrs = "MatMul", {}
+
+
+def _merge(graph: gs.Graph, names: Names) -> None:
+    merge_equal(graph)
 
 
 def _shifted_softmax(graph: gs.Graph, names: Names) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from mla_trt.errors import BadModelError, MlaTrtError
 from mla_trt.passes.graph import OPSET
+from mla_trt.passes.inline_branches import inline_constant_branches
 
 STANDARD_DOMAINS = ("", "ai.onnx")
 RUNTIME_DOMAIN = "com.microsoft"
@@ -44,6 +46,8 @@ def standardize(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _standardize(model: onnx.ModelProto) -> onnx.ModelProto:
+    for nodes in (model.graph.node, *(function.node for function in model.functions)):
+        _check_splits(nodes)
     if model.functions:
         model = onnx.inliner.inline_local_functions(model)
     for node in model.graph.node:
@@ -51,11 +55,24 @@ def _standardize(model: onnx.ModelProto) -> onnx.ModelProto:
             node.domain = ""
         if node.domain == "" and node.op_type in MISPLACED:
             node.domain = RUNTIME_DOMAIN
+    inline_constant_branches(model)
     model = _convert_opset(model)
     _expand_runtime_ops(model)
     model = _spell_out(model)
     del model.graph.value_info[:]
     return onnx.shape_inference.infer_shapes(model)
+
+
+def _check_splits(nodes: Iterable[onnx.NodeProto]) -> None:
+    """A Split that contradicts itself is refused here, because onnx's shape inference ends the process over it."""
+    for node in nodes:
+        for attribute in node.attribute:
+            if node.op_type == "Split" and attribute.name == "num_outputs" and attribute.i != len(node.output):
+                raise BadModelError(
+                    f"node '{node.name or node.output[0]}' (Split) has {len(node.output)} outputs, but says that they are {attribute.i}"
+                )
+            for graph in (attribute.g, *attribute.graphs):
+                _check_splits(graph.node)
 
 
 def _convert_opset(model: onnx.ModelProto) -> onnx.ModelProto:

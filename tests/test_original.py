@@ -101,9 +101,9 @@ def small_model(text: str, weights: dict[str, np.ndarray] | None = None) -> onnx
 IDS = ModelInput("ids", roles.TOKENS, INT64, ("B", "S"))
 
 
-def running_sum(first_rows: int = 0) -> OriginalModel:
+def running_sum_proto(first_rows: int = 0) -> onnx.ModelProto:
     """Gives, of the last token only, the sum of all tokens; asks for `first_rows` cached rows at least."""
-    model = small_model(
+    return small_model(
         """running_sum (int64[B, S] ids, float[B, P, 1] past) => (float[B, 1, 1] logits, float[B, T, 1] present) {
             values = Cast<to: int = 1>(ids)
             column = Unsqueeze(values, minus_one)
@@ -127,8 +127,13 @@ def running_sum(first_rows: int = 0) -> OriginalModel:
             "zero": np.zeros(1, np.float32),
         },
     )
-    cache = ModelInput("past", roles.CACHE, FLOAT, ("B", "P", 1), "present")
-    return OriginalModel(model, ModelInterface((IDS, cache), ("logits",)))
+
+
+RUNNING_SUM = ModelInterface((IDS, ModelInput("past", roles.CACHE, FLOAT, ("B", "P", 1), "present")), ("logits",))
+
+
+def running_sum(first_rows: int = 0) -> OriginalModel:
+    return OriginalModel(running_sum_proto(first_rows), RUNNING_SUM)
 
 
 def test_results_of_the_last_token_only_are_known_at_the_end_of_each_chunk() -> None:
@@ -140,6 +145,115 @@ def test_results_of_the_last_token_only_are_known_at_the_end_of_each_chunk() -> 
 def test_an_export_that_refuses_an_empty_cache_is_found_out() -> None:
     limits = running_sum(first_rows=3).find_limits(16)
     assert limits == Limits(first=None, step=1, past=3, total=16)
+
+
+def masked_sum(*, cached: int | str = "P", new: int | str = "S", hides: bool = True) -> OriginalModel:
+    """Gives the sum of the tokens that the mask shows, of each call's last token; the cache may have a fixed length."""
+    total = cached + new if isinstance(cached, int) and isinstance(new, int) else "T"
+    shown = "Mul(present, weights)" if hides else "Identity(present)"
+    model = small_model(
+        f"""masked_sum (int64[B, {new}] ids, int64[B, {total}] mask, float[B, {cached}] past)
+            => (float[B, 1, 1] logits, float[B, {total}] present) {{
+            values = Cast<to: int = 1>(ids)
+            present = Concat<axis: int = 1>(past, values)
+            weights = Cast<to: int = 1>(mask)
+            needed = Gather<axis: int = 1>(past, nought)
+            shown = {shown}
+            nothing = Mul(needed, zero)
+            sums = ReduceSum<keepdims: int = 1>(shown, one)
+            sum = Add(sums, nothing)
+            logits = Unsqueeze(sum, one)
+        }}""",
+        {"one": np.array([1]), "nought": np.array([0]), "zero": np.zeros(1, np.float32)},
+    )
+    entries = (
+        IDS,
+        ModelInput("mask", roles.ATTENTION_MASK, INT64, ("B", "T")),
+        ModelInput("past", roles.CACHE, FLOAT, ("B", "P"), "present"),
+    )
+    fixed = {letter: size for letter, size in (("P", cached), ("S", new)) if isinstance(size, int)}
+    return OriginalModel(model, ModelInterface(entries, ("logits",), fixed))
+
+
+@pytest.mark.parametrize(
+    ("cached", "new", "expected"),
+    [
+        (4, "S", Limits(1, 1, 4, 5, window=4)),
+        (4, 1, Limits(1, 1, 4, 5, window=4)),
+        (5, 2, Limits(2, 2, 5, 6, window=5)),
+        ("P", "S", Limits(1, 1, 1, 15, window=1)),
+    ],
+)
+def test_rows_that_are_not_there_yet_are_hidden_by_the_mask(
+    cached: int | str, new: int | str, expected: Limits
+) -> None:
+    model = masked_sum(cached=cached, new=new)
+    limits = model.find_limits(16)
+    assert limits == expected
+    tokens = np.arange(1, min(limits.total, 9) + 1)
+    rows = model.results_by_token(tokens, [1] * len(tokens), limits)["logits"]
+    sums = np.cumsum(tokens).astype(float)
+    known = np.arange(1, len(tokens) + 1) % limits.step == 0
+    np.testing.assert_array_equal(rows[:, 0], np.where(known, sums, np.nan))
+
+
+def test_a_mask_that_hides_nothing_is_found_out() -> None:
+    limits = masked_sum(cached=4, hides=False).find_limits(16)
+    assert not limits.can_begin
+    assert limits.past == 4
+
+
+def test_no_call_goes_beyond_a_fixed_number_of_cached_tokens() -> None:
+    model = masked_sum(cached=3)
+    run = model.start(window=3)
+    assert run.feed([[1, 2, 3, 4]])["logits"].item() == 10
+    with pytest.raises(RefusedLengthError, match="takes 3 cached tokens, not 4"):
+        run.feed([[5]])
+
+
+def test_rows_of_first_tokens_are_made_beside_others_where_they_do_not_depend_on_them() -> None:
+    without_rope = OriginalModel(running_sum_proto(3), RUNNING_SUM, rope_dim=0)
+    limits = without_rope.find_limits(16)
+    assert limits == Limits(first=None, step=1, past=3, total=16, made=3)
+    rows = without_rope.results_by_token(np.array([1, 2, 3, 4, 5, 6]), [2, 2, 1, 1], limits)["logits"]
+    np.testing.assert_array_equal(rows[:, 0], [np.nan, np.nan, np.nan, 10, 15, 21])
+    assert without_rope.results_by_token(np.array([1, 2, 3]), [3], limits) == {}
+
+
+def test_rows_that_depend_on_others_are_not_made_beside_them() -> None:
+    model = small_model(
+        """total_of_totals (int64[B, S] ids, float[B, 3, 1] past) => (float[B, 1, 1] logits, float[B, T, 1] present) {
+            values = Cast<to: int = 1>(ids)
+            column = Unsqueeze(values, minus_one)
+            before = ReduceSum<keepdims: int = 1>(past, one)
+            row = Add(column, before)
+            present = Concat<axis: int = 1>(past, row)
+            logits = ReduceSum<keepdims: int = 1>(present, one)
+        }""",
+        {"minus_one": np.array([-1]), "one": np.array([1])},
+    )
+    cache = ModelInput("past", roles.CACHE, FLOAT, ("B", "P", 1), "present")
+    interface = ModelInterface((IDS, cache), ("logits",), {"P": 3})
+    limits = OriginalModel(model, interface, rope_dim=0).find_limits(16)
+    assert not limits.can_begin
+
+
+def test_a_cache_that_must_be_empty_carries_nothing() -> None:
+    model = small_model(
+        """sum_of_all (int64[B, S] ids, float[B, 0, 1] past) => (float[B, 1, 1] logits, float[B, T, 1] present) {
+            values = Cast<to: int = 1>(ids)
+            column = Unsqueeze(values, minus_one)
+            present = Concat<axis: int = 1>(past, column)
+            logits = ReduceSum<keepdims: int = 1>(present, one)
+        }""",
+        {"minus_one": np.array([-1]), "one": np.array([1])},
+    )
+    cache = ModelInput("past", roles.CACHE, FLOAT, ("B", "P", 1), "present")
+    export = OriginalModel(model, ModelInterface((IDS, cache), ("logits",), {"P": 0}))
+    limits = export.find_limits(16)
+    assert limits == Limits(1, 1, 0, 16)
+    rows = export.results_by_token(np.array([1, 2, 3]), [2, 1], limits)["logits"]
+    np.testing.assert_array_equal(rows[:, 0], [np.nan, 3, 6])
 
 
 def test_an_export_without_a_cache_runs_everything_again() -> None:
@@ -177,6 +291,7 @@ def test_masks_are_causal_in_every_type() -> None:
     assert floats.min() == np.finfo(np.float32).min
     assert causal_mask((2, 2), 0, np.dtype(np.bool_)).tolist() == [[True, False], [True, True]]
     assert causal_mask((2, 2), 0, np.dtype(np.int64)).tolist() == [[1, 0], [1, 1]]
+    assert causal_mask((2, 4), 2, np.dtype(np.int64), hidden=1).tolist() == [[0, 1, 1, 0], [0, 1, 1, 1]]
     assert np.isfinite(causal_mask((2, 2), 0, np.dtype(ml_dtypes.bfloat16)).astype(np.float32)).all()
 
 

@@ -1,0 +1,196 @@
+"""Graphs that look like MLA and are not quite, or that contradict themselves: refused with the reason that is true of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+import pytest
+from model_editor import Editor
+from onnx import TensorProto, helper, numpy_helper
+
+from mla_trt.errors import BadModelError, MlaTrtError, NoMlaError
+from mla_trt.lowering import LowerOptions, lower
+from mla_trt.passes.einsum import einsum_shape
+from mla_trt.passes.merge_equal import merge_equal
+from mla_trt.passes.simplify import simplify
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "models" / "examples"
+DENSE = "deepseek_v3__dynamo_op20__eager__dec"
+SPARSE = "deepseek_v32__dynamo_op20__eager__dec"
+EXPANDED = "hub_deepseek_v2_orig__dynamo_op20__eager__dec"
+LAST = np.iinfo(np.int64).max
+
+
+def edit(name: str) -> Editor:
+    return Editor(onnx.load(EXAMPLES / f"{name}.onnx"), seed=0)
+
+
+def refusal(editor: Editor, error: type[MlaTrtError] = NoMlaError) -> str:
+    """Why a model is refused."""
+    with pytest.raises(error) as raised:
+        lower(editor.finish(), LowerOptions())
+    return str(raised.value)
+
+
+def rolled(editor: Editor, name: str, axis: int) -> str:
+    """A tensor with its entries along an axis one on."""
+    parts = [
+        editor.emit("Slice", name, *(editor.constant([value], np.int64) for value in (start, end, axis)))
+        for start, end in ((1, LAST), (0, 1))
+    ]
+    return editor.emit("Concat", *parts, axis=axis)
+
+
+def doubled(editor: Editor, name: str, _axis: int) -> str:
+    return editor.emit("Mul", name, editor.constant(np.float32(2)))
+
+
+# -- caches --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", [rolled, doubled])
+@pytest.mark.parametrize(
+    ("model", "cache", "axis"),
+    [
+        (DENSE, "past_0.keys", 3),
+        (DENSE, "past_1.values", 3),
+        (DENSE, "past_0.keys", 2),
+        (SPARSE, "past_0.indexer_keys", 2),
+        (EXPANDED, "past_key_values.1.value", 3),
+    ],
+)
+def test_a_cache_that_is_read_otherwise_than_it_is_stored(
+    model: str, cache: str, axis: int, change: Callable[[Editor, str, int], str]
+) -> None:
+    editor = edit(model)
+    uses = [use for use in editor.uses[cache] if use.node.op_type != "Shape"]
+    changed = change(editor, cache, axis)
+    for use in uses:
+        editor.rewire(use, changed)
+    assert f"the cache '{cache}'" in refusal(editor)
+
+
+@pytest.mark.parametrize("change", [rolled, doubled])
+def test_a_cache_that_is_stored_otherwise_than_it_is_read(change: Callable[[Editor, str, int], str]) -> None:
+    editor = edit(DENSE)
+    maker = editor.producers["present_0.keys"]
+    maker.output[0] = "read"
+    editor.refresh()
+    for use in list(editor.uses.get("present_0.keys", [])):
+        editor.rewire(use, "read")
+    changed = change(editor, "read", 3)
+    editor.producers[changed].output[0] = "present_0.keys"
+    assert "the cache 'past_0.keys'" in refusal(editor)
+
+
+# -- scores and results --------------------------------------------------------------------------------------------
+
+
+def test_a_number_added_to_the_keys() -> None:
+    editor = edit(DENSE)
+    joined = editor.producers["present_0.values"]
+    use = next(use for use in editor.uses[joined.input[1]] if use.node is joined)
+    editor.rewire(use, editor.emit("Add", use.name, editor.constant(np.float32(0.3))))
+    assert "numbers are added" in refusal(editor)
+
+
+def test_a_result_whose_tokens_and_features_change_places() -> None:
+    editor = edit(DENSE)
+    product = editor.nodes("Softmax")[0]
+    (reader,) = [use.node for use in editor.uses[product.output[0]] if use.node.op_type == "MatMul"]
+    (turned,) = [use.node for use in editor.uses[reader.output[0]] if use.node.op_type == "Transpose"]
+    turned.attribute[0].ints[:] = [2, 0, 1, 3]
+    assert "in a layout that is not understood" in refusal(editor)
+
+
+def test_probabilities_and_values_in_each_others_place() -> None:
+    editor = edit(DENSE)
+    product = editor.nodes("Softmax")[0]
+    (reader,) = [use.node for use in editor.uses[product.output[0]] if use.node.op_type == "MatMul"]
+    reader.input[0], reader.input[1] = reader.input[1], reader.input[0]
+    editor.refresh()
+    assert refusal(editor)
+
+
+# -- models that contradict themselves -----------------------------------------------------------------------------
+
+
+def test_a_split_with_another_number_of_outputs_than_it_says() -> None:
+    """onnx's shape inference ends the process over it."""
+    editor = edit(DENSE)
+    node = editor.nodes("Split")[0]
+    del node.input[1:]
+    node.attribute.append(helper.make_attribute("num_outputs", len(node.output) - 1))
+    assert "(Split) has" in refusal(editor, BadModelError)
+
+
+@pytest.mark.parametrize("op", ["Expand", "Tile", "ConstantOfShape"])
+def test_an_enormous_tensor_is_not_evaluated(op: str) -> None:
+    editor = edit(DENSE)
+    sizes = editor.constant([1 << 20, 1 << 14], np.int64)
+    if op == "ConstantOfShape":
+        wide = editor.emit(op, sizes, value=numpy_helper.from_array(np.array([0.5], np.float32)))
+    else:
+        wide = editor.emit(op, editor.constant(np.full((1, 1), 0.5, np.float32)), sizes)
+    index = editor.constant(0, np.int64)
+    one = editor.emit("Gather", editor.emit("Gather", wide, index), index)
+    scaled = next(use for use in editor.uses[editor.nodes("Softmax")[0].input[0]])
+    editor.rewire(scaled, editor.emit("Mul", scaled.name, one))
+    assert "elements of a small case" in refusal(editor)
+
+
+# -- the graph itself ----------------------------------------------------------------------------------------------
+
+
+def graph_of(nodes: list[onnx.NodeProto], shapes: dict[str, list[int | str]]) -> gs.Graph:
+    values = {name: helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()}
+    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    graph = helper.make_graph(nodes, "graph", [values[name] for name in shapes], [output])
+    return gs.import_onnx(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 26)]))
+
+
+def test_ellipses_for_different_numbers_of_axes_become_a_matmul() -> None:
+    """As an Einsum, ONNX Runtime does not survive it."""
+    node = helper.make_node("Einsum", ["a", "b"], ["y"], equation="...mk,...nk->...mn")
+    graph = graph_of([node], {"a": ["T", 64], "b": [8, 80, 64]})
+    simplify(graph)
+    assert sorted(node.op for node in graph.nodes) == ["MatMul", "Transpose"]
+
+
+def test_equal_nodes_become_one() -> None:
+    nodes = [
+        helper.make_node("Mul", ["a", "a"], ["square"]),
+        helper.make_node("Mul", ["a", "a"], ["again"]),
+        helper.make_node("Sqrt", ["square"], ["left"]),
+        helper.make_node("Sqrt", ["again"], ["right"]),
+        helper.make_node("Sub", ["left", "right"], ["y"]),
+    ]
+    graph = graph_of(nodes, {"a": [2, 3]})
+    assert merge_equal(graph) == 2
+    assert [node.op for node in graph.nodes] == ["Mul", "Sqrt", "Sub"]
+
+
+@pytest.mark.parametrize(
+    ("equation", "shapes", "expected"),
+    [
+        ("...ij,...jk->...ik", [(2, 5, 3, 4), (4, 6)], (2, 5, 3, 6)),
+        ("...ij,...jk->...ik", [(3, 4), (2, 1, 4, 6)], (2, 1, 3, 6)),
+        ("bshd->bhsd", [(1, 2, 3, 4)], (1, 3, 2, 4)),
+        ("ij,jk", [(3, 4), (4, 5)], (3, 5)),
+        ("...ij", [(2, 3, 4)], (2, 3, 4)),
+    ],
+)
+def test_the_shape_of_an_einsum(equation: str, shapes: list[tuple[int, ...]], expected: tuple[int, ...]) -> None:
+    assert einsum_shape(equation, shapes) == expected
+
+
+@pytest.mark.parametrize(
+    ("equation", "shapes"), [("ij,jk->ik", [(3, 4), (5, 6)]), ("ij->ik", [(3, 4)]), ("ij,jk->ik", [(3, 4)])]
+)
+def test_an_einsum_that_does_not_fit(equation: str, shapes: list[tuple[int, ...]]) -> None:
+    with pytest.raises(BadModelError):
+        einsum_shape(equation, shapes)
