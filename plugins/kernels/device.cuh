@@ -1,0 +1,135 @@
+// What several kernels share on the device: element types, rows of the pools, positions, reductions.
+#pragma once
+
+#include <cstdint>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_fp8.h>
+
+#include "call.h"
+
+namespace mla {
+
+constexpr int warp_size = 32;
+constexpr float log2e = 1.4426950408889634f;
+constexpr float ln2 = 0.6931471805599453f;
+
+// One element of a tensor of any float type (e4m3 included) as f32. `type` is an MLA_ type.
+__device__ inline float load_float(const void* data, int32_t type, int64_t index) {
+    switch (type) {
+        case MLA_FLOAT: return static_cast<const float*>(data)[index];
+        case MLA_FLOAT16: return __half2float(static_cast<const __half*>(data)[index]);
+        case MLA_BFLOAT16: return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[index]);
+        default: return static_cast<float>(static_cast<const __nv_fp8_e4m3*>(data)[index]);
+    }
+}
+
+__device__ inline void store_float(void* data, int32_t type, int64_t index, float value) {
+    switch (type) {
+        case MLA_FLOAT: static_cast<float*>(data)[index] = value; break;
+        case MLA_FLOAT16: static_cast<__half*>(data)[index] = __float2half_rn(value); break;
+        default: static_cast<__nv_bfloat16*>(data)[index] = __float2bfloat16_rn(value);
+    }
+}
+
+MLA_BOTH constexpr int element_bytes(int32_t type) {
+    return type == MLA_FLOAT || type == MLA_INT32 ? 4 : type == MLA_INT64 ? 8 : type == MLA_FLOAT8E4M3FN ? 1 : 2;
+}
+
+// e4m3 code of a value, to nearest, ties to even, saturating at +-448; NaN stays NaN.
+__device__ inline uint8_t encode_e4m3(float value) {
+    return static_cast<uint8_t>(__nv_cvt_float_to_fp8(value, __NV_SATFINITE, __NV_E4M3));
+}
+
+__device__ inline float decode_e4m3(uint8_t code) {
+    __nv_fp8_e4m3 value;
+    value.__x = code;
+    return static_cast<float>(value);
+}
+
+// Two e4m3 codes (low byte first) as bf16x2. Exact: e4m3 has fewer bits than bf16 in every field.
+__device__ inline __nv_bfloat162 decode_e4m3x2(uint16_t codes) {
+    __half2_raw const halves = __nv_cvt_fp8x2_to_halfraw2(codes, __NV_E4M3);
+    return __float22bfloat162_rn(__half22float2(__half2(halves)));
+}
+
+// Division as the formats define it: correctly rounded f32, whatever the compiler's flags.
+__device__ inline float divide(float a, float b) { return __fdiv_rn(a, b); }
+
+// Page of a position of a sequence, or -1 where the block table has no column for it or names no page of the pool.
+__device__ inline int32_t page_of(const int32_t* block_table, int64_t max_pages, int64_t pages, int32_t page_size,
+                                  int64_t sequence, int32_t position) {
+    int64_t const column = position / page_size;
+    if (position < 0 || column >= max_pages) return -1;
+    int32_t const page = block_table[sequence * max_pages + column];
+    return page >= 0 && page < pages ? page : -1;
+}
+
+template <typename T>
+__device__ inline T warp_max(T value) {
+    for (int offset = warp_size / 2; offset > 0; offset /= 2) {
+        value = max(value, __shfl_xor_sync(0xffffffffu, value, offset));
+    }
+    return value;
+}
+
+template <typename T>
+__device__ inline T warp_sum(T value) {
+    for (int offset = warp_size / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+    return value;
+}
+
+// Sum and maximum over a block of `threads` (a multiple of 32, at most 1024). `scratch` holds 32 floats; every thread calls
+// and gets the result.
+__device__ inline float block_sum(float value, float* scratch) {
+    int const warps = blockDim.x / warp_size, warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
+    value = warp_sum(value);
+    __syncthreads();
+    if (lane == 0) scratch[warp] = value;
+    __syncthreads();
+    return warp_sum(lane < warps ? scratch[lane] : 0.0f);
+}
+
+__device__ inline float block_max(float value, float* scratch) {
+    int const warps = blockDim.x / warp_size, warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
+    value = warp_max(value);
+    __syncthreads();
+    if (lane == 0) scratch[warp] = value;
+    __syncthreads();
+    return warp_max(lane < warps ? scratch[lane] : -INFINITY);
+}
+
+// Sequences, tokens and pages of a step, as every kernel reads them. Lengths and offsets come from device memory and may be
+// anything (a builder times kernels on garbage): they are clamped where they are used.
+struct Step {
+    const int32_t* query_offsets;
+    const int32_t* cache_lengths;
+    const int32_t* block_table;
+    const int32_t* token_sequence;
+    const int32_t* positions;
+    int64_t tokens, sequences, max_pages, pages;
+
+    // Keys that the sequence can have at most.
+    __device__ int32_t key_limit(int32_t page_size) const {
+        int64_t const limit = max_pages * page_size;
+        return limit < 0x7fffffff ? static_cast<int32_t>(limit) : 0x7fffffff;
+    }
+
+    // The sequence of a token, -1 for padding.
+    __device__ int32_t sequence_of(int64_t token) const {
+        int32_t const sequence = token_sequence[token];
+        return sequence >= 0 && sequence < sequences ? sequence : -1;
+    }
+};
+
+// The step's tensors from a call: the indices are those of the op's inputs.
+inline Step make_step(const Call& call, int query_offsets, int cache_lengths, int block_table, int token_sequence,
+                      int positions) {
+    return Step{call.input<int32_t>(query_offsets),  call.input<int32_t>(cache_lengths),
+                call.input<int32_t>(block_table),    call.input<int32_t>(token_sequence),
+                call.input<int32_t>(positions),      call.dims.T,
+                call.dims.B,                         call.dims.max_pages,
+                call.dims.pages >= 0 ? call.dims.pages : call.dims.index_pages};
+}
+
+}  // namespace mla
