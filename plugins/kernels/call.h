@@ -69,6 +69,16 @@ struct Call {
     }
 };
 
+// The place of an input among an op's, -1 where it has none of that name.
+constexpr int input_index(const OpSpec& op, const char* name) {
+    for (int i = 0; i < op.inputs; ++i) {
+        const char *a = op.input[i].name, *b = name;
+        while (*a != '\0' && *a == *b) ++a, ++b;
+        if (*a == *b) return i;
+    }
+    return -1;
+}
+
 // Sets mla_last_error() and returns `status`.
 int fail(int status, const char* format, ...) __attribute__((format(printf, 2, 3)));
 

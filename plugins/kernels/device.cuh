@@ -53,6 +53,53 @@ __device__ inline __nv_bfloat162 decode_e4m3x2(uint16_t codes) {
     return __float22bfloat162_rn(__half22float2(__half2(halves)));
 }
 
+// Eight consecutive values as bf16 bits. `count` of them exist, the rest are zero. `aligned`: they may be read at once.
+__device__ inline uint4 load_eight(const void* data, int32_t type, int64_t index, int count, bool aligned) {
+    __nv_bfloat162 pairs[4];
+    if (count <= 0) return make_uint4(0, 0, 0, 0);
+    if (aligned && count >= 8) {
+        switch (type) {
+            case MLA_BFLOAT16:
+                return *reinterpret_cast<const uint4*>(static_cast<const __nv_bfloat16*>(data) + index);
+            case MLA_FLOAT16: {
+                uint4 const bits = *reinterpret_cast<const uint4*>(static_cast<const __half*>(data) + index);
+                const auto* halves = reinterpret_cast<const __half2*>(&bits);
+                for (int i = 0; i < 4; ++i) pairs[i] = __float22bfloat162_rn(__half22float2(halves[i]));
+                break;
+            }
+            case MLA_FLOAT: {
+                const auto* values = reinterpret_cast<const float4*>(static_cast<const float*>(data) + index);
+                float4 const low = values[0], high = values[1];
+                pairs[0] = __floats2bfloat162_rn(low.x, low.y);
+                pairs[1] = __floats2bfloat162_rn(low.z, low.w);
+                pairs[2] = __floats2bfloat162_rn(high.x, high.y);
+                pairs[3] = __floats2bfloat162_rn(high.z, high.w);
+                break;
+            }
+            default: {
+                uint2 const codes = *reinterpret_cast<const uint2*>(static_cast<const uint8_t*>(data) + index);
+                pairs[0] = decode_e4m3x2(static_cast<uint16_t>(codes.x));
+                pairs[1] = decode_e4m3x2(static_cast<uint16_t>(codes.x >> 16));
+                pairs[2] = decode_e4m3x2(static_cast<uint16_t>(codes.y));
+                pairs[3] = decode_e4m3x2(static_cast<uint16_t>(codes.y >> 16));
+            }
+        }
+    } else {
+        float values[8];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) values[i] = i < count ? load_float(data, type, index + i) : 0.0f;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) pairs[i] = __floats2bfloat162_rn(values[2 * i], values[2 * i + 1]);
+    }
+    return *reinterpret_cast<uint4*>(pairs);
+}
+
+// Whether load_eight may read at once: the base and the strides (elements) of a tensor of this type.
+inline bool aligned_for_eight(const void* data, int64_t stride_a, int64_t stride_b, int32_t type) {
+    return reinterpret_cast<uintptr_t>(data) % (8 * element_bytes(type) < 16 ? 8 : 16) == 0 && stride_a % 8 == 0 &&
+           stride_b % 8 == 0;
+}
+
 // Division as the formats define it: correctly rounded f32, whatever the compiler's flags.
 __device__ inline float divide(float a, float b) { return __fdiv_rn(a, b); }
 
@@ -122,14 +169,14 @@ struct Step {
     }
 };
 
-// The step's tensors from a call: the indices are those of the op's inputs.
+// The step's tensors from a call: the indices are those of the op's inputs, `pages` counts those of the pool.
 inline Step make_step(const Call& call, int query_offsets, int cache_lengths, int block_table, int token_sequence,
-                      int positions) {
+                      int positions, int64_t pages) {
     return Step{call.input<int32_t>(query_offsets),  call.input<int32_t>(cache_lengths),
                 call.input<int32_t>(block_table),    call.input<int32_t>(token_sequence),
                 call.input<int32_t>(positions),      call.dims.T,
                 call.dims.B,                         call.dims.max_pages,
-                call.dims.pages >= 0 ? call.dims.pages : call.dims.index_pages};
+                pages};
 }
 
 }  // namespace mla

@@ -1,0 +1,219 @@
+// MlaFusedRopeRmsNormQuantization. One block a token: it rotates the token's queries, and makes its cache row in shared memory,
+// from where the row leaves in 16-byte pieces, its padding zero.
+//
+// What is stored follows the formats' definitions operation by operation in f32 (mla_trt/formats.py); only the order of the
+// norm's sum is free.
+#include "append.h"
+
+#include "pool.h"
+
+namespace mla {
+namespace {
+
+constexpr int threads = 256;
+
+struct Pair {
+    float a, b;
+};
+
+__device__ Pair rotate(Pair x, float cosine, float sine) {
+    // products rounded before the sum, as the bodies do it
+    return {__fsub_rn(__fmul_rn(x.a, cosine), __fmul_rn(x.b, sine)), __fadd_rn(__fmul_rn(x.a, sine), __fmul_rn(x.b, cosine))};
+}
+
+__device__ void rotate_queries(const Append& work, int64_t token, const float* cos, const float* sin) {
+    int const half = work.layout.rope / 2;
+    int const pairs = work.heads * half;
+    int64_t const from = token * work.query.token_stride, to = token * work.query_out.token_stride;
+    for (int i = threadIdx.x; i < pairs; i += threads) {
+        int const head = i / half, j = i % half;
+        int const first = work.interleaved ? 2 * j : j, second = work.interleaved ? 2 * j + 1 : j + half;
+        int64_t const read = from + head * work.query.head_stride, write = to + head * work.query_out.head_stride;
+        Pair const x = {load_float(work.query.data, work.query.type, read + first),
+                        load_float(work.query.data, work.query.type, read + second)};
+        Pair const y = rotate(x, cos[j], sin[j]);
+        store_float(work.query_out.data, work.query_out.type, write + first, y.a);
+        store_float(work.query_out.data, work.query_out.type, write + second, y.b);
+    }
+}
+
+__device__ void put_bf16(uint8_t* bytes, float value) {
+    uint16_t const bits = __bfloat16_as_ushort(__float2bfloat16_rn(value));
+    bytes[0] = static_cast<uint8_t>(bits);
+    bytes[1] = static_cast<uint8_t>(bits >> 8);
+}
+
+__device__ void put_float(uint8_t* bytes, float value) {
+    uint32_t const bits = __float_as_uint(value);
+    for (int i = 0; i < 4; ++i) bytes[i] = static_cast<uint8_t>(bits >> (8 * i));
+}
+
+// max(amax / 448, floor); a NaN among the values makes the scale NaN, as in the formats.
+__device__ float amax_scale(float amax) { return fmaxf(divide(amax, e4m3_max), kv_scale_floor); }
+
+// Writes the row of `latent` [R] and `rope` [Dr] (shared memory) to `row` (shared memory, zeroed). Returns the row's scale
+// where the format keeps one behind the rows.
+__device__ float make_row(const KvLayout& layout, const float* latent, const float* rope, uint8_t* row, float* scratch) {
+    int const rank = layout.rank, width = layout.rope;
+    uint8_t* rope_bytes = row + layout.rope_offset;
+    float scale = 1.0f;
+    if (layout.format == row_format::f32 || layout.format == row_format::bf16) {
+        bool const wide = layout.format == row_format::f32;
+        for (int i = threadIdx.x; i < rank + width; i += threads) {
+            float const value = i < rank ? latent[i] : rope[i - rank];
+            if (wide) {
+                put_float(row + 4 * i, value);
+            } else {
+                put_bf16(row + 2 * i, value);
+            }
+        }
+        return scale;
+    }
+    if (layout.format == row_format::fp8_ds_mla) {
+        int const warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
+        for (int group = warp; group * scale_group < rank; group += threads / warp_size) {
+            int const end = min((group + 1) * scale_group, rank);
+            float amax = 0.0f;
+            for (int i = group * scale_group + lane; i < end; i += warp_size) amax = fmaxf(amax, fabsf(latent[i]));
+            float const group_scale = amax_scale(warp_max(amax));
+            for (int i = group * scale_group + lane; i < end; i += warp_size) {
+                row[i] = encode_e4m3(divide(latent[i], group_scale));
+            }
+            if (lane == 0) put_float(row + rank + 4 * group, group_scale);
+        }
+        for (int i = threadIdx.x; i < width; i += threads) put_bf16(rope_bytes + 2 * i, rope[i]);
+        return scale;
+    }
+    if (layout.format == row_format::fp8) {
+        float amax = 0.0f;
+        for (int i = threadIdx.x; i < rank; i += threads) amax = fmaxf(amax, fabsf(latent[i]));
+        scale = amax_scale(block_max(amax, scratch));
+        for (int i = threadIdx.x; i < width; i += threads) put_bf16(rope_bytes + 2 * i, divide(rope[i], scale));
+    } else {
+        scale = layout.kv_scale;
+        for (int i = threadIdx.x; i < width; i += threads) rope_bytes[i] = encode_e4m3(divide(rope[i], scale));
+    }
+    for (int i = threadIdx.x; i < rank; i += threads) row[i] = encode_e4m3(divide(latent[i], scale));
+    return scale;
+}
+
+__global__ void __launch_bounds__(threads) append_kernel(Append work) {
+    extern __shared__ uint4 shared[];
+    __shared__ float scratch[warp_size];
+    int64_t const token = blockIdx.x;
+    int const rank = work.layout.rank, width = work.layout.rope, half = width / 2;
+    auto* row = reinterpret_cast<uint8_t*>(shared);
+    auto* latent = reinterpret_cast<float*>(row + work.layout.row_bytes);
+    float* rope = latent + rank;
+    float* cos = rope + width;
+    float* sin = cos + half;
+
+    if (width > 0 && work.table_rows > 0) {
+        int64_t table_row = work.rope_rows != nullptr ? work.rope_rows[token] : token;
+        table_row = min(max(table_row, int64_t{0}), work.table_rows - 1);
+        for (int i = threadIdx.x; i < half; i += threads) {
+            cos[i] = work.cos[table_row * half + i];
+            sin[i] = work.sin[table_row * half + i];
+        }
+        __syncthreads();
+        rotate_queries(work, token, cos, sin);
+    }
+
+    int32_t const sequence = work.step.sequence_of(token);
+    if (sequence < 0) return;
+    int32_t const position = work.step.positions[token];
+    int32_t const page =
+        page_of(work.step.block_table, work.step.max_pages, work.step.pages, work.layout.page_size, sequence, position);
+    if (page < 0) return;
+
+    for (int i = threadIdx.x; i < work.layout.row_bytes / 16; i += threads) shared[i] = make_uint4(0, 0, 0, 0);
+    float squares = 0.0f;
+    for (int i = threadIdx.x; i < rank; i += threads) {
+        float const value = load_float(work.latent, work.latent_type, token * rank + i);
+        latent[i] = value;
+        squares += value * value;
+    }
+    if (work.norm_weight != nullptr) {
+        float const mean = divide(block_sum(squares, scratch), static_cast<float>(rank));
+        float const spread = __fsqrt_rn(__fadd_rn(mean, work.epsilon));
+        for (int i = threadIdx.x; i < rank; i += threads) {
+            latent[i] = __fmul_rn(divide(latent[i], spread), load_float(work.norm_weight, work.norm_weight_type, i));
+        }
+    }
+    for (int j = threadIdx.x; j < half; j += threads) {
+        int const first = work.interleaved ? 2 * j : j, second = work.interleaved ? 2 * j + 1 : j + half;
+        Pair const x = {load_float(work.rope_key, work.rope_key_type, token * width + first),
+                        load_float(work.rope_key, work.rope_key_type, token * width + second)};
+        Pair const y = rotate(x, cos[j], sin[j]);
+        rope[first] = y.a;
+        rope[second] = y.b;
+    }
+    __syncthreads();
+    float const scale = make_row(work.layout, latent, rope, row, scratch);
+    __syncthreads();
+
+    int const slot = position % work.layout.page_size;
+    uint8_t* page_bytes = work.pool + page * work.layout.page_bytes;
+    auto* target = reinterpret_cast<uint4*>(page_bytes + static_cast<int64_t>(slot) * work.layout.row_bytes);
+    for (int i = threadIdx.x; i < work.layout.row_bytes / 16; i += threads) target[i] = shared[i];
+    if (work.layout.has_page_scales() && threadIdx.x == 0) {
+        reinterpret_cast<float*>(page_bytes + work.layout.scales_offset)[slot] = scale;
+    }
+}
+
+}  // namespace
+
+int append(const Append& work, cudaStream_t stream) {
+    if (work.step.tokens == 0) return MLA_OK;
+    if (work.layout.rope % 2 != 0) {
+        return fail(MLA_BAD_CALL, "qk_rope_head_dim is %d: rope needs pairs of values", work.layout.rope);
+    }
+    size_t const shared = work.layout.row_bytes + 4 * (work.layout.rank + 2 * work.layout.rope);
+    Device device;
+    if (int status = current_device(&device)) return status;
+    if (shared > static_cast<size_t>(device.shared_bytes)) {
+        return fail(MLA_UNSUPPORTED, "a cache row of %d + %d values needs more shared memory than this GPU has",
+                    work.layout.rank, work.layout.rope);
+    }
+    if (int status = check_cuda("MlaFusedRopeRmsNormQuantization",
+                                cudaFuncSetAttribute(append_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                     static_cast<int>(shared)))) {
+        return status;
+    }
+    append_kernel<<<static_cast<unsigned>(work.step.tokens), threads, shared, stream>>>(work);
+    return check_launch("MlaFusedRopeRmsNormQuantization");
+}
+
+int run_fused_rope_rms_norm_quantization(Call& call) {
+    using namespace fused_rope_rms_norm_quantization;
+    const MlaTensor& query = call.in[in::query_rope];
+    if (int status = update_pool(call, call.in[in::kv_cache], call.out[out::kv_cache_out], call.in[in::page_copies])) {
+        return status;
+    }
+    if (call.workspace.sizing()) return MLA_OK;
+    Append work{};
+    work.query = contiguous(query.data, query.type, call.dims.H, call.dims.Dr);
+    const MlaTensor& query_out = call.out[out::query_rope_out];
+    work.query_out = contiguous(query_out.data, query_out.type, call.dims.H, call.dims.Dr);
+    work.latent = call.in[in::latent].data;
+    work.latent_type = call.in[in::latent].type;
+    work.rope_key = call.in[in::rope_key].data;
+    work.rope_key_type = call.in[in::rope_key].type;
+    work.norm_weight = call.given(in::norm_weight) ? call.in[in::norm_weight].data : nullptr;
+    work.norm_weight_type = call.in[in::norm_weight].type;
+    work.cos = call.input<float>(in::cos);
+    work.sin = call.input<float>(in::sin);
+    work.rope_rows = call.input<int32_t>(in::rope_rows);
+    work.table_rows = call.dims.N;
+    work.heads = static_cast<int32_t>(call.dims.H);
+    work.epsilon = call.attributes.epsilon;
+    work.interleaved = call.attributes.rope_interleaved != 0;
+    work.layout = KvLayout(call.attributes);
+    work.step = Step{nullptr,         nullptr,         call.input<int32_t>(in::block_table), call.input<int32_t>(in::token_sequence),
+                     call.input<int32_t>(in::positions), call.dims.T, call.dims.max_pages < 0 ? 0 : call.in[in::block_table].shape[0],
+                     call.dims.max_pages, call.dims.pages};
+    work.pool = call.output<uint8_t>(out::kv_cache_out);
+    return append(work, call.stream);
+}
+
+}  // namespace mla

@@ -1,0 +1,29 @@
+// Rope, norm, quantisation and the cache row of each new token.
+#pragma once
+
+#include "device.cuh"
+#include "view.h"
+
+namespace mla {
+
+struct Append {
+    View query, query_out;  // [T, H, Dr], before and after rope
+    const void* latent;  // [T, R]
+    const void* rope_key;  // [T, Dr]
+    int32_t latent_type, rope_key_type;
+    const void* norm_weight;  // [R] or null
+    int32_t norm_weight_type;
+    const float *cos, *sin;  // [table_rows, Dr / 2]
+    const int32_t* rope_rows;  // [T] or null: one row a token
+    int64_t table_rows;
+    int32_t heads;
+    float epsilon;
+    bool interleaved;
+    KvLayout layout;
+    Step step;
+    uint8_t* pool;
+};
+
+int append(const Append& work, cudaStream_t stream);
+
+}  // namespace mla

@@ -1,0 +1,633 @@
+// Attention on tensor cores, for every GPU from SM80 on: bf16 products, f32 sums, R up to 512.
+//
+// A block has M rows (heads, or tokens x heads of one sequence) and walks over tiles of 64 keys. Keys lie in shared memory as
+// bf16 [64][W], W = latent padded to `rank_padded`, then rope padded to a multiple of 64; e4m3 codes become bf16 exactly, and the scale
+// of a row multiplies its scores and its weights instead. The latent part is the value too. Eight warps: for the scores they
+// share rows and keys, for the output each has all rows and an eighth of the latent. Two barriers separate scores, weights and
+// products; a third lets the next tile in, whose rows are copied while this one is at work. What finding a row needs (list
+// entry, page, scale) is fetched three, two and one tile ahead, so that nothing waits for it.
+#include "attend.h"
+#include "mma.cuh"
+
+namespace mla {
+namespace {
+
+constexpr int threads = 256, warps = threads / warp_size;
+constexpr int tile = 64;
+constexpr int32_t masked = 0x7fffffff;
+
+// Where things lie in shared memory, in bytes.
+struct Shared {
+    int width;  // W
+    int stages;  // tiles that are copied at a time: 1 or 2
+    int tiles, raw, weights, positions, scales, limits, reduction, factors, total;
+
+    Shared(int rows, int rank_padded, const KvLayout& layout, bool direct, int stage_count) : stages(stage_count) {
+        width = rank_padded + round_up(layout.rope, 64);
+        int const groups = rows == 16 ? warps : 2;
+        tiles = rows * width * 2;
+        raw = tiles + (direct ? stages : 1) * tile * width * 2;
+        weights = raw + (direct ? 0 : stages * tile * layout.row_bytes);
+        positions = weights + rows * tile * 2;
+        scales = positions + 2 * tile * 4;
+        limits = scales + 2 * tile * 4;
+        reduction = limits + rows * 4;
+        factors = reduction + groups * rows * 4;
+        total = factors + rows * 4;
+    }
+};
+
+// The rows of a block: `count` consecutive (token, head) pairs of one sequence.
+struct Item {
+    int32_t sequence;  // -1: none
+    int64_t first_token;
+    int32_t first_head;
+    int32_t count;
+    int32_t surplus;  // blocks without an item are numbered, and there are `surplus_blocks` of them
+    int32_t surplus_blocks;
+};
+
+__device__ int32_t new_tokens(const Attend& work, int64_t sequence) {
+    int64_t const start = work.step.query_offsets[sequence], end = work.step.query_offsets[sequence + 1];
+    if (start < 0 || end > work.step.tokens || end <= start) return 0;
+    return is_active(work, static_cast<int32_t>(sequence)) ? static_cast<int32_t>(end - start) : 0;
+}
+
+// The block's item without lists. Called by one warp; every lane gets the result. Each lane counts the items of a run of
+// sequences; the lane in whose run the item falls walks it again.
+__device__ Item find_item(const Attend& work, int rows) {
+    int const lane = threadIdx.x % warp_size;
+    int64_t const run = ceil_div<int64_t>(work.step.sequences, warp_size);
+    auto items = [&](int64_t sequence) {
+        return ceil_div<int64_t>(static_cast<int64_t>(new_tokens(work, sequence)) * work.heads, rows);
+    };
+    int64_t own = 0;
+    for (int64_t i = 0; i < run; ++i) {
+        if (lane * run + i < work.step.sequences) own += items(lane * run + i);
+    }
+    int64_t before = own;
+    for (int offset = 1; offset < warp_size; offset *= 2) {
+        int64_t const lower = __shfl_up_sync(0xffffffffu, before, offset);
+        if (lane >= offset) before += lower;
+    }
+    int64_t const total = __shfl_sync(0xffffffffu, before, warp_size - 1);
+    before -= own;
+    int64_t const wanted = blockIdx.x;
+    Item item{-1, 0, 0, 0, static_cast<int32_t>(wanted - total), static_cast<int32_t>(gridDim.x - total)};
+    bool const mine = wanted >= before && wanted < before + own;
+    if (mine) {
+        int64_t sequence = lane * run;
+        for (int64_t there = items(sequence); before + there <= wanted; there = items(sequence)) {
+            before += there;
+            ++sequence;
+        }
+        int64_t const first_row = (wanted - before) * rows;
+        int64_t const all_rows = static_cast<int64_t>(new_tokens(work, sequence)) * work.heads;
+        item.sequence = static_cast<int32_t>(sequence);
+        item.first_token = work.step.query_offsets[sequence] + first_row / work.heads;
+        item.first_head = static_cast<int32_t>(first_row % work.heads);
+        item.count = static_cast<int32_t>(min(all_rows - first_row, static_cast<int64_t>(rows)));
+    }
+    unsigned const owners = __ballot_sync(0xffffffffu, mine);
+    if (owners != 0) {
+        int const owner = __ffs(static_cast<int>(owners)) - 1;
+        item.sequence = __shfl_sync(0xffffffffu, item.sequence, owner);
+        item.first_token = __shfl_sync(0xffffffffu, item.first_token, owner);
+        item.first_head = __shfl_sync(0xffffffffu, item.first_head, owner);
+        item.count = __shfl_sync(0xffffffffu, item.count, owner);
+    }
+    return item;
+}
+
+__device__ Item list_item(const Attend& work, int rows) {
+    int const tiles = ceil_div(work.heads, rows);
+    int64_t const token = blockIdx.x / tiles;
+    int const first_head = static_cast<int>(blockIdx.x % tiles) * rows;
+    int32_t const sequence = work.step.sequence_of(token);
+    return {sequence >= 0 && is_active(work, sequence) ? sequence : -1, token, first_head,
+            min(rows, work.heads - first_head), 0, 0};
+}
+
+__device__ void zero_row(const Attend& work, int64_t token, int head, int lane, int lanes) {
+    int64_t const base = token * work.output.token_stride + head * work.output.head_stride;
+    for (int i = lane; i < work.layout.rank; i += lanes) store_float(work.output.data, work.output.type, base + i, 0.0f);
+    if (lane == 0 && work.lse != nullptr) work.lse[token * work.heads + head] = -INFINITY;
+}
+
+// Blocks without an item zero the tokens that belong to no sequence.
+__device__ void zero_padding(const Attend& work, const Item& item) {
+    if (work.indices != nullptr) {
+        if (work.step.sequence_of(item.first_token) >= 0) return;  // another kernel's
+        for (int row = threadIdx.x / warp_size; row < item.count; row += warps) {
+            zero_row(work, item.first_token, item.first_head + row, threadIdx.x % warp_size, warp_size);
+        }
+        return;
+    }
+    int64_t const end = max(work.step.query_offsets[work.step.sequences], 0);
+    for (int64_t token = end + item.surplus; token < work.step.tokens; token += item.surplus_blocks) {
+        for (int head = threadIdx.x / warp_size; head < work.heads; head += warps) {
+            zero_row(work, token, head, threadIdx.x % warp_size, warp_size);
+        }
+    }
+}
+
+// 16 e4m3 codes as bf16, times `factor` where the format has scales inside the row.
+__device__ void decode_sixteen(uint4 codes, bool scaled, float factor, uint4& low, uint4& high) {
+    uint32_t const words[4] = {codes.x, codes.y, codes.z, codes.w};
+    __nv_bfloat162 pairs[8];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        pairs[2 * i] = decode_e4m3x2(static_cast<uint16_t>(words[i]));
+        pairs[2 * i + 1] = decode_e4m3x2(static_cast<uint16_t>(words[i] >> 16));
+    }
+    if (scaled) {
+#pragma unroll
+        for (auto& pair : pairs) {
+            float2 const values = __bfloat1622float2(pair);
+            pair = __floats2bfloat162_rn(values.x * factor, values.y * factor);
+        }
+    }
+    low = *reinterpret_cast<uint4*>(pairs);
+    high = *reinterpret_cast<uint4*>(pairs + 4);
+}
+
+// Copied rows to the tile of keys. `fast`: latent and rope divide into 16-byte pieces.
+template <int rank_padded>
+__device__ void convert(const KvLayout& layout, const uint8_t* raw, uint8_t* keys, int width, bool fast) {
+    bool const grouped = layout.format == row_format::fp8_ds_mla;
+    if (fast) {
+        constexpr int pieces = rank_padded / 16;
+#pragma unroll 4
+        for (int i = threadIdx.x; i < tile * pieces; i += threads) {
+            int const line = i / pieces, column = i % pieces * 16;
+            if (column >= layout.rank) continue;
+            const uint8_t* row = raw + line * layout.row_bytes;
+            float factor = 1.0f;
+            if (grouped) factor = *reinterpret_cast<const float*>(row + layout.rank + 4 * (column / scale_group));
+            uint4 low, high;
+            decode_sixteen(*reinterpret_cast<const uint4*>(row + column), grouped, factor, low, high);
+            *reinterpret_cast<uint4*>(keys + swizzled(line, column, width)) = low;
+            *reinterpret_cast<uint4*>(keys + swizzled(line, column + 8, width)) = high;
+        }
+        bool const flat = layout.format == row_format::fp8_flat;
+        int const step = flat ? 16 : 8;
+        for (int i = threadIdx.x; i < tile * (layout.rope / step); i += threads) {
+            int const line = i / (layout.rope / step), column = i % (layout.rope / step) * step;
+            uint4 const bits =
+                *reinterpret_cast<const uint4*>(raw + line * layout.row_bytes + layout.rope_offset + (flat ? 1 : 2) * column);
+            if (flat) {
+                uint4 low, high;
+                decode_sixteen(bits, false, 1.0f, low, high);
+                *reinterpret_cast<uint4*>(keys + swizzled(line, rank_padded + column, width)) = low;
+                *reinterpret_cast<uint4*>(keys + swizzled(line, rank_padded + column + 8, width)) = high;
+            } else {
+                *reinterpret_cast<uint4*>(keys + swizzled(line, rank_padded + column, width)) = bits;
+            }
+        }
+        return;
+    }
+    int const values = layout.rank + layout.rope;
+    for (int i = threadIdx.x; i < tile * values; i += threads) {
+        int const line = i / values, column = i % values;
+        bool const is_rope = column >= layout.rank;
+        const uint8_t* row = raw + line * layout.row_bytes;
+        const uint8_t* part = is_rope ? row + layout.rope_offset : row;
+        int const at = is_rope ? column - layout.rank : column;
+        __nv_bfloat16 value;
+        if (layout.format == row_format::bf16 || (is_rope && layout.format != row_format::fp8_flat)) {
+            value = __ushort_as_bfloat16(static_cast<uint16_t>(part[2 * at] | part[2 * at + 1] << 8));
+        } else {
+            float factor = 1.0f;
+            if (grouped) {
+                const uint8_t* bytes = row + layout.rank + 4 * (at / scale_group);
+                factor = __uint_as_float(static_cast<uint32_t>(bytes[0]) | static_cast<uint32_t>(bytes[1]) << 8 |
+                                         static_cast<uint32_t>(bytes[2]) << 16 | static_cast<uint32_t>(bytes[3]) << 24);
+            }
+            value = __float2bfloat16_rn(decode_e4m3(part[at]) * factor);
+        }
+        int const column_padded = is_rope ? rank_padded + at : at;
+        *reinterpret_cast<__nv_bfloat16*>(keys + swizzled(line, column_padded, width)) = value;
+    }
+}
+
+// The rows' queries to shared memory, zero where there is no row and in the padding.
+template <int rows, int rank_padded>
+__device__ void load_queries(const Attend& work, const Item& item, uint8_t* query, int width, bool aligned) {
+    int const rank = work.layout.rank, rope = work.layout.rope;
+    int const units = width / 8;
+    for (int i = threadIdx.x; i < rows * units; i += threads) {
+        int const row = i / units, column = i % units * 8;
+        int const flat = item.first_head + row;
+        int64_t const base = (item.first_token + flat / work.heads) * work.query.token_stride +
+                             (flat % work.heads) * work.query.head_stride;
+        bool const is_rope = column >= rank_padded;
+        int const at = is_rope ? column - rank_padded : column;
+        int const count = row < item.count ? (is_rope ? rope : rank) - at : 0;
+        *reinterpret_cast<uint4*>(query + swizzled(row, column, width)) =
+            load_eight(work.query.data, work.query.type, base + (is_rope ? rank : 0) + at, count, aligned);
+    }
+}
+
+template <int rows, int rank_padded, bool direct>
+__global__ void __launch_bounds__(threads, 1)
+    attend_kernel(Attend work, Partials partials, Shared shared, bool fast, bool query_aligned) {
+    constexpr int row_warps = rows / 16, key_warps = warps / row_warps;
+    constexpr int key_tiles = tile / key_warps / 8;  // of 8 keys, for the scores of a warp
+    constexpr int latent_tiles = rank_padded / warps / 8;  // of 8 columns, for the output of a warp
+    extern __shared__ __align__(128) uint8_t memory[];
+    __shared__ Item shared_item;
+
+    int const warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
+    int const g = lane / 4, t = lane % 4;
+    int const width = shared.width;
+    if (warp == 0) {
+        Item const found = work.indices == nullptr ? find_item(work, rows) : list_item(work, rows);
+        if (lane == 0) shared_item = found;
+    }
+    __syncthreads();
+    Item const item = shared_item;
+    if (item.sequence < 0) {
+        if (partials.splits == 1) zero_padding(work, item);
+        return;
+    }
+
+    uint8_t* query = memory;
+    uint8_t* tiles = memory + shared.tiles;
+    uint8_t* raw = memory + shared.raw;
+    uint8_t* weights = memory + shared.weights;
+    auto* positions = reinterpret_cast<int32_t*>(memory + shared.positions);
+    auto* scales = reinterpret_cast<float*>(memory + shared.scales);
+    auto* limits = reinterpret_cast<int32_t*>(memory + shared.limits);
+    auto* reduction = reinterpret_cast<float*>(memory + shared.reduction);
+    auto* factors = reinterpret_cast<float*>(memory + shared.factors);
+
+    if (work.layout.rank != rank_padded || work.layout.rope % 64 != 0) {  // the padding stays zero: nothing writes it again
+        for (int i = threadIdx.x; i < (shared.raw - shared.tiles) / 16; i += threads) {
+            reinterpret_cast<uint4*>(tiles)[i] = make_uint4(0, 0, 0, 0);
+        }
+    }
+    load_queries<rows, rank_padded>(work, item, query, width, query_aligned);
+    for (int row = threadIdx.x; row < rows; row += threads) {
+        limits[row] =
+            row < item.count ? last_key(work, item.first_token + (item.first_head + row) / work.heads) : -1;
+    }
+    __syncthreads();
+
+    // the keys of this part
+    int64_t const last_token = item.first_token + (item.first_head + item.count - 1) / work.heads;
+    int32_t const end = last_key(work, last_token) + 1;
+    int32_t const count = work.indices == nullptr ? end : list_length(work, item.first_token);
+    int32_t const tile_count = ceil_div(max(count, 0), tile);
+    auto const first = static_cast<int32_t>(static_cast<int64_t>(tile_count) * blockIdx.y / partials.splits);
+    auto const last = static_cast<int32_t>(static_cast<int64_t>(tile_count) * (blockIdx.y + 1) / partials.splits);
+
+    // four threads copy a row
+    int const line = threadIdx.x / 4, quarter = threadIdx.x % 4;
+    auto key_of = [&](int32_t tile_index) {
+        int32_t const entry = tile_index * tile + line;
+        if (tile_index >= last || entry >= count) return -1;
+        return work.indices == nullptr ? entry : work.indices[item.first_token * work.top_k + entry];
+    };
+    auto page_entry = [&](int32_t key) {
+        return key >= 0 && key < end ? work.step.block_table[item.sequence * work.step.max_pages + key / work.layout.page_size]
+                                     : -1;
+    };
+    auto make_row = [&](int32_t key, int32_t page) {
+        Row row{nullptr, work.layout.format == row_format::fp8_flat ? work.layout.kv_scale : 1.0f, masked};
+        if (page < 0 || page >= work.step.pages) return row;
+        int32_t const slot = key % work.layout.page_size;
+        const uint8_t* page_bytes = work.pool + page * work.layout.page_bytes;
+        row.bytes = page_bytes + static_cast<int64_t>(slot) * work.layout.row_bytes;
+        if (work.layout.has_page_scales()) {
+            row.scale = reinterpret_cast<const float*>(page_bytes + work.layout.scales_offset)[slot];
+        }
+        row.position = key;
+        return row;
+    };
+    int const latent_pieces = work.layout.rank / 8, pieces = work.layout.row_bytes / 16;
+    auto copy = [&](int stage, int slot, const Row& row) {
+        const uint8_t* source = row.bytes == nullptr ? work.pool : row.bytes;
+        if constexpr (direct) {
+            uint32_t const target = shared_address(tiles + stage * tile * width * 2);
+            for (int piece = quarter; piece < latent_pieces + work.layout.rope / 8; piece += 4) {
+                int const column = piece < latent_pieces ? piece * 8 : rank_padded + (piece - latent_pieces) * 8;
+                copy_async_16(target + swizzled(line, column, width), source + 16 * piece, row.bytes != nullptr);
+            }
+        } else {
+            uint32_t const target = shared_address(raw + (stage * tile + line) * work.layout.row_bytes);
+            for (int piece = quarter; piece < pieces; piece += 4) {
+                copy_async_16(target + 16 * piece, source + 16 * piece, row.bytes != nullptr);
+            }
+        }
+        copy_async_commit();
+        if (quarter == 0) {
+            positions[slot * tile + line] = row.position;
+            scales[slot * tile + line] = row.scale;
+        }
+    };
+    int32_t key_later = key_of(first + 1);
+    int32_t key_next = key_of(first);
+    Row row = make_row(key_next, page_entry(key_next));
+    key_next = key_later;
+    int32_t page_next = page_entry(key_next);
+    key_later = key_of(first + 2);
+    auto advance = [&](int32_t tile_index) {  // to the row of tile_index
+        row = make_row(key_next, page_next);
+        key_next = key_later;
+        page_next = page_entry(key_next);
+        key_later = key_of(tile_index + 2);
+    };
+
+    int const row_warp = warp / key_warps, key_warp = warp % key_warps;
+    int const own_rows[2] = {row_warp * 16 + g, row_warp * 16 + g + 8};
+    int32_t const own_limits[2] = {limits[own_rows[0]], limits[own_rows[1]]};
+    float const scale = work.softmax_scale * log2e;
+    float top[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f};
+    float sums[row_warps][latent_tiles][4] = {};
+
+    if (first < last) {
+        copy(0, 0, row);
+        advance(first + 1);
+    }
+    for (int32_t index = first; index < last; ++index) {
+        int const slot = (index - first) % 2, stage = shared.stages == 2 ? slot : 0;
+        copy_async_wait<0>();
+        __syncthreads();
+        bool const more = index + 1 < last;
+        if (more && shared.stages == 2) {
+            copy(1 - stage, 1 - slot, row);
+            advance(index + 2);
+        }
+        uint8_t* keys = tiles;
+        if constexpr (direct) {
+            keys += stage * tile * width * 2;
+        } else {
+            convert<rank_padded>(work.layout, raw + stage * tile * work.layout.row_bytes, keys, width, fast);
+            __syncthreads();
+            if (more && shared.stages == 1) {
+                copy(0, 1 - slot, row);
+                advance(index + 2);
+            }
+        }
+
+        // scores of 16 rows and tile / key_warps keys
+        float scores[key_tiles][4] = {};
+        {
+            uint32_t const a_base = shared_address(query), b_base = shared_address(keys);
+            int const a_row = row_warp * 16 + lane % 16, a_column = lane / 16 * 8;
+            if constexpr (key_tiles == 1) {
+                float odd[4] = {};
+                int const b_row = key_warp * 8 + lane % 8, b_column = lane / 8 * 8;
+#pragma unroll 4
+                for (int k = 0; k < width; k += 32) {
+                    uint32_t a0[4], a1[4], b[4];
+                    ldmatrix_x4(a0, a_base + swizzled(a_row, k + a_column, width));
+                    ldmatrix_x4(a1, a_base + swizzled(a_row, k + 16 + a_column, width));
+                    ldmatrix_x4(b, b_base + swizzled(b_row, k + b_column, width));
+                    mma_bf16(scores[0], a0, b[0], b[1]);
+                    mma_bf16(odd, a1, b[2], b[3]);
+                }
+#pragma unroll
+                for (int i = 0; i < 4; ++i) scores[0][i] += odd[i];
+            } else {
+                int const b_row = key_warp * (tile / key_warps) + lane % 8 + lane / 16 * 8, b_column = lane / 8 % 2 * 8;
+#pragma unroll 4
+                for (int k = 0; k < width; k += 16) {
+                    uint32_t a[4];
+                    ldmatrix_x4(a, a_base + swizzled(a_row, k + a_column, width));
+#pragma unroll
+                    for (int n = 0; n < key_tiles / 2; ++n) {
+                        uint32_t b[4];
+                        ldmatrix_x4(b, b_base + swizzled(b_row + n * 16, k + b_column, width));
+                        mma_bf16(scores[2 * n], a, b[0], b[1]);
+                        mma_bf16(scores[2 * n + 1], a, b[2], b[3]);
+                    }
+                }
+            }
+        }
+
+        // masks, and the largest score of each row over all warps
+        float best[2] = {top[0], top[1]};
+        const float* tile_scales = scales + slot * tile;
+        const int32_t* tile_positions = positions + slot * tile;
+#pragma unroll
+        for (int n = 0; n < key_tiles; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                int const key = key_warp * (tile / key_warps) + n * 8 + 2 * t + i % 2;
+                float const score = scores[n][i] * scale * tile_scales[key];
+                scores[n][i] = tile_positions[key] <= own_limits[i / 2] ? score : -INFINITY;
+                best[i / 2] = fmaxf(best[i / 2], scores[n][i]);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            best[i] = fmaxf(best[i], __shfl_xor_sync(0xffffffffu, best[i], 1));
+            best[i] = fmaxf(best[i], __shfl_xor_sync(0xffffffffu, best[i], 2));
+            if (t == 0) reduction[key_warp * rows + own_rows[i]] = best[i];
+        }
+        __syncthreads();
+
+        // weights, times the scale of their value row
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+#pragma unroll
+            for (int other = 0; other < key_warps; ++other) {
+                best[i] = fmaxf(best[i], reduction[other * rows + own_rows[i]]);
+            }
+            float const base = best[i] == -INFINITY ? 0.0f : best[i];
+            float const factor = exp2f(top[i] - base);
+            top[i] = best[i];
+            float sum = 0.0f;
+#pragma unroll
+            for (int n = 0; n < key_tiles; ++n) {
+                int const key = key_warp * (tile / key_warps) + n * 8 + 2 * t;
+                float const low = exp2f(scores[n][2 * i] - base), high = exp2f(scores[n][2 * i + 1] - base);
+                sum += low + high;
+                *reinterpret_cast<__nv_bfloat162*>(weights + swizzled(own_rows[i], key, tile)) = __floats2bfloat162_rn(
+                    low == 0.0f ? 0.0f : low * tile_scales[key], high == 0.0f ? 0.0f : high * tile_scales[key + 1]);
+            }
+            total[i] = total[i] * factor + sum;
+            if (key_warp == 0 && t == 0) factors[own_rows[i]] = factor;
+        }
+        __syncthreads();
+
+        // all rows x rank_padded / 8 columns of the output
+        {
+            float factor[row_warps][2];
+            bool changed = false;
+#pragma unroll
+            for (int m = 0; m < row_warps; ++m) {
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    factor[m][i] = factors[m * 16 + g + 8 * i];
+                    changed = changed || factor[m][i] != 1.0f;
+                }
+            }
+            if (__any_sync(0xffffffffu, changed)) {
+#pragma unroll
+                for (int m = 0; m < row_warps; ++m) {
+#pragma unroll
+                    for (int n = 0; n < latent_tiles; ++n) {
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) sums[m][n][i] *= factor[m][i / 2];
+                    }
+                }
+            }
+            uint32_t const a_base = shared_address(weights), b_base = shared_address(keys);
+            int const b_row = lane % 16, b_column = warp * (rank_padded / warps) + lane / 16 * 8;
+#pragma unroll
+            for (int k = 0; k < tile; k += 16) {
+                uint32_t a[row_warps][4];
+#pragma unroll
+                for (int m = 0; m < row_warps; ++m) {
+                    ldmatrix_x4(a[m], a_base + swizzled(m * 16 + lane % 16, k + lane / 16 * 8, tile));
+                }
+#pragma unroll
+                for (int n = 0; n < latent_tiles / 2; ++n) {
+                    uint32_t b[4];
+                    ldmatrix_x4_transposed(b, b_base + swizzled(k + b_row, b_column + n * 16, width));
+#pragma unroll
+                    for (int m = 0; m < row_warps; ++m) {
+                        mma_bf16(sums[m][2 * n], a[m], b[0], b[1]);
+                        mma_bf16(sums[m][2 * n + 1], a[m], b[2], b[3]);
+                    }
+                }
+            }
+        }
+        if (direct && more && shared.stages == 1) {
+            __syncthreads();
+            copy(0, 1 - slot, row);
+            advance(index + 2);
+        }
+    }
+
+    // the sums of each row over all warps, and what divides its output
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        total[i] += __shfl_xor_sync(0xffffffffu, total[i], 1);
+        total[i] += __shfl_xor_sync(0xffffffffu, total[i], 2);
+        if (t == 0) reduction[key_warp * rows + own_rows[i]] = total[i];
+    }
+    __syncthreads();
+    if (key_warp == 0 && t == 0) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            int const r = own_rows[i];
+            if (r >= item.count) continue;
+            float sum = 0.0f;
+            for (int other = 0; other < key_warps; ++other) sum += reduction[other * rows + r];
+            int const flat = item.first_head + r;
+            int64_t const token = item.first_token + flat / work.heads;
+            int const head = flat % work.heads;
+            int64_t const out_row = token * work.heads + head;
+            float const lse = sum == 0.0f ? -INFINITY : top[i] + log2f(sum);
+            if (partials.splits > 1) {
+                partials.lse[out_row * partials.splits + blockIdx.y] = lse;
+            } else {
+                if (work.lse != nullptr) work.lse[out_row] = lse * ln2;
+                if (work.sinks != nullptr && sum != 0.0f) sum += exp2f(work.sinks[head] * log2e - top[i]);
+            }
+            factors[r] = sum == 0.0f ? 0.0f : 1.0f / sum;
+        }
+    }
+    __syncthreads();
+#pragma unroll
+    for (int m = 0; m < row_warps; ++m) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            int const r = m * 16 + g + 8 * i;
+            if (r >= item.count) continue;
+            int const flat = item.first_head + r;
+            int64_t const token = item.first_token + flat / work.heads;
+            int const head = flat % work.heads;
+            float const factor = factors[r];
+#pragma unroll
+            for (int n = 0; n < latent_tiles; ++n) {
+#pragma unroll
+                for (int j = 0; j < 2; ++j) {
+                    int const column = warp * (rank_padded / warps) + n * 8 + 2 * t + j;
+                    if (column >= work.layout.rank) continue;
+                    float const value = sums[m][n][2 * i + j] * factor;
+                    if (partials.splits > 1) {
+                        partials.output[((token * work.heads + head) * partials.splits + blockIdx.y) * work.layout.rank +
+                                        column] = value;
+                    } else {
+                        store_float(work.output.data, work.output.type,
+                                    token * work.output.token_stride + head * work.output.head_stride + column, value);
+                    }
+                }
+            }
+        }
+    }
+}
+
+int padded_rank(const KvLayout& layout) { return layout.rank <= 128 ? 128 : layout.rank <= 256 ? 256 : 512; }
+
+bool is_direct(const KvLayout& layout) {
+    return layout.format == row_format::bf16 && layout.rank % 8 == 0 && layout.rope % 8 == 0;
+}
+
+int shared_bytes(const KvLayout& layout, int rows, int stages) {
+    return Shared(rows, padded_rank(layout), layout, is_direct(layout), stages).total;
+}
+
+constexpr int static_shared_bytes = 1024;  // what the kernel takes beside, and what the driver keeps
+
+template <int rows, int rank_padded, bool direct>
+int launch(const Attend& work, const Partials& partials, const Device& device, cudaStream_t stream) {
+    int const limit = device.shared_bytes - 64;
+    int const stages = Shared(rows, rank_padded, work.layout, direct, 2).total <= limit ? 2 : 1;
+    Shared const shared(rows, rank_padded, work.layout, direct, stages);
+    auto* kernel = attend_kernel<rows, rank_padded, direct>;
+    if (int status = check_cuda("attention", cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                                  cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                                  shared.total))) {
+        return status;
+    }
+    const KvLayout& layout = work.layout;
+    bool const flat = layout.format == row_format::fp8_flat;
+    bool const fast = layout.format != row_format::bf16 && layout.rank % 16 == 0 && layout.rope_offset % 16 == 0 &&
+                      layout.rope % (flat ? 16 : 8) == 0;
+    bool const query_aligned =
+        layout.rank % 8 == 0 &&
+        aligned_for_eight(work.query.data, work.query.token_stride, work.query.head_stride, work.query.type);
+    int64_t const blocks = work.indices != nullptr
+                               ? work.step.tokens * ceil_div(work.heads, rows)
+                               : work.step.sequences + work.step.tokens * work.heads / rows + 1;
+    if (blocks > 0x7fffffff) return fail(MLA_UNSUPPORTED, "%lld query tokens are too many for one step",
+                                         static_cast<long long>(work.step.tokens));
+    kernel<<<dim3(static_cast<unsigned>(blocks), partials.splits), threads, shared.total, stream>>>(work, partials, shared,
+                                                                                                   fast, query_aligned);
+    return check_launch("attention");
+}
+
+template <int rows, bool direct>
+int launch_rank(const Attend& work, const Partials& partials, const Device& device, cudaStream_t stream) {
+    switch (padded_rank(work.layout)) {
+        case 128: return launch<rows, 128, direct>(work, partials, device, stream);
+        case 256: return launch<rows, 256, direct>(work, partials, device, stream);
+        default: return launch<rows, 512, direct>(work, partials, device, stream);
+    }
+}
+
+}  // namespace
+
+bool attend_takes_tensor_cores(const Attend& work, const Device& device) {
+    return work.layout.format != row_format::f32 && work.layout.rank <= 512 &&
+           shared_bytes(work.layout, 16, 1) + static_shared_bytes <= device.shared_bytes;
+}
+
+int attend_tensor_cores(const Attend& work, const Partials& partials, const Device& device, cudaStream_t stream) {
+    bool const wide = rows_per_block(work) == 64 &&
+                      shared_bytes(work.layout, 64, 1) + static_shared_bytes <= device.shared_bytes;
+    if (is_direct(work.layout)) {
+        return wide ? launch_rank<64, true>(work, partials, device, stream)
+                    : launch_rank<16, true>(work, partials, device, stream);
+    }
+    return wide ? launch_rank<64, false>(work, partials, device, stream)
+                : launch_rank<16, false>(work, partials, device, stream);
+}
+
+}  // namespace mla

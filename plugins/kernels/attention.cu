@@ -1,0 +1,251 @@
+// The composed ops: MlaAttention, MlaSparseAttention and MlaDecodeBranchFp8.
+//
+// Absorbed: W_UK turns each head's query into one over the latent, attention runs over the cache as it lies, W_UV turns each
+// head's mean latent into its output. Between the parts lie bf16 tensors (f32 where the rows are f32).
+#include "append.h"
+#include "attend.h"
+#include "pool.h"
+#include "projection.h"
+
+namespace mla {
+namespace {
+
+// Tokens whose absorbed queries and outputs are held at a time where each has its own list of keys.
+constexpr int64_t list_window = 1024;
+
+// What the three ops have in common.
+struct Layer {
+    View query;  // [T, H, Dn + Dr], not rotated
+    View output;  // [T, H, Dv]
+    Append append;  // its queries are set here
+    Attend attend;  // its query and output are set here
+    const MlaTensor *w_uk, *w_uk_scale, *w_uv, *w_uv_scale;  // rank -1: absent
+    bool quantized_activations;
+    int32_t nope;  // Dn
+};
+
+__global__ void copy_kernel(View from, View to, int64_t total, int32_t heads, int32_t columns) {
+    for (int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x; i < total;
+         i += gridDim.x * static_cast<int64_t>(blockDim.x)) {
+        int64_t const token = i / columns / heads, head = i / columns % heads, column = i % columns;
+        store_float(to.data, to.type, token * to.token_stride + head * to.head_stride + column,
+                    load_float(from.data, from.type, token * from.token_stride + head * from.head_stride + column));
+    }
+}
+
+int copy_values(const View& from, const View& to, int64_t tokens, int32_t heads, int32_t columns, cudaStream_t stream) {
+    int64_t const total = tokens * heads * columns;
+    if (total == 0) return MLA_OK;
+    int64_t const blocks = ceil_div<int64_t>(total, 256);
+    copy_kernel<<<static_cast<unsigned>(blocks < 4096 ? blocks : 4096), 256, 0, stream>>>(from, to, total, heads, columns);
+    return check_launch("copy of queries");
+}
+
+bool is_exact(const Layer& layer) { return layer.append.layout.format == row_format::f32; }
+
+// x [tokens, H, columns] times a weight [H, rows, columns], the activations as e4m3 groups where the layer has it so.
+int multiply(Call& call, const Layer& layer, const View& x, const View& out, const MlaTensor& w, const MlaTensor& w_scale,
+             int64_t tokens) {
+    Projection work{};
+    work.x = x;
+    work.out = out;
+    work.w = w.data;
+    work.w_type = w.type;
+    work.w_scale = w_scale.rank < 0 ? nullptr : static_cast<const float*>(w_scale.data);
+    work.tokens = tokens;
+    work.heads = layer.attend.heads;
+    work.rows = static_cast<int32_t>(w.shape[1]);
+    work.columns = static_cast<int32_t>(w.shape[2]);
+    work.exact = is_exact(layer);
+    size_t const mark = call.workspace.mark();
+    if (layer.quantized_activations) {
+        int64_t const values = tokens * work.heads * work.columns;
+        auto* codes = call.workspace.take<uint8_t>(values);
+        auto* scales = call.workspace.take<float>(tokens * work.heads * ceil_div(work.columns, scale_group));
+        if (!call.workspace.sizing()) {
+            if (int status = quantize_groups(x, tokens, work.heads, work.columns, codes, scales, call.stream)) return status;
+        }
+        work.x = contiguous(codes, MLA_FLOAT8E4M3FN, work.heads, work.columns);
+        work.x_scale = scales;
+    }
+    call.workspace.release(mark);
+    return call.workspace.sizing() ? MLA_OK : project(work, call.stream);
+}
+
+// The tokens from `first` on.
+View advance(const View& view, int64_t first) { return view.from(first * view.token_stride); }
+
+// W_UK, attention, W_UV for the tokens [first, first + count). `rotated` holds the rotated rope part of the queries, or is
+// the very place where the absorbed queries go (`absorbed` has it then already).
+int attend_absorbed(Call& call, const Layer& layer, const View& absorbed, const View& mean, int64_t first, int64_t count) {
+    Attend work = layer.attend;
+    View const output = advance(layer.output, first);
+    bool const has_w_uk = layer.w_uk->rank >= 0, has_w_uv = layer.w_uv->rank >= 0;
+    View const nope = advance(layer.query, first);
+    if (has_w_uk) {
+        if (int status = multiply(call, layer, nope, absorbed, *layer.w_uk, *layer.w_uk_scale, count)) return status;
+    } else if (!call.workspace.sizing()) {
+        if (int status = copy_values(nope, absorbed, count, work.heads, layer.nope, call.stream)) return status;
+    }
+    work.query = absorbed;
+    work.output = has_w_uv ? mean : output;
+    work.step.tokens = count;
+    if (first > 0) {  // only with lists, where no kernel looks at offsets
+        work.step.token_sequence += first;
+        work.step.positions += first;
+        work.indices += first * work.top_k;
+    }
+    if (int status = attend(call, work)) return status;
+    if (!has_w_uv) return MLA_OK;
+    return multiply(call, layer, mean, output, *layer.w_uv, *layer.w_uv_scale, count);
+}
+
+int run_layer(Call& call, Layer& layer, const MlaTensor& cache, const MlaTensor& cache_out, const MlaTensor& page_copies) {
+    if (int status = update_pool(call, cache, cache_out, page_copies)) return status;
+    int32_t const type = is_exact(layer) ? MLA_FLOAT : MLA_BFLOAT16;
+    int64_t const bytes = is_exact(layer) ? 4 : 2;
+    const KvLayout& layout = layer.append.layout;
+    int64_t const heads = layer.attend.heads, tokens = call.dims.T;
+    bool const lists = layer.attend.indices != nullptr || call.dims.K >= 0;
+    int64_t const window = lists && tokens > list_window ? list_window : tokens;
+    int64_t const width = layout.rank + layout.rope;
+
+    auto* absorbed_data = call.workspace.take<uint8_t>(window * heads * width * bytes);
+    auto* mean_data = call.workspace.take<uint8_t>(window * heads * layout.rank * bytes);
+    View const absorbed = contiguous(absorbed_data, type, heads, width);
+    View const mean = contiguous(mean_data, type, heads, layout.rank);
+    bool const windows = window < tokens;
+    // in windows the rotated queries of all tokens are kept apart: the cache rows are written once, before any is read
+    View rotated = absorbed.from(layout.rank);
+    if (windows) {
+        rotated = contiguous(call.workspace.take<uint8_t>(tokens * heads * layout.rope * bytes), type, heads, layout.rope);
+    }
+    layer.append.query = layer.query.from(layer.nope);
+    layer.append.query_out = rotated;
+    if (!call.workspace.sizing()) {
+        if (int status = append(layer.append, call.stream)) return status;
+    }
+    for (int64_t first = 0; first < tokens; first += window) {
+        int64_t const count = tokens - first < window ? tokens - first : window;
+        if (windows && !call.workspace.sizing()) {
+            if (int status = copy_values(advance(rotated, first), absorbed.from(layout.rank), count,
+                                         static_cast<int32_t>(heads), layout.rope, call.stream)) {
+                return status;
+            }
+        }
+        if (int status = attend_absorbed(call, layer, absorbed, mean, first, count)) return status;
+        if (call.workspace.sizing()) break;
+    }
+    return MLA_OK;
+}
+
+// What the inputs and outputs that the three ops name alike say.
+Layer make_layer(const Call& call, const OpSpec& op) {
+    auto input = [&](const char* name) -> const MlaTensor& { return call.in[input_index(op, name)]; };
+    auto step_input = [&](const char* name) { return input_index(op, name); };
+    const Dims& dims = call.dims;
+    const MlaTensor& query = input("query");
+    const MlaTensor& output = call.out[0];
+    Layer layer{};
+    layer.query = contiguous(query.data, query.type, dims.H, dims.Dn + dims.Dr);
+    layer.output = contiguous(output.data, output.type, dims.H, dims.Dv);
+    layer.nope = static_cast<int32_t>(dims.Dn);
+    layer.w_uk = &input("w_uk");
+    layer.w_uk_scale = &input("w_uk_scale");
+    layer.w_uv = &input("w_uv");
+    layer.w_uv_scale = &input("w_uv_scale");
+
+    Append& append = layer.append;
+    append.latent = input("latent").data;
+    append.latent_type = input("latent").type;
+    append.rope_key = input("rope_key").data;
+    append.rope_key_type = input("rope_key").type;
+    append.norm_weight = input("norm_weight").rank < 0 ? nullptr : input("norm_weight").data;
+    append.norm_weight_type = input("norm_weight").type;
+    append.cos = call.input<float>(step_input("cos"));
+    append.sin = call.input<float>(step_input("sin"));
+    append.rope_rows = call.input<int32_t>(step_input("rope_rows"));
+    append.table_rows = dims.N;
+    append.heads = static_cast<int32_t>(dims.H);
+    append.epsilon = call.attributes.epsilon;
+    append.interleaved = call.attributes.rope_interleaved != 0;
+    append.layout = KvLayout(call.attributes);
+    append.step = make_step(call, step_input("query_offsets"), step_input("cache_lengths"), step_input("block_table"),
+                            step_input("token_sequence"), step_input("positions"), dims.pages);
+    append.pool = call.output<uint8_t>(1);  // kv_cache_out, as in all three
+
+    Attend& attend = layer.attend;
+    attend.pool = append.pool;
+    attend.layout = append.layout;
+    attend.step = append.step;
+    attend.sinks = call.input<float>(step_input("sinks"));
+    attend.softmax_scale = call.attributes.softmax_scale;
+    attend.heads = append.heads;
+    return layer;
+}
+
+}  // namespace
+
+int run_attention(Call& call) {
+    namespace in = attention::in;
+    namespace out = attention::out;
+    Layer layer = make_layer(call, ops[op::attention]);
+    return run_layer(call, layer, call.in[in::kv_cache], call.out[out::kv_cache_out], call.in[in::page_copies]);
+}
+
+int run_decode_branch_fp8(Call& call) {
+    namespace in = decode_branch_fp8::in;
+    namespace out = decode_branch_fp8::out;
+    Layer layer = make_layer(call, ops[op::decode_branch_fp8]);
+    layer.quantized_activations = true;
+    layer.attend.indices = call.input<int32_t>(in::indices);
+    layer.attend.top_k = call.given(in::indices) ? call.dims.K : 0;
+    return run_layer(call, layer, call.in[in::kv_cache], call.out[out::kv_cache_out], call.in[in::page_copies]);
+}
+
+int run_sparse_attention(Call& call) {
+    namespace in = sparse_attention::in;
+    namespace out = sparse_attention::out;
+    MlaTensor selection = call.in[in::indices];
+    if (!call.given(in::indices)) {
+        selection = call.out[out::indices];
+        if (selection.rank < 0) {
+            selection = {call.workspace.take<int32_t>(call.dims.T * call.dims.K), MLA_INT32, 2, {call.dims.T, call.dims.K}};
+        }
+        MlaTensor inputs[indexer::in::count], outputs[indexer::out::count];
+        inputs[indexer::in::index_query] = call.in[in::index_query];
+        inputs[indexer::in::index_key] = call.in[in::index_key];
+        inputs[indexer::in::index_weights] = call.in[in::index_weights];
+        inputs[indexer::in::index_norm_weight] = call.in[in::index_norm_weight];
+        inputs[indexer::in::index_norm_bias] = call.in[in::index_norm_bias];
+        inputs[indexer::in::index_cos] = call.in[in::index_cos];
+        inputs[indexer::in::index_sin] = call.in[in::index_sin];
+        inputs[indexer::in::rope_rows] = call.in[in::rope_rows];
+        inputs[indexer::in::query_offsets] = call.in[in::query_offsets];
+        inputs[indexer::in::cache_lengths] = call.in[in::cache_lengths];
+        inputs[indexer::in::block_table] = call.in[in::block_table];
+        inputs[indexer::in::token_sequence] = call.in[in::token_sequence];
+        inputs[indexer::in::positions] = call.in[in::positions];
+        inputs[indexer::in::indexer_cache] = call.in[in::indexer_cache];
+        inputs[indexer::in::page_copies] = call.in[in::page_copies];
+        outputs[indexer::out::indices] = selection;
+        outputs[indexer::out::indexer_cache_out] = call.out[out::indexer_cache_out];
+        Call index{call.attributes, inputs, outputs, call.dims, call.workspace, call.stream};
+        size_t const mark = call.workspace.mark();
+        if (int status = run_indexer(index)) return status;
+        call.workspace.release(mark);
+    } else if (call.out[out::indices].rank >= 0 && call.out[out::indices].data != selection.data && !call.workspace.sizing()) {
+        if (int status = check_cuda("copy of the selection",
+                                    cudaMemcpyAsync(call.out[out::indices].data, selection.data,
+                                                    static_cast<size_t>(call.dims.T * call.dims.K) * sizeof(int32_t),
+                                                    cudaMemcpyDeviceToDevice, call.stream))) {
+            return status;
+        }
+    }
+    Layer layer = make_layer(call, ops[op::sparse_attention]);
+    layer.attend.indices = static_cast<const int32_t*>(selection.data);
+    layer.attend.top_k = call.dims.K;
+    return run_layer(call, layer, call.in[in::kv_cache], call.out[out::kv_cache_out], call.in[in::page_copies]);
+}
+
+}  // namespace mla

@@ -1,0 +1,142 @@
+// MlaDecoding and MlaPrefillSparse: how the keys are split, and the merge of the parts.
+#include "attend.h"
+
+namespace mla {
+namespace {
+
+constexpr int most_splits = 64;
+constexpr int merge_threads = 128;
+
+// Block: a (token, head). Weighs the parts by 2^(lse - largest) and adds the sink to their sum.
+__global__ void __launch_bounds__(merge_threads) merge_kernel(Attend work, Partials partials) {
+    __shared__ float weights[most_splits];
+    int64_t const row = blockIdx.x;
+    int64_t const token = row / work.heads;
+    int const head = static_cast<int>(row % work.heads);
+    int32_t const sequence = work.step.sequence_of(token);
+    if (!is_active(work, sequence) && sequence >= 0) return;
+
+    float largest = -INFINITY, sum = 0.0f;
+    if (sequence >= 0) {
+        for (int split = 0; split < partials.splits; ++split) {
+            largest = fmaxf(largest, partials.lse[row * partials.splits + split]);
+        }
+        for (int split = 0; split < partials.splits && largest > -INFINITY; ++split) {
+            sum += exp2f(partials.lse[row * partials.splits + split] - largest);
+        }
+        float denominator = sum;
+        if (work.sinks != nullptr) denominator += exp2f(work.sinks[head] * log2e - largest);
+        for (int split = threadIdx.x; split < partials.splits; split += merge_threads) {
+            float const lse = partials.lse[row * partials.splits + split];
+            weights[split] = largest == -INFINITY || lse == -INFINITY ? 0.0f : exp2f(lse - largest) / denominator;
+        }
+    }
+    __syncthreads();
+    int const rank = work.layout.rank;
+    for (int column = threadIdx.x; column < rank; column += merge_threads) {
+        float value = 0.0f;
+        if (sequence >= 0) {
+            const float* part = partials.output + row * partials.splits * rank + column;
+            for (int split = 0; split < partials.splits; ++split) {
+                if (weights[split] != 0.0f) value += weights[split] * part[static_cast<int64_t>(split) * rank];
+            }
+        }
+        store_float(work.output.data, work.output.type,
+                    token * work.output.token_stride + head * work.output.head_stride + column, value);
+    }
+    if (threadIdx.x == 0 && work.lse != nullptr) {
+        work.lse[row] = largest == -INFINITY ? -INFINITY : (largest + log2f(sum)) * ln2;
+    }
+}
+
+// How many parts the keys of each token are cut into: as many as fill the GPU evenly, as few as that takes. Lengths are in
+// device memory, so only the shapes decide: the blocks that there are without a cut, and the tiles of 64 keys at most.
+int choose_splits(const Attend& work, const Device& device, int block_rows, int64_t most_rows) {
+    int64_t const rows = work.step.tokens * work.heads;
+    int64_t const blocks = work.indices == nullptr ? ceil_div<int64_t>(rows, block_rows)
+                                                   : work.step.tokens * ceil_div(work.heads, block_rows);
+    int64_t const keys = work.indices == nullptr ? work.step.max_pages * work.layout.page_size : work.top_k;
+    int64_t limit = ceil_div<int64_t>(keys, 64);
+    if (limit > most_splits) limit = most_splits;
+    if (limit > most_rows / rows) limit = most_rows / rows;
+    int best = 1;
+    double best_cost = 1e30;
+    for (int splits = 1; splits <= limit; ++splits) {
+        double const waves = static_cast<double>(ceil_div<int64_t>(blocks * splits, device.multiprocessors));
+        double const cost = waves / splits + (splits > 1 ? 0.02 + 0.002 * splits : 0.0);
+        if (cost < best_cost) {
+            best_cost = cost;
+            best = splits;
+        }
+    }
+    return best;
+}
+
+int run_lists(Call& call, int output, int lse, Attend work) {
+    work.lse = call.output<float>(lse);
+    work.output = contiguous(call.out[output].data, call.out[output].type, call.dims.H, call.dims.R);
+    return attend(call, work);
+}
+
+}  // namespace
+
+int attend(Call& call, const Attend& work) {
+    if (work.step.tokens == 0 || work.heads == 0) return MLA_OK;
+    Device device;
+    if (int status = current_device(&device)) return status;
+    bool const tensor_cores = attend_takes_tensor_cores(work, device);
+    int const block_rows = tensor_cores ? rows_per_block(work) : 8;
+    // of partial results at most: two blocks of 64 rows for each multiprocessor
+    int64_t const rows = work.step.tokens * work.heads;
+    int64_t const budget = int64_t{2} * device.multiprocessors * 64;
+    int64_t const most_rows = budget < rows * most_splits ? budget : rows * most_splits;
+    size_t const mark = call.workspace.mark();
+    Partials partials{};
+    partials.output = call.workspace.take<float>(most_rows * work.layout.rank);
+    partials.lse = call.workspace.take<float>(most_rows);
+    call.workspace.release(mark);
+    if (call.workspace.sizing()) return MLA_OK;
+    partials.splits = choose_splits(work, device, block_rows, most_rows);
+    if (int status = tensor_cores ? attend_tensor_cores(work, partials, device, call.stream)
+                                  : attend_exact(work, partials, call.stream)) {
+        return status;
+    }
+    if (partials.splits == 1) return MLA_OK;
+    merge_kernel<<<static_cast<unsigned>(rows), merge_threads, 0, call.stream>>>(work, partials);
+    return check_launch("merge of partial attention");
+}
+
+int run_decoding(Call& call) {
+    using namespace decoding;
+    Attend work{};
+    work.query = contiguous(call.in[in::query].data, call.in[in::query].type, call.dims.H, call.dims.R + call.dims.Dr);
+    work.pool = call.input<uint8_t>(in::kv_cache);
+    work.layout = KvLayout(call.attributes);
+    work.step = make_step(call, in::query_offsets, in::cache_lengths, in::block_table, in::token_sequence, in::positions,
+                          call.dims.pages);
+    work.indices = call.input<int32_t>(in::indices);
+    work.top_k = call.given(in::indices) ? call.dims.K : 0;
+    work.sinks = call.input<float>(in::sinks);
+    work.softmax_scale = call.attributes.softmax_scale;
+    work.heads = static_cast<int32_t>(call.dims.H);
+    return run_lists(call, out::output, out::lse, work);
+}
+
+int run_prefill_sparse(Call& call) {
+    using namespace prefill_sparse;
+    Attend work{};
+    work.query = contiguous(call.in[in::query].data, call.in[in::query].type, call.dims.H, call.dims.R + call.dims.Dr);
+    work.pool = call.input<uint8_t>(in::kv_cache);
+    work.layout = KvLayout(call.attributes);
+    work.step = make_step(call, in::query_offsets, in::cache_lengths, in::block_table, in::token_sequence, in::positions,
+                          call.dims.pages);
+    work.indices = call.input<int32_t>(in::indices);
+    work.index_lengths = call.input<int32_t>(in::index_lengths);
+    work.top_k = call.dims.K;
+    work.sinks = call.input<float>(in::sinks);
+    work.softmax_scale = call.attributes.softmax_scale;
+    work.heads = static_cast<int32_t>(call.dims.H);
+    return run_lists(call, out::output, out::lse, work);
+}
+
+}  // namespace mla
