@@ -1,0 +1,106 @@
+"""Random cases for the attention ops, and the tolerances of each row format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from harness import Array, compare
+from large_reference import attention
+from op_harness import Step, latent_pool, make_step
+
+from mla_trt.formats import KvLayout
+from mla_trt.ops import OPS
+
+HALF_TYPES = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
+DEEPSEEK = (512, 64)
+
+# Rows of f32 are computed in f32. Else the query and the weights P are rounded to bf16 (8 bits, relative error up to
+# 2^-9 each), and a peak of the softmax carries the error of its score into the output: 1e-2 of the largest output
+# covers a spread of the scores of 5. The rounded query is known, so that it can be given to the reference: what is left
+# is P (averaged over keys) and, in a bf16 output, its own 2^-9.
+F32_TOLERANCE = 1e-5
+TOLERANCE = 1e-2
+ROUNDED_TOLERANCE = 4e-3
+
+
+def step_of(
+    rng: np.random.Generator,
+    new: Sequence[int],
+    cached: Sequence[int],
+    page_size: int = 64,
+    padding: int = 0,
+    partitions: int = 128,
+) -> Step:
+    """``op_harness.make_step`` with as many parts in the schedule as an engine has."""
+    step = make_step(rng, new, cached, page_size, padding)
+    plan = OPS["MlaPlan"]
+    given = {"tokens": np.zeros(step.tokens, np.int64), **step.inputs}
+    attributes = plan.complete({"page_size": page_size, "num_partitions": partitions}, "")
+    step.inputs["schedule"] = plan.reference(attributes, given)["schedule"]
+    return step
+
+
+def layout(row_format: str, rank: int = 512, rope: int = 64, page_size: int = 64, kv_scale: float = 0.0123) -> KvLayout:
+    """Pages of the latent cache."""
+    return KvLayout(
+        page_size=page_size, row_format=row_format, kv_lora_rank=rank, qk_rope_head_dim=rope, kv_scale=kv_scale
+    )
+
+
+def kv_attributes(pages: KvLayout) -> dict[str, Any]:
+    """The attributes that say what ``pages`` are."""
+    names = ("kv_lora_rank", "qk_rope_head_dim", "page_size", "row_format", "kv_scale")
+    return {name: getattr(pages, name) for name in names}
+
+
+def decoding_case(
+    rng: np.random.Generator,
+    step: Step,
+    pages: KvLayout,
+    heads: int,
+    dtype: str = "f32",
+    scale: float | None = None,
+) -> tuple[dict[str, Array], dict[str, Any]]:
+    """Inputs and attributes of MlaDecoding. ``scale``: of the softmax (None: scores of spread 1)."""
+    query = rng.standard_normal((step.tokens, heads, pages.width), np.float32).astype(HALF_TYPES[dtype])
+    query[step.inputs["token_sequence"] < 0] = np.nan  # padding may hold anything
+    inputs = {"query": query, **step.inputs, "kv_cache": latent_pool(rng, pages, step, with_new=True)}
+    softmax_scale = pages.width**-0.5 if scale is None else scale
+    return inputs, {**kv_attributes(pages), "softmax_scale": softmax_scale}
+
+
+def key_lists(rng: np.random.Generator, step: Step, width: int) -> Array:
+    """Lists ``[T, width]`` with keys of the sequence, later ones, -1 anywhere, nonsense and duplicates; some are empty."""
+    positions = step.inputs["positions"][:, None].astype(np.int64)
+    lists = rng.integers(0, positions + 3, (step.tokens, width))
+    lists[rng.random(lists.shape) < 0.1] = -1
+    lists[rng.random(lists.shape) < 0.02] = 2**31 - 1
+    lists[rng.random(lists.shape) < 0.02] = -(2**31)
+    lists[::5, width // 3 :] = -1
+    lists[3::7] = -1
+    return lists.astype(np.int32)
+
+
+def compare_attention(
+    found: Mapping[str, Array], inputs: Mapping[str, Array], attributes: Mapping[str, Any], what: str = ""
+) -> None:
+    """``output`` and, where it is there, ``lse`` against the float64 reference on the same bytes."""
+    prefix = f"{what} " if what else ""
+    output_rounding = {np.dtype(np.float16): 2**-11, np.dtype(ml_dtypes.bfloat16): 2**-8}
+    coarse = output_rounding.get(inputs["query"].dtype, 0.0)
+    exact = attention(inputs, attributes)
+    if attributes["row_format"] == "f32":
+        compare(f"{prefix}output", found["output"], exact["output"], F32_TOLERANCE + coarse)
+        if "lse" in found:
+            compare(f"{prefix}lse", found["lse"], exact["lse"], 1e-4, absolute=True)
+        return
+    compare(f"{prefix}output", found["output"], exact["output"], TOLERANCE)
+    rounded = attention(inputs, attributes, inputs["query"].astype(np.float32).astype(ml_dtypes.bfloat16))
+    compare(f"{prefix}output (bf16 query)", found["output"], rounded["output"], ROUNDED_TOLERANCE + coarse / 2)
+    if "lse" in found:
+        # rows of fp8_ds_mla may be rounded to bf16 once their scales are in
+        tolerance = 2e-2 if attributes["row_format"] == "fp8_ds_mla" else 2e-3
+        compare(f"{prefix}lse (bf16 query)", found["lse"], rounded["lse"], tolerance, absolute=True)

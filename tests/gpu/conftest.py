@@ -1,0 +1,160 @@
+"""What the GPU tests share: the package from a bare source tree, a GPU or a skip, and a summary of what was measured."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TESTS = Path(__file__).resolve().parent.parent
+ROOT = TESTS.parent
+sys.path.insert(0, str(TESTS / "ops"))  # op_harness
+
+
+def _find_package() -> None:
+    """Make ``mla_trt`` importable on a machine where only the source tree is: its parts lie beside it there."""
+    if importlib.util.find_spec("mla_trt") is None:
+        sys.path.insert(0, str(ROOT))
+    import mla_trt
+
+    for part in ("passes", "plugins", "models"):
+        if importlib.util.find_spec(f"mla_trt.{part}") is None:
+            location = ROOT / part
+            spec = importlib.util.spec_from_file_location(
+                f"mla_trt.{part}", location / "__init__.py", submodule_search_locations=[str(location)]
+            )
+            assert spec is not None
+            assert spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[spec.name] = module
+            spec.loader.exec_module(module)
+            setattr(mla_trt, part, module)
+
+
+_find_package()
+
+import harness  # noqa: E402
+
+from mla_trt.errors import UsageError  # noqa: E402
+from mla_trt.plugins.device import CudaError, why_unavailable  # noqa: E402
+from mla_trt.plugins.library import find_library  # noqa: E402
+
+_lost: list[str] = []
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("GPU tests")
+    group.addoption("--results", type=Path, help="folder for gpu-tests.json and gpu-tests.md (default: $OUT, if set)")
+    group.addoption(
+        "--no-guards", action="store_true", help="allocate exactly the tensors' bytes, for compute-sanitizer to watch"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "cpu: runs without a GPU")
+    config.addinivalue_line("markers", "memcheck: small enough for compute-sanitizer")
+    if config.getoption("--no-guards"):
+        harness.guard_bytes = 0
+
+
+@functools.cache
+def _why_not() -> str | None:
+    reason = why_unavailable()
+    if reason is None:
+        try:
+            find_library()
+        except UsageError as error:
+            reason = str(error)
+    return reason
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("cpu") is not None:
+        return
+    reason = _why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    if _lost:
+        pytest.skip(f"{_lost[0]} broke the GPU's context: run the rest without it (--deselect)")
+
+
+@pytest.fixture(autouse=True)
+def _measurements(request: pytest.FixtureRequest) -> Iterator[None]:
+    harness.record_to(request.node.user_properties)
+    yield
+    harness.record_to([])
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    outcome: Any = yield
+    if outcome.excinfo is not None and issubclass(outcome.excinfo[0], CudaError):
+        _lost.append(item.nodeid)
+
+
+def _reports(terminalreporter: Any) -> list[pytest.TestReport]:
+    return [
+        report
+        for key in ("passed", "failed", "error")
+        for report in terminalreporter.stats.get(key, [])
+        if isinstance(report, pytest.TestReport) and "tests/gpu/" in report.nodeid.replace(os.sep, "/")
+    ]
+
+
+def _message(report: pytest.TestReport) -> str:
+    crash = getattr(report.longrepr, "reprcrash", None)
+    return " ".join((crash.message if crash else str(report.longrepr)).split())[:600]
+
+
+def _worst(report: pytest.TestReport) -> dict[str, Any] | None:
+    """The comparison of a test that came nearest to its tolerance, or went farthest beyond it."""
+    measured = [value for name, value in report.user_properties if name == "measured" and value["tolerance"] > 0]
+    return max(measured, key=lambda value: value["error"] / value["tolerance"], default=None)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    reports = _reports(terminalreporter)
+    if not any(report.user_properties for report in reports) and not any(report.failed for report in reports):
+        return
+    failed = [report for report in reports if report.failed]
+    if failed:
+        terminalreporter.section("failed GPU cases")
+    for report in failed:
+        terminalreporter.write_line(f"{report.nodeid.rpartition('/')[2]}: {_message(report)}")
+    folder = config.getoption("--results") or os.environ.get("OUT")
+    if not folder:
+        return
+    results = [
+        {
+            "case": report.nodeid,
+            "outcome": report.outcome,
+            "seconds": round(report.duration, 3),
+            "message": _message(report) if report.failed else "",
+            "measured": [value for name, value in report.user_properties if name == "measured"],
+        }
+        for report in reports
+    ]
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    (Path(folder) / "gpu-tests.json").write_text(json.dumps(results, indent=1))
+    (Path(folder) / "gpu-tests.md").write_text(_markdown(reports))
+
+
+def _markdown(reports: list[pytest.TestReport]) -> str:
+    failed = sum(report.failed for report in reports)
+    lines = [f"{len(reports) - failed} cases passed, {failed} failed.", ""]
+    lines += ["| case | outcome | worst comparison | error / tolerance | s |", "|---|---|---|---|---|"]
+    for report in sorted(reports, key=lambda report: (report.passed, report.nodeid)):
+        worst = _worst(report)
+        what = "" if worst is None else worst["what"]
+        ratio = "" if worst is None else f"{worst['error']:.2e} / {worst['tolerance']:.2e}"
+        outcome = "passed" if report.passed else f"failed: {_message(report)}"
+        cells = (report.nodeid.rpartition("/")[2], outcome, what, ratio, f"{report.duration:.2f}")
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,63 @@
+"""The GPU tests' own reference and comparisons, on the CPU: equal to the op set's references."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from cases import decoding_case, key_lists, layout, step_of
+from harness import compare, compare_exactly
+from large_reference import attention
+from op_harness import assert_close, reference
+
+pytestmark = pytest.mark.cpu
+
+
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("row_format", ["f32", "fp8", "fp8_ds_mla"])
+def test_equals_the_op_sets_reference(row_format: str, listed: bool) -> None:
+    rng = np.random.default_rng(1)
+    step = step_of(rng, [3, 0, 2, 1], [7, 3, 0, 9], page_size=4, padding=2)
+    step.inputs["block_table"][0, 1] = -1
+    step.inputs["block_table"][3, 0] = step.pages
+    inputs, attributes = decoding_case(rng, step, layout(row_format, 40, 8, 4), 3)
+    inputs["sinks"] = np.array([0.3, 300, -np.inf], np.float32)
+    if listed:
+        inputs["indices"] = key_lists(rng, step, 9)
+        inputs["index_lengths"] = rng.integers(-1, 12, step.tokens).astype(np.int32)
+    op_type = "MlaPrefillSparse" if listed else "MlaDecoding"
+    found, expected = attention(inputs, attributes), reference(op_type, inputs, **attributes)
+    for name in ("output", "lse"):
+        assert_close(found[name], expected[name], 1e-6)
+
+
+def test_narrow_tables_end_the_sequence() -> None:
+    rng = np.random.default_rng(2)
+    step = step_of(rng, [2], [9], page_size=4)
+    inputs, attributes = decoding_case(rng, step, layout("bf16", 16, 4, 4), 2)
+    inputs["block_table"] = inputs["block_table"][:, :1]
+    found, expected = attention(inputs, attributes), reference("MlaDecoding", inputs, **attributes)
+    assert_close(found["output"], expected["output"], 1e-6)
+
+
+def test_a_comparison_names_the_worst_value() -> None:
+    expected = np.array([[1.0, 2.0], [-4.0, -np.inf]])
+    found = expected.copy()
+    found[0, 1] = 2.5
+    with pytest.raises(AssertionError, match=r"output: error 0\.125 > 0\.001 .* at \[0, 1\]: found 2\.5, expected 2;"):
+        compare("output", found, expected, 1e-3)
+    assert compare("output", found, expected, 0.2).error == 0.125
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 0.0])
+def test_unwritten_values_and_wrong_infinities_fail(bad: float) -> None:
+    expected = np.array([1.0, -np.inf])
+    for at in range(2):
+        found = expected.copy()
+        found[at] = bad
+        with pytest.raises(AssertionError, match=rf"at \[{at}\]"):
+            compare("lse", found, expected, 0.5)
+
+
+def test_exact_comparisons_name_the_first_difference() -> None:
+    with pytest.raises(AssertionError, match=r"1 of 3 differ, the first at \[2\]: found 4, expected 3"):
+        compare_exactly("positions", np.array([1, 2, 4]), np.array([1, 2, 3]))
