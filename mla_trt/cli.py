@@ -46,6 +46,14 @@ exit status: 0 equal; 2 bad input; 4 they differ.""",
   mla-trt export --list
 
 needs PyTorch and Transformers: pip install 'mla-trt[export]'""",
+    "plugins build": """examples:
+  mla-trt plugins build
+  mla-trt plugins build --tensorrt-include /opt/tensorrt/include --arch 90a
+  mla-trt plugins build --kernels-only -o libmla_trt_kernels.so
+
+Compiles the CUDA kernels and the TensorRT plugins; what did not change since the last build is not compiled again. Needs
+g++, nvcc (of a CUDA toolkit, or pip install 'mla-trt[kernels]') and, for the plugins, TensorRT's headers.
+exit status: 0 done; 2 something is missing or does not compile.""",
 }
 
 
@@ -160,14 +168,49 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--opset", type=int, default=20)
     export.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
     export.add_argument("--no-cache", dest="with_cache", action="store_false", help="a prefill graph without a cache")
+
+    text = "the CUDA kernels and TensorRT plugins"
+    plugins = commands.add_parser("plugins", help="build " + text, description=text)
+    actions = plugins.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    build = _command(actions, "build", _build_plugins, "compile " + text, epilog=EPILOGS["plugins build"])
+    build.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE.so",
+        help="the library (default: a file in the user's cache, where engines and sessions find it by themselves)",
+    )
+    build.add_argument(
+        "--tensorrt-include",
+        type=Path,
+        metavar="DIR",
+        help="folder of NvInferRuntime.h (default: TENSORRT_ROOT/include, else the system's usual folders)",
+    )
+    build.add_argument(
+        "--nvcc",
+        type=Path,
+        metavar="FILE",
+        help="the CUDA compiler (default: of CUDA_HOME, PATH, /usr/local/cuda or PyPI's packages)",
+    )
+    build.add_argument("--arch", default="80,90a", help="GPUs to compile for, such as 90a or 80,90a (the default)")
+    build.add_argument(
+        "--kernels-only", action="store_true", help="libmla_trt_kernels.so with the C interface, without TensorRT"
+    )
+    build.add_argument(
+        "--jobs", type=int, metavar="N", help="sources compiled at a time (default: this machine's cores)"
+    )
     return parser
 
 
 def _command(
-    commands: Any, name: str, function: Callable[[argparse.Namespace], int], text: str
+    commands: Any, name: str, function: Callable[[argparse.Namespace], int], text: str, epilog: str | None = None
 ) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
-        name, help=text, description=text, epilog=EPILOGS[name], formatter_class=argparse.RawDescriptionHelpFormatter
+        name,
+        help=text,
+        description=text,
+        epilog=epilog or EPILOGS[name],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(command=function)
     parser.add_argument("-v", "--verbose", action="count", default=0, help="say more (-v passes, -vv tracebacks)")
@@ -316,6 +359,28 @@ def _export(options: argparse.Namespace) -> int:
     )
     result = export(options.config, options.output, layers=options.layers, size=options.size, settings=settings)
     print(f"written: {result.path}")
+    return 0
+
+
+def _build_plugins(options: argparse.Namespace) -> int:
+    from mla_trt.plugins.build import BuildOptions, build, parse_architectures
+
+    if options.jobs is not None and options.jobs < 1:
+        raise UsageError(f"--jobs is {options.jobs}: give 1 or more")
+    build_options = BuildOptions(
+        output=options.output,
+        architectures=parse_architectures(options.arch),
+        kernels_only=options.kernels_only,
+        tensorrt_include=options.tensorrt_include,
+        nvcc=options.nvcc,
+        jobs=options.jobs,
+    )
+    console = Console(stderr=True, quiet=options.quiet)
+    with console.status("") as status:
+        library = build(build_options, progress=lambda text: status.update(text))
+    if not options.quiet:
+        tensorrt = "" if library.tensorrt is None else f", TensorRT {library.tensorrt}"
+        print(f"written: {library.path} ({', '.join(library.architectures)}{tensorrt})")
     return 0
 
 

@@ -35,3 +35,7 @@ class NoSessionError(VerificationError):
 
 class OutOfPagesError(MlaTrtError):
     """The page pool has no room for the tokens asked for. No sequence was changed."""
+
+
+class PluginLibraryError(MlaTrtError):
+    """The plugin library cannot be built, is missing, or is of another version."""

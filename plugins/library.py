@@ -1,160 +1,78 @@
-"""The kernel library's C interface (``kernels/api.h``) for Python: ops by name, tensors by device address.
-
-Nothing here touches the GPU; :mod:`mla_trt.plugins.device` has memory, streams and graphs.
-"""
+"""The compiled libraries: where they lie, and what they were built from and for."""
 
 from __future__ import annotations
 
-import ctypes
+import mmap
 import os
-from collections.abc import Mapping
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from mla_trt.errors import MlaTrtError, UsageError
-from mla_trt.ops import OPS
-from mla_trt.ops.schema import Attributes
-from mla_trt.plugins.op_table import as_number, attributes
+import mla_trt
+from mla_trt.errors import PluginLibraryError
 
-LIBRARY_VARIABLE = "MLA_TRT_KERNELS"
-LIBRARY_NAME = "libmla_trt_kernels.so"
+PLUGINS = "libmla_trt_plugins.so"
+KERNELS = "libmla_trt_kernels.so"
 
-MAX_RANK = 4
-BAD_CALL, UNSUPPORTED, CUDA = 1, 2, 3  # what a function of the library returns when it is not 0
-
-
-class MlaTensor(ctypes.Structure):
-    """``MlaTensor`` of api.h; an absent tensor has no data and rank -1."""
-
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("type", ctypes.c_int32),
-        ("rank", ctypes.c_int32),
-        ("shape", ctypes.c_int64 * MAX_RANK),
-    )
-
-
-class MlaAttributes(ctypes.Structure):
-    """``MlaAttributes`` of op_table.h: the attributes of all ops, each 4 bytes."""
-
-    _fields_ = tuple(
-        (attribute.name, ctypes.c_float if attribute.kind is float else ctypes.c_int32)
-        for attribute in attributes().values()
-    )
-
-
-class KernelError(MlaTrtError):
-    """The library refused a call or CUDA failed in it. ``status`` is BAD_CALL, UNSUPPORTED or CUDA."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
+# What mla_build() returns, as it lies in the file. Read there and not through a call: the plugin library loads only beside
+# libnvinfer and registers its plugins when it does.
+_BUILD = re.compile(rb"(?<=\0)(\d[\w.+-]*)((?: sm_\d+[af]?)+)(?=\0)")
+_TENSORRT = re.compile(rb"\0libnvinfer\.so\.(\d+)\0")
 
 
 @dataclass(frozen=True)
-class DeviceTensor:
-    """A contiguous tensor in device memory: address, element type (``onnx.TensorProto.FLOAT``, ...) and shape."""
+class Library:
+    """A compiled library. ``tensorrt`` is the major version that it loads beside, None for kernels without plugins."""
 
-    address: int
-    dtype: int
-    shape: tuple[int, ...]
-
-    def as_struct(self) -> MlaTensor:
-        """The tensor as the library takes it."""
-        return MlaTensor(self.address, self.dtype, len(self.shape), (ctypes.c_int64 * MAX_RANK)(*self.shape))
+    path: Path
+    version: str
+    architectures: tuple[str, ...]
+    tensorrt: int | None
 
 
-def attributes_struct(values: Attributes) -> MlaAttributes:
-    """The attributes of a node as the library takes them; those that the op does not have stay 0."""
-    known = attributes()
-    return MlaAttributes(**{name: as_number(known[name], value) for name, value in values.items()})
+def cache_folder() -> Path:
+    """What is compiled goes here, as long as no other place is named: one folder a user and version of mla-trt."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "mla_trt" / mla_trt.__version__
 
 
-@dataclass(frozen=True)
-class Call:
-    """One call of one op, made by :meth:`KernelLibrary.call`."""
-
-    library: ctypes.CDLL
-    op: int
-    attributes: MlaAttributes
-    inputs: ctypes.Array[MlaTensor]
-    outputs: ctypes.Array[MlaTensor]
-
-    def workspace_bytes(self) -> int:
-        """Bytes of scratch memory that :meth:`enqueue` needs. Raises KernelError."""
-        size = ctypes.c_size_t()
-        _check(
-            self.library,
-            self.library.mla_workspace_bytes(
-                self.op, ctypes.byref(self.attributes), self.inputs, self.outputs, ctypes.byref(size)
-            ),
-        )
-        return size.value
-
-    def enqueue(self, workspace: int, workspace_bytes: int, stream: int) -> None:
-        """Put the work on a stream. ``workspace`` is a device address, ``stream`` a cudaStream_t. Raises KernelError."""
-        status = self.library.mla_enqueue(
-            self.op, ctypes.byref(self.attributes), self.inputs, self.outputs, workspace, workspace_bytes, stream
-        )
-        _check(self.library, status)
+def default_path(name: str = PLUGINS) -> Path:
+    """Where ``mla-trt plugins build`` writes and `find_library` looks."""
+    return cache_folder() / name
 
 
-class KernelLibrary:
-    """A loaded ``libmla_trt_kernels.so``."""
+def describe(path: Path) -> Library:
+    """What a library was built from and for.
 
-    def __init__(self, path: Path) -> None:
-        try:
-            self._library = ctypes.CDLL(str(path))
-        except OSError as error:
-            raise UsageError(f"cannot load {path}: {error}") from None
-        self.path = path
-        self._library.mla_workspace_bytes.argtypes = [ctypes.c_int32, *[ctypes.c_void_p] * 4]
-        self._library.mla_enqueue.argtypes = [
-            ctypes.c_int32,
-            *[ctypes.c_void_p] * 4,
-            ctypes.c_size_t,
-            ctypes.c_void_p,
-        ]
-        self._library.mla_last_error.restype = ctypes.c_char_p
-        self._library.mla_build.restype = ctypes.c_char_p
-
-    @property
-    def build(self) -> str:
-        """Package version and architectures that the library was built from and for."""
-        return str(self._library.mla_build().decode())
-
-    def call(
-        self,
-        op_type: str,
-        attributes: Attributes,
-        inputs: Mapping[str, DeviceTensor],
-        outputs: Mapping[str, DeviceTensor],
-    ) -> Call:
-        """A call of an op. ``inputs`` and ``outputs`` are by formal name; optional ones may be missing."""
-        op = OPS[op_type]
-        return Call(
-            self._library,
-            list(OPS).index(op_type),
-            attributes_struct(attributes),
-            _structs([formal.name for formal in op.inputs], inputs),
-            _structs([formal.name for formal in op.outputs], outputs),
-        )
+    Raises:
+        PluginLibraryError: the file is not one of ours.
+    """
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            build = [group.decode() for match in _BUILD.finditer(content) for group in match.groups()]
+            tensorrt = [int(major) for major in _TENSORRT.findall(content)]
+    except (OSError, ValueError) as error:
+        raise PluginLibraryError(f"'{path}' cannot be read: {error}") from error
+    if len(build) != 2:
+        raise PluginLibraryError(f"'{path}' is not a library that 'mla-trt plugins build' wrote")
+    version, architectures = build
+    return Library(path, version, tuple(architectures.split()), tensorrt[0] if tensorrt else None)
 
 
-def _structs(names: list[str], tensors: Mapping[str, DeviceTensor]) -> ctypes.Array[MlaTensor]:
-    absent = MlaTensor(None, 0, -1)
-    return (MlaTensor * len(names))(*(tensors[name].as_struct() if name in tensors else absent for name in names))
+def find_library(path: Path | None = None, name: str = PLUGINS) -> Library:
+    """The library at ``path``, else at MLA_TRT_PLUGINS or MLA_TRT_KERNELS, else where ``mla-trt plugins build`` writes it.
 
-
-def _check(library: ctypes.CDLL, status: int) -> None:
-    if status:
-        raise KernelError(status, library.mla_last_error().decode())
-
-
-def find_library() -> Path:
-    """The kernel library: ``$MLA_TRT_KERNELS``, else ``build/`` of the source tree. Raises UsageError."""
-    named = os.environ.get(LIBRARY_VARIABLE)
-    path = Path(named) if named else Path(__file__).resolve().parent.parent / "build" / LIBRARY_NAME
+    Raises:
+        PluginLibraryError: there is none, or it is of another version of mla-trt.
+    """
+    named = os.environ.get("MLA_TRT_PLUGINS" if name == PLUGINS else "MLA_TRT_KERNELS")
+    path = path or (Path(named) if named else default_path(name))
     if not path.is_file():
-        raise UsageError(f"no kernel library at {path}: build it, or set {LIBRARY_VARIABLE} to {LIBRARY_NAME}")
-    return path
+        option = " --kernels-only" if name == KERNELS else ""
+        raise PluginLibraryError(f"there is no '{path}': run 'mla-trt plugins build{option}' first")
+    library = describe(path)
+    if library.version != mla_trt.__version__:
+        raise PluginLibraryError(
+            f"'{path}' is of mla-trt {library.version}, but this is {mla_trt.__version__}: run 'mla-trt plugins build' again"
+        )
+    return library

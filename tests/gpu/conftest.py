@@ -42,9 +42,9 @@ _find_package()
 
 import harness  # noqa: E402
 
-from mla_trt.errors import UsageError  # noqa: E402
+from mla_trt.errors import PluginLibraryError  # noqa: E402
 from mla_trt.plugins.device import CudaError, why_unavailable  # noqa: E402
-from mla_trt.plugins.library import find_library  # noqa: E402
+from mla_trt.plugins.library import KERNELS, find_library  # noqa: E402
 
 _lost: list[str] = []
 
@@ -69,8 +69,8 @@ def _why_not() -> str | None:
     reason = why_unavailable()
     if reason is None:
         try:
-            find_library()
-        except UsageError as error:
+            find_library(name=KERNELS)
+        except PluginLibraryError as error:
             reason = str(error)
     return reason
 

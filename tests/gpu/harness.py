@@ -16,7 +16,8 @@ from onnx import TensorProto, helper
 
 from mla_trt.ops import OPS, TensorType, infer_shapes, make_node
 from mla_trt.plugins.device import Memory, Stream, checked, runtime
-from mla_trt.plugins.library import Call, DeviceTensor, KernelLibrary, find_library
+from mla_trt.plugins.kernel_library import Call, DeviceTensor, KernelLibrary
+from mla_trt.plugins.library import KERNELS, find_library
 
 Array = npt.NDArray[Any]
 
@@ -39,7 +40,7 @@ def record_to(properties: list[tuple[str, Any]]) -> None:
 @functools.cache
 def library() -> KernelLibrary:
     """The kernel library under test."""
-    return KernelLibrary(find_library())
+    return KernelLibrary(find_library(name=KERNELS).path)
 
 
 class Guarded:

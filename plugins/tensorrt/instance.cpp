@@ -1,0 +1,212 @@
+#include "instance.h"
+
+#include <algorithm>
+#include <cstring>
+#include <sstream>
+#include <stdexcept>
+
+namespace mla::tensorrt {
+namespace {
+
+using nvinfer1::PluginField;
+using nvinfer1::PluginFieldType;
+
+std::vector<std::string> split(const std::string& text) {
+    std::istringstream stream(text);
+    std::vector<std::string> words;
+    for (std::string word; stream >> word;) words.push_back(word);
+    return words;
+}
+
+const PluginField* find(const nvinfer1::PluginFieldCollection& fields, const char* name) {
+    for (int32_t i = 0; i < fields.nbFields; ++i) {
+        if (fields.fields[i].name != nullptr && strcmp(fields.fields[i].name, name) == 0) return &fields.fields[i];
+    }
+    return nullptr;
+}
+
+[[noreturn]] void refuse(const char* field, const std::string& problem) {
+    throw std::invalid_argument("attribute '" + std::string(field) + "' " + problem);
+}
+
+std::string text_of(const PluginField& field) {
+    if (field.type != PluginFieldType::kCHAR || (field.data == nullptr && field.length > 0)) {
+        refuse(field.name, "is not text");
+    }
+    std::string text(static_cast<const char*>(field.data), static_cast<size_t>(std::max(field.length, 0)));
+    return text.substr(0, text.find('\0'));  // some writers count the terminator
+}
+
+template <typename Value>
+Value read_as(const PluginField& field) {
+    Value value;
+    memcpy(&value, field.data, sizeof value);
+    return value;
+}
+
+void check_single(const PluginField& field) {
+    if (field.data == nullptr || field.length != 1) refuse(field.name, "must have one value");
+}
+
+int32_t integer_of(const PluginField& field) {
+    check_single(field);
+    if (field.type == PluginFieldType::kINT32) return read_as<int32_t>(field);
+    if (field.type == PluginFieldType::kINT64) return static_cast<int32_t>(read_as<int64_t>(field));
+    refuse(field.name, "is not an integer");
+}
+
+float number_of(const PluginField& field) {
+    check_single(field);
+    if (field.type == PluginFieldType::kFLOAT32) return read_as<float>(field);
+    if (field.type == PluginFieldType::kFLOAT64) return static_cast<float>(read_as<double>(field));
+    refuse(field.name, "is not a float");
+}
+
+int32_t choice_number(const AttributeSpec& attribute, const std::string& text) {
+    std::vector<std::string> const choices = split(attribute.choices);
+    auto const found = std::find(choices.begin(), choices.end(), text);
+    if (found == choices.end()) refuse(attribute.name, "is '" + text + "', expected one of: " + attribute.choices);
+    return static_cast<int32_t>(found - choices.begin());
+}
+
+template <typename Value>
+Value& slot(MlaAttributes& attributes, const AttributeSpec& attribute) {
+    return *reinterpret_cast<Value*>(reinterpret_cast<char*>(&attributes) + attribute.offset);
+}
+
+void set_default(MlaAttributes& attributes, const AttributeSpec& attribute) {
+    if (attribute.kind == AttributeSpec::number) {
+        slot<float>(attributes, attribute) = static_cast<float>(attribute.default_value);
+    } else {
+        slot<int32_t>(attributes, attribute) = static_cast<int32_t>(attribute.default_value);
+    }
+}
+
+void set_from(MlaAttributes& attributes, const AttributeSpec& attribute, const PluginField& field) {
+    switch (attribute.kind) {
+        case AttributeSpec::integer: slot<int32_t>(attributes, attribute) = integer_of(field); break;
+        case AttributeSpec::number: slot<float>(attributes, attribute) = number_of(field); break;
+        case AttributeSpec::text:
+            slot<int32_t>(attributes, attribute) = choice_number(attribute, text_of(field));
+            break;
+    }
+}
+
+// Formals by their names, each at most once, and none that must be there left out.
+std::vector<int32_t> formals_named(const char* field, const std::string& names, const TensorSpec* specs,
+                                   int32_t count) {
+    std::vector<int32_t> formals;
+    auto const has = [&](int32_t formal) {
+        return std::find(formals.begin(), formals.end(), formal) != formals.end();
+    };
+    for (const std::string& name : split(names)) {
+        auto const formal = static_cast<int32_t>(
+            std::find_if(specs, specs + count, [&](const TensorSpec& spec) { return spec.name == name; }) - specs);
+        if (formal == count) refuse(field, "names '" + name + "', which the op does not have");
+        if (has(formal)) refuse(field, "names '" + name + "' twice");
+        formals.push_back(formal);
+    }
+    for (int32_t formal = 0; formal < count; ++formal) {
+        if (!specs[formal].optional && !has(formal)) {
+            refuse(field, "lacks '" + std::string(specs[formal].name) + "', which the op needs");
+        }
+    }
+    return formals;
+}
+
+std::vector<int32_t> first_formals(int32_t count) {
+    std::vector<int32_t> formals(static_cast<size_t>(count));
+    for (int32_t i = 0; i < count; ++i) formals[static_cast<size_t>(i)] = i;
+    return formals;
+}
+
+std::string names_of(const std::vector<int32_t>& formals, const TensorSpec* specs) {
+    std::string names;
+    for (int32_t const formal : formals) names += (names.empty() ? "" : " ") + std::string(specs[formal].name);
+    return names;
+}
+
+}  // namespace
+
+void Instance::settle_inputs(int32_t count) {
+    if (!names_inputs && count <= spec().inputs) {
+        for (int32_t formal = count; formal < spec().inputs; ++formal) {
+            if (!spec().input[formal].optional) {
+                throw std::invalid_argument("the input '" + std::string(spec().input[formal].name) + "' is missing");
+            }
+        }
+        if (count != static_cast<int32_t>(inputs.size())) inputs = first_formals(count);
+    }
+    if (count != static_cast<int32_t>(inputs.size())) {
+        throw std::invalid_argument("the node has " + std::to_string(count) + " inputs, but its attribute '" +
+                                    inputs_field + "' or the op names " + std::to_string(inputs.size()));
+    }
+}
+
+Instance read_instance(int32_t op, const nvinfer1::PluginFieldCollection& fields) {
+    Instance instance;
+    instance.op = op;
+    const OpSpec& spec = instance.spec();
+    for (int32_t i = 0; i < spec.attributes; ++i) {
+        const AttributeSpec& attribute = spec.attribute[i];
+        const PluginField* field = find(fields, attribute.name);
+        if (field != nullptr) {
+            set_from(instance.attributes, attribute, *field);
+        } else if (attribute.required) {
+            refuse(attribute.name, "is missing");
+        } else {
+            set_default(instance.attributes, attribute);
+        }
+    }
+    const PluginField* inputs = find(fields, inputs_field);
+    instance.names_inputs = inputs != nullptr;
+    instance.inputs = inputs == nullptr ? first_formals(spec.inputs)
+                                        : formals_named(inputs_field, text_of(*inputs), spec.input, spec.inputs);
+    const PluginField* outputs = find(fields, outputs_field);
+    instance.outputs = outputs == nullptr ? first_formals(spec.outputs)
+                                          : formals_named(outputs_field, text_of(*outputs), spec.output, spec.outputs);
+    return instance;
+}
+
+std::string choice_text(const AttributeSpec& attribute, int32_t number) {
+    return split(attribute.choices).at(static_cast<size_t>(number));
+}
+
+InstanceFields::InstanceFields(const Instance& instance) : attributes_(instance.attributes) {
+    const OpSpec& spec = instance.spec();
+    texts_.reserve(static_cast<size_t>(spec.attributes) + 2);  // fields point into the texts: they must not move
+    for (int32_t i = 0; i < spec.attributes; ++i) {
+        const AttributeSpec& attribute = spec.attribute[i];
+        if (attribute.kind == AttributeSpec::text) {
+            add_text(attribute.name, choice_text(attribute, slot<int32_t>(attributes_, attribute)));
+        } else {
+            auto const type =
+                attribute.kind == AttributeSpec::number ? PluginFieldType::kFLOAT32 : PluginFieldType::kINT32;
+            fields_.emplace_back(attribute.name, &slot<int32_t>(attributes_, attribute), type, 1);
+        }
+    }
+    add_text(inputs_field, names_of(instance.inputs, spec.input));
+    add_text(outputs_field, names_of(instance.outputs, spec.output));
+    collection_ = {static_cast<int32_t>(fields_.size()), fields_.data()};
+}
+
+void InstanceFields::add_text(const char* name, const std::string& text) {
+    texts_.push_back(text);
+    fields_.emplace_back(name, texts_.back().data(), PluginFieldType::kCHAR, static_cast<int32_t>(text.size()));
+}
+
+std::string InstanceFields::text() const {
+    std::ostringstream stream;
+    for (const PluginField& field : fields_) {
+        stream << field.name << '=';
+        switch (field.type) {
+            case PluginFieldType::kINT32: stream << read_as<int32_t>(field); break;
+            case PluginFieldType::kFLOAT32: stream << std::hexfloat << read_as<float>(field); break;
+            default: stream << text_of(field); break;
+        }
+        stream << ';';
+    }
+    return stream.str();
+}
+
+}  // namespace mla::tensorrt

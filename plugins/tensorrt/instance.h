@@ -1,0 +1,59 @@
+// One node of the op set: which op, its attributes, and which of the op's tensors the node has.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include <NvInferRuntime.h>
+
+#include "api.h"
+
+namespace mla::tensorrt {
+
+// Fields beside the attributes: formal names of the tensors that a node has, in the node's order, separated by spaces.
+constexpr const char* inputs_field = "inputs";
+constexpr const char* outputs_field = "outputs";
+
+struct Instance {
+    int32_t op = 0;
+    MlaAttributes attributes{};
+    bool names_inputs = false;  // false: as many of the op's first inputs as the node has
+    std::vector<int32_t> inputs;   // the formal of each input
+    std::vector<int32_t> outputs;  // the formal of each output
+
+    const OpSpec& spec() const { return ops[op]; }
+    const TensorSpec& input(int32_t position) const { return spec().input[inputs.at(position)]; }
+    const TensorSpec& output(int32_t position) const { return spec().output[outputs.at(position)]; }
+
+    // Settles which formals a node of `count` inputs has. Throws std::invalid_argument where the op takes no such node.
+    void settle_inputs(int32_t count);
+};
+
+// The node of this op that the fields describe. Throws std::invalid_argument.
+Instance read_instance(int32_t op, const nvinfer1::PluginFieldCollection& fields);
+
+// Fields that read_instance makes the same node from, with the memory that they point to.
+class InstanceFields {
+public:
+    explicit InstanceFields(const Instance& instance);
+    InstanceFields(const InstanceFields&) = delete;
+    InstanceFields& operator=(const InstanceFields&) = delete;
+
+    const nvinfer1::PluginFieldCollection* collection() const { return &collection_; }
+
+    // All of it as text: nodes of an op with the same text do the same.
+    std::string text() const;
+
+private:
+    void add_text(const char* name, const std::string& text);
+
+    MlaAttributes attributes_;
+    std::vector<std::string> texts_;
+    std::vector<nvinfer1::PluginField> fields_;
+    nvinfer1::PluginFieldCollection collection_;
+};
+
+// The text field of an attribute whose value is the number of a choice.
+std::string choice_text(const AttributeSpec& attribute, int32_t number);
+
+}  // namespace mla::tensorrt

@@ -1,0 +1,406 @@
+#include "plugin.h"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+
+#include "log.h"
+#include "shapes.h"
+
+namespace mla::tensorrt {
+namespace {
+
+using nvinfer1::DataType;
+using nvinfer1::Dims;
+using nvinfer1::DimensionOperation;
+using nvinfer1::IDimensionExpr;
+
+// Pools that an op updates in place: TensorRT binds both names to one address.
+struct Pool {
+    const char* output;
+    const char* input;
+};
+constexpr Pool pools[] = {{"kv_cache_out", "kv_cache"}, {"indexer_cache_out", "indexer_cache"}};
+
+constexpr int32_t most(int32_t OpSpec::* count) {
+    int32_t largest = 0;
+    for (const OpSpec& op : ops) largest = op.*count > largest ? op.*count : largest;
+    return largest;
+}
+
+// The tensors of a call in the op's order, absent ones included.
+struct CallTensors {
+    std::array<MlaTensor, most(&OpSpec::inputs)> inputs;
+    std::array<MlaTensor, most(&OpSpec::outputs)> outputs;
+
+    CallTensors() {
+        inputs.fill({nullptr, 0, -1, {}});
+        outputs.fill({nullptr, 0, -1, {}});
+    }
+};
+
+int32_t onnx_type(DataType type) {
+    switch (type) {
+        case DataType::kFLOAT: return MLA_FLOAT;
+        case DataType::kHALF: return MLA_FLOAT16;
+        case DataType::kBF16: return MLA_BFLOAT16;
+        case DataType::kFP8: return MLA_FLOAT8E4M3FN;
+        case DataType::kINT32: return MLA_INT32;
+        case DataType::kINT64: return MLA_INT64;
+        default: return 0;  // fits no kind but 'any'
+    }
+}
+
+bool is_float(DataType type) { return type == DataType::kFLOAT || type == DataType::kHALF || type == DataType::kBF16; }
+
+bool type_fits(Kind kind, DataType type) {
+    switch (kind) {
+        case Kind::any_float: return is_float(type);
+        case Kind::f32: return type == DataType::kFLOAT;
+        case Kind::i32: return type == DataType::kINT32;
+        case Kind::weight: return is_float(type) || type == DataType::kFP8;
+        case Kind::e4m3: return type == DataType::kFP8;
+        case Kind::any: return true;
+    }
+    return false;
+}
+
+Instance settled(const Instance& instance, int32_t input_count) {
+    Instance copy = instance;
+    copy.settle_inputs(input_count);
+    return copy;
+}
+
+// The input whose type the floating-point outputs have.
+int32_t first_float_input(const Instance& instance) {
+    for (size_t i = 0; i < instance.inputs.size(); ++i) {
+        if (instance.input(static_cast<int32_t>(i)).kind == Kind::any_float) return static_cast<int32_t>(i);
+    }
+    throw std::invalid_argument("no input says which type the floating-point outputs have");
+}
+
+DataType output_type(const Instance& instance, int32_t output, DataType float_type) {
+    switch (instance.output(output).kind) {
+        case Kind::any_float: return float_type;
+        case Kind::f32: return DataType::kFLOAT;
+        case Kind::i32: return DataType::kINT32;
+        default: throw std::logic_error("an output of a kind that no op has");
+    }
+}
+
+bool has_float_output(const Instance& instance) {
+    for (size_t i = 0; i < instance.outputs.size(); ++i) {
+        if (instance.output(static_cast<int32_t>(i)).kind == Kind::any_float) return true;
+    }
+    return false;
+}
+
+// Letters by attributes and by the inputs' dimensions. rank_of(i), size_of(i, axis) and product_of(i) describe input i;
+// merge(known, size) settles what a letter is that several dimensions give.
+template <typename Algebra, typename Rank, typename Size, typename Product, typename Merge>
+Letters<typename Algebra::Value> bind_letters(const Instance& instance, Algebra& algebra, Rank&& rank_of,
+                                              Size&& size_of, Product&& product_of, Merge&& merge) {
+    Letters<typename Algebra::Value> letters;
+    Letters<bool> fixed;
+    const OpSpec& op = instance.spec();
+    for (int32_t i = 0; i < op.attributes; ++i) {
+        const AttributeSpec& attribute = op.attribute[i];
+        if (attribute.letter == nullptr) continue;
+        int32_t value;
+        memcpy(&value, reinterpret_cast<const char*>(&instance.attributes) + attribute.offset, sizeof value);
+        letters[attribute.letter] = algebra.constant(value);
+        fixed[attribute.letter] = true;
+    }
+    auto const give = [&](std::string_view letter, typename Algebra::Value size) {
+        if (fixed.count(letter) != 0) return;
+        auto const [known, is_new] = letters.emplace(letter, size);
+        if (!is_new) known->second = merge(known->second, size);
+    };
+    for (int32_t i = 0; i < static_cast<int32_t>(instance.inputs.size()); ++i) {
+        const TensorSpec& spec = instance.input(i);
+        if (spec.shape == nullptr) {  // only MlaPlan's tokens: any shape with T elements
+            give("T", product_of(i));
+            continue;
+        }
+        int32_t const rank = rank_of(i);
+        int32_t const axes = each_word(spec.shape, [&](int32_t axis, std::string_view word) {
+            if (axis < rank && is_letter(word)) give(word, size_of(i, axis));
+        });
+        if (axes != rank) {
+            throw std::invalid_argument("the input '" + std::string(spec.name) + "' has " + std::to_string(rank) +
+                                        " dimensions, expected [" + spec.shape + "]");
+        }
+    }
+    return letters;
+}
+
+struct Expressions {
+    using Value = const IDimensionExpr*;
+    nvinfer1::IExprBuilder& builder;
+
+    Value constant(int64_t value) { return check(builder.constant(value)); }
+    Value sum(Value first, Value second) { return operation(DimensionOperation::kSUM, first, second); }
+    Value product(Value first, Value second) { return operation(DimensionOperation::kPROD, first, second); }
+    Value ceil_div(Value value, int64_t divisor) {
+        return operation(DimensionOperation::kCEIL_DIV, value, constant(divisor));
+    }
+
+private:
+    Value operation(DimensionOperation operation, Value first, Value second) {
+        return check(builder.operation(operation, *first, *second));
+    }
+    static Value check(Value value) {
+        if (value == nullptr) throw std::runtime_error("TensorRT made no expression for a dimension");
+        return value;
+    }
+};
+
+// Upper bounds of the letters. Every dimension of a letter keeps within its own bound, so the least of them counts.
+Letters<int64_t> largest_letters(const Instance& instance, const nvinfer1::DynamicPluginTensorDesc* inputs) {
+    Numbers numbers;
+    return bind_letters(
+        instance, numbers, [&](int32_t i) { return inputs[i].max.nbDims; },
+        [&](int32_t i, int32_t axis) { return inputs[i].max.d[axis]; },
+        [&](int32_t i) {
+            int64_t product = 1;
+            for (int32_t axis = 0; axis < inputs[i].max.nbDims; ++axis) product *= inputs[i].max.d[axis];
+            return product;
+        },
+        [](int64_t first, int64_t second) { return std::min(first, second); });
+}
+
+MlaTensor tensor_of_letters(const TensorSpec& spec, int32_t type, const Letters<int64_t>& letters) {
+    Numbers numbers;
+    MlaTensor tensor{nullptr, type, 0, {}};
+    tensor.rank = each_word(spec.shape == nullptr ? "T" : spec.shape, [&](int32_t axis, std::string_view word) {
+        tensor.shape[axis] = evaluate(word, letters, numbers);
+    });
+    return tensor;
+}
+
+MlaTensor tensor_of_dims(const TensorSpec& spec, DataType type, const Dims& dims, void* data) {
+    MlaTensor tensor{data, onnx_type(type), dims.nbDims, {}};
+    if (spec.shape == nullptr) {  // any shape: only the number of elements counts
+        tensor.rank = 1;
+        tensor.shape[0] = 1;
+        for (int32_t axis = 0; axis < dims.nbDims; ++axis) tensor.shape[0] *= dims.d[axis];
+        return tensor;
+    }
+    int32_t const axes = std::min<int32_t>(dims.nbDims, MLA_MAX_RANK);  // a call refuses tensors of more
+    std::copy_n(dims.d, std::max(axes, 0), tensor.shape);
+    return tensor;
+}
+
+void check(int status) {
+    if (status != MLA_OK) throw std::runtime_error(mla_last_error());
+}
+
+size_t workspace_for(const Instance& instance, const CallTensors& call) {
+    size_t bytes = 0;
+    check(mla_workspace_bytes(instance.op, &instance.attributes, call.inputs.data(), call.outputs.data(), &bytes));
+    return bytes;
+}
+
+size_t largest_workspace(const Instance& instance, const nvinfer1::DynamicPluginTensorDesc* inputs,
+                         const nvinfer1::DynamicPluginTensorDesc* outputs) {
+    Letters<int64_t> const letters = largest_letters(instance, inputs);
+    CallTensors call;
+    for (size_t i = 0; i < instance.inputs.size(); ++i) {
+        call.inputs[static_cast<size_t>(instance.inputs[i])] =
+            tensor_of_letters(instance.input(static_cast<int32_t>(i)), onnx_type(inputs[i].desc.type), letters);
+    }
+    for (size_t i = 0; i < instance.outputs.size(); ++i) {
+        call.outputs[static_cast<size_t>(instance.outputs[i])] =
+            tensor_of_letters(instance.output(static_cast<int32_t>(i)), onnx_type(outputs[i].desc.type), letters);
+    }
+    return workspace_for(instance, call);
+}
+
+// A call at the shapes that TensorRT tunes for finds sizes that contradict each other while the engine is built.
+void check_tuned_shapes(const Instance& instance, const nvinfer1::DynamicPluginTensorDesc* inputs,
+                        const nvinfer1::DynamicPluginTensorDesc* outputs) {
+    auto const known = [](const nvinfer1::DynamicPluginTensorDesc& tensor) {
+        const Dims& opt = tensor.opt;
+        return std::all_of(opt.d, opt.d + std::max(opt.nbDims, 0), [](int64_t size) { return size >= 0; });
+    };
+    if (!std::all_of(inputs, inputs + instance.inputs.size(), known)) return;
+    if (!std::all_of(outputs, outputs + instance.outputs.size(), known)) return;
+    CallTensors call;
+    for (size_t i = 0; i < instance.inputs.size(); ++i) {
+        call.inputs[static_cast<size_t>(instance.inputs[i])] = tensor_of_dims(
+            instance.input(static_cast<int32_t>(i)), inputs[i].desc.type, inputs[i].opt, nullptr);
+    }
+    for (size_t i = 0; i < instance.outputs.size(); ++i) {
+        call.outputs[static_cast<size_t>(instance.outputs[i])] = tensor_of_dims(
+            instance.output(static_cast<int32_t>(i)), outputs[i].desc.type, outputs[i].opt, nullptr);
+    }
+    workspace_for(instance, call);
+}
+
+void check_output_count(const Instance& instance, int32_t output_count) {
+    if (output_count != static_cast<int32_t>(instance.outputs.size())) {
+        throw std::invalid_argument("the node has " + std::to_string(output_count) + " outputs, expected " +
+                                    std::to_string(instance.outputs.size()));
+    }
+}
+
+}  // namespace
+
+Plugin::Plugin(Instance instance) : instance_(std::move(instance)) {}
+
+nvinfer1::IPluginCapability* Plugin::getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept {
+    switch (type) {
+        case nvinfer1::PluginCapabilityType::kCORE: return static_cast<nvinfer1::IPluginV3OneCore*>(this);
+        case nvinfer1::PluginCapabilityType::kBUILD: return static_cast<nvinfer1::IPluginV3OneBuildV2*>(this);
+        case nvinfer1::PluginCapabilityType::kRUNTIME: return static_cast<nvinfer1::IPluginV3OneRuntime*>(this);
+    }
+    return nullptr;
+}
+
+nvinfer1::IPluginV3* Plugin::clone() noexcept {
+    nvinfer1::IPluginV3* copy = nullptr;
+    guarded(getPluginName(), [&] { copy = new Plugin(instance_); });
+    return copy;
+}
+
+nvinfer1::IPluginV3* Plugin::attachToContext(nvinfer1::IPluginResourceContext*) noexcept { return clone(); }
+
+int32_t Plugin::getOutputDataTypes(DataType* output_types, int32_t output_count, const DataType* input_types,
+                                   int32_t input_count) const noexcept {
+    return guarded(getPluginName(), [&] {
+        Instance const instance = settled(instance_, input_count);
+        check_output_count(instance, output_count);
+        DataType const float_type =
+            has_float_output(instance) ? input_types[first_float_input(instance)] : DataType::kFLOAT;
+        for (int32_t i = 0; i < output_count; ++i) output_types[i] = output_type(instance, i, float_type);
+    });
+}
+
+int32_t Plugin::getOutputShapes(const nvinfer1::DimsExprs* inputs, int32_t input_count, const nvinfer1::DimsExprs*,
+                                int32_t, nvinfer1::DimsExprs* outputs, int32_t output_count,
+                                nvinfer1::IExprBuilder& builder) noexcept {
+    return guarded(getPluginName(), [&] {
+        Instance const instance = settled(instance_, input_count);
+        check_output_count(instance, output_count);
+        Expressions expressions{builder};
+        auto const letters = bind_letters(
+            instance, expressions, [&](int32_t i) { return inputs[i].nbDims; },
+            [&](int32_t i, int32_t axis) { return inputs[i].d[axis]; },
+            [&](int32_t i) {
+                const IDimensionExpr* product = expressions.constant(1);
+                for (int32_t axis = 0; axis < inputs[i].nbDims; ++axis) {
+                    product = expressions.product(product, inputs[i].d[axis]);
+                }
+                return product;
+            },
+            [](const IDimensionExpr* first, const IDimensionExpr*) { return first; });
+        for (int32_t i = 0; i < output_count; ++i) {
+            outputs[i].nbDims = each_word(instance.output(i).shape, [&](int32_t axis, std::string_view word) {
+                outputs[i].d[axis] = evaluate(word, letters, expressions);
+            });
+        }
+    });
+}
+
+bool Plugin::supportsFormatCombination(int32_t position, const nvinfer1::DynamicPluginTensorDesc* tensors,
+                                       int32_t input_count, int32_t output_count) noexcept {
+    bool supported = false;
+    guarded(getPluginName(), [&] {
+        Instance const instance = settled(instance_, input_count);
+        check_output_count(instance, output_count);
+        const nvinfer1::PluginTensorDesc& tensor = tensors[position].desc;
+        if (tensor.format != nvinfer1::TensorFormat::kLINEAR) return;
+        if (position < input_count) {
+            supported = type_fits(instance.input(position).kind, tensor.type);
+            return;
+        }
+        DataType const float_type =
+            has_float_output(instance) ? tensors[first_float_input(instance)].desc.type : DataType::kFLOAT;
+        supported = tensor.type == output_type(instance, position - input_count, float_type);
+    });
+    return supported;
+}
+
+int32_t Plugin::configurePlugin(const nvinfer1::DynamicPluginTensorDesc* inputs, int32_t input_count,
+                                const nvinfer1::DynamicPluginTensorDesc* outputs, int32_t output_count) noexcept {
+    return guarded(getPluginName(), [&] {
+        instance_.settle_inputs(input_count);
+        check_output_count(instance_, output_count);
+        check_tuned_shapes(instance_, inputs, outputs);
+        largest_workspace(instance_, inputs, outputs);  // its failure must end the build here, not at getWorkspaceSize
+    });
+}
+
+size_t Plugin::getWorkspaceSize(const nvinfer1::DynamicPluginTensorDesc* inputs, int32_t input_count,
+                                const nvinfer1::DynamicPluginTensorDesc* outputs, int32_t output_count) const noexcept {
+    size_t bytes = std::numeric_limits<size_t>::max() / 2;  // more than there is: a failure must not pass for success
+    guarded(getPluginName(), [&] {
+        Instance const instance = settled(instance_, input_count);
+        check_output_count(instance, output_count);
+        bytes = largest_workspace(instance, inputs, outputs);
+    });
+    return bytes;
+}
+
+int32_t Plugin::getAliasedInput(int32_t output) noexcept {
+    int32_t aliased = -1;
+    guarded(getPluginName(), [&] {
+        for (const Pool& pool : pools) {
+            if (strcmp(instance_.output(output).name, pool.output) != 0) continue;
+            for (size_t i = 0; i < instance_.inputs.size(); ++i) {
+                if (strcmp(instance_.input(static_cast<int32_t>(i)).name, pool.input) == 0) {
+                    aliased = static_cast<int32_t>(i);
+                }
+            }
+        }
+    });
+    return aliased;
+}
+
+const char* Plugin::getTimingCacheID() noexcept {
+    guarded(getPluginName(), [&] { timing_cache_id_ = InstanceFields(instance_).text(); });
+    return timing_cache_id_.c_str();
+}
+
+int32_t Plugin::onShapeChange(const nvinfer1::PluginTensorDesc*, int32_t input_count, const nvinfer1::PluginTensorDesc*,
+                              int32_t output_count) noexcept {
+    return guarded(getPluginName(), [&] {
+        instance_.settle_inputs(input_count);
+        check_output_count(instance_, output_count);
+    });
+}
+
+int32_t Plugin::enqueue(const nvinfer1::PluginTensorDesc* input_descriptions,
+                        const nvinfer1::PluginTensorDesc* output_descriptions, const void* const* inputs,
+                        void* const* outputs, void* workspace, cudaStream_t stream) noexcept {
+    return guarded(getPluginName(), [&] {
+        CallTensors call;
+        for (size_t i = 0; i < instance_.inputs.size(); ++i) {
+            const nvinfer1::PluginTensorDesc& described = input_descriptions[i];
+            call.inputs[static_cast<size_t>(instance_.inputs[i])] =
+                tensor_of_dims(instance_.input(static_cast<int32_t>(i)), described.type, described.dims,
+                               const_cast<void*>(inputs[i]));
+        }
+        for (size_t i = 0; i < instance_.outputs.size(); ++i) {
+            const nvinfer1::PluginTensorDesc& described = output_descriptions[i];
+            call.outputs[static_cast<size_t>(instance_.outputs[i])] = tensor_of_dims(
+                instance_.output(static_cast<int32_t>(i)), described.type, described.dims, outputs[i]);
+        }
+        // TensorRT does not say how large the workspace is; it was sized for the largest shapes of the profile.
+        check(mla_enqueue(instance_.op, &instance_.attributes, call.inputs.data(), call.outputs.data(), workspace,
+                          std::numeric_limits<size_t>::max(), stream));
+    });
+}
+
+const nvinfer1::PluginFieldCollection* Plugin::getFieldsToSerialize() noexcept {
+    const nvinfer1::PluginFieldCollection* collection = nullptr;
+    guarded(getPluginName(), [&] {
+        serialized_ = std::make_unique<InstanceFields>(instance_);
+        collection = serialized_->collection();
+    });
+    return collection;
+}
+
+}  // namespace mla::tensorrt
