@@ -16,7 +16,8 @@ constexpr int64_t scratch_bound = int64_t{64} << 20;
 IndexWindow shapes_of(const Call& call) {
     using namespace indexer;
     IndexWindow window{};
-    window.step = make_step(call, in::query_offsets, in::cache_lengths, in::block_table, in::token_sequence, in::positions);
+    window.step = make_step(call, in::query_offsets, in::cache_lengths, in::block_table, in::token_sequence, in::positions,
+                            call.dims.index_pages);
     window.step.pages = call.dims.index_pages;
     window.layout = IndexLayout(call.attributes);
     window.pool = call.output<char>(out::indexer_cache_out);
