@@ -1,0 +1,398 @@
+"""MlaIndexer on the GPU against its float64 reference.
+
+Small whole numbers are stored and multiplied without rounding, so that every score is exact and the lists must be equal,
+ties included. With random numbers a list may differ where scores are within rounding of the last one listed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from harness import compare, compare_exactly, run_op
+from index_reference import Array, Scores, best, cache_after, layout_of
+from op_harness import CODE_STEP, Step, assert_rows_close, behind_a_page_of_nan, make_step, reference
+
+from mla_trt.formats import INDEX_FORMATS
+
+OP = "MlaIndexer"
+SCORE_TOLERANCE = 1e-5  # of the sum of a score's absolute terms
+HALF_TYPES = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
+
+P = 64
+STEPS = {
+    "ragged": ([3, 1, 5], [4, 170, 0], 0),
+    "page borders": ([1, 1, 1, 1, 1, 2], [0, P - 2, P - 1, P, 3 * P - 1, P - 1], 0),
+    "padding": ([2, 0, 2], [100, 3, 218], 3),
+    "no sequence": ([], [], 0),
+    "padding only": ([], [], 2),
+    "no new tokens": ([0, 0], [5, 6], 2),
+    "tile borders": ([1] * 9, [30, 31, 32, 254, 255, 256, 257, 511, 512], 0),
+    "prompts": ([70, 33, 1, 129], [0, 300, 0, 511], 5),
+}
+
+
+def attributes_of(
+    index_format: str = "fp8", size: int = 128, top_k: int = 32, page_size: int = P, **more: Any
+) -> dict[str, Any]:
+    return {
+        "index_head_dim": size,
+        "page_size": page_size,
+        "index_format": index_format,
+        "top_k": top_k,
+        "index_rope_dim": 0,
+        "index_norm_epsilon": 1e-6,
+        **more,
+    }
+
+
+def whole(rng: np.random.Generator, *shape: int) -> Array:
+    """-7..7, with 7 in front: the scale of such a row is 1/64 and its codes are exact."""
+    values = rng.integers(-7, 8, shape).astype(np.float32)
+    values[..., 0] = 7
+    return values
+
+
+def normal(rng: np.random.Generator, *shape: int) -> Array:
+    return rng.standard_normal(shape, np.float32)
+
+
+def case(
+    rng: np.random.Generator, step: Step, attributes: Mapping[str, Any], heads: int = 8, exact: bool = True
+) -> dict[str, Any]:
+    """Inputs of a step: cached rows are written, all other bits of the pool are set (NaN codes, NaN scales)."""
+    layout, values = layout_of(attributes), whole if exact else normal
+    size, rope = layout.index_head_dim, attributes["index_rope_dim"]
+    cache = np.full((step.pages, layout.page_words), -1, np.int32)
+    for sequence, length in enumerate(step.inputs["cache_lengths"].tolist()):
+        page, slot = step.places(sequence, range(length))
+        layout.write(cache, page, slot, values(rng, length, size))
+    query = values(rng, step.tokens, heads, size)
+    weights = rng.integers(-2, 4, (step.tokens, heads)).astype(np.float32) if exact else normal(rng, step.tokens, heads)
+    padding = step.inputs["token_sequence"] < 0
+    query[padding] = weights[padding] = np.nan
+    angles = rng.uniform(-3, 3, (step.tokens, rope // 2))
+    return {
+        "index_query": query,
+        "index_key": values(rng, step.tokens, size),
+        "index_weights": weights,
+        "index_cos": np.cos(angles).astype(np.float32),
+        "index_sin": np.sin(angles).astype(np.float32),
+        **{name: value for name, value in step.inputs.items() if name != "schedule"},
+        "indexer_cache": cache,
+    }
+
+
+def check_lists(found: Array, scores: Scores, top_k: int) -> None:
+    """Ascending lists of the right length whose keys are among the best, within rounding."""
+    worst = 0.0
+    for token, indices in enumerate(found):
+        keys, values, magnitudes = scores.of(token)
+        count = min(top_k, len(keys))
+        listed = indices[:count]
+        assert (indices[count:] == -1).all(), f"token {token}: {indices[count:]} after {count} keys"
+        assert (np.diff(listed) > 0).all(), f"token {token}: not ascending: {listed}"
+        chosen = np.isin(keys, listed)
+        assert chosen.sum() == count, f"token {token}: lists keys that it cannot see: {np.setdiff1d(listed, keys)}"
+        if count == 0 or count == len(keys):
+            continue
+        last = np.argsort(-values, kind="stable")[count - 1]
+        scale = max(float(magnitudes[last]), 1e-30)
+        missed = float(values[~chosen].max() - values[last]) / scale
+        false = float(values[last] - values[chosen].min()) / scale
+        worst = max(worst, missed, false)
+        assert max(missed, false) <= SCORE_TOLERANCE, (
+            f"token {token}, {len(keys)} keys: misses key {keys[~chosen][values[~chosen].argmax()]} (above the k-th score by "
+            f"{missed:.2e} of it), lists key {keys[chosen][values[chosen].argmin()]} (below by {false:.2e})"
+        )
+    compare("scores around the last one listed", np.array([worst]), np.zeros(1), SCORE_TOLERANCE, absolute=True)
+
+
+def check(
+    inputs: Mapping[str, Any], attributes: Mapping[str, Any], exact: bool = True, normed: Step | None = None, **how: Any
+) -> dict[str, Array]:
+    """Run the op and compare cache and lists. ``normed``: the step of rows that went through a norm."""
+    found = run_op(OP, inputs, **how, **attributes)
+    cache, expected = found["indexer_cache_out"], cache_after(inputs, attributes)
+    if normed is None:
+        compare_exactly("indexer_cache_out", cache, expected)
+    else:
+        layout = layout_of(attributes)
+        assert_rows_close(layout, cache, expected, normed.new_places(), CODE_STEP[layout.index_format])
+    scores, top_k = Scores(inputs, attributes, cache), attributes["top_k"]
+    if exact:
+        lists = [best(*scores.of(token)[:2], top_k) for token in range(len(found["indices"]))]
+        compare_exactly("indices", found["indices"], np.array(lists, np.int32).reshape(-1, top_k))
+    else:
+        check_lists(found["indices"], scores, top_k)
+    return found
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("index_format", INDEX_FORMATS)
+@pytest.mark.parametrize("hadamard", [0, 1])
+@pytest.mark.parametrize("interleaved", [0, 1])
+def test_reference_equals_the_op_sets(interleaved: int, hadamard: int, index_format: str) -> None:
+    rng = np.random.default_rng(1)
+    step = make_step(rng, [3, 0, 2, 4], [30, 3, 9, 0], page_size=4, padding=2)
+    attributes = attributes_of(
+        index_format, 32, 6, 4, index_rope_dim=16, index_rope_interleaved=interleaved, index_hadamard=hadamard
+    )
+    inputs = case(rng, step, attributes, exact=False)
+    step.inputs["block_table"][0, 1], step.inputs["block_table"][2, 0] = -1, step.pages
+    inputs["rope_rows"] = rng.integers(-3, step.tokens + 3, step.tokens).astype(np.int32)
+    inputs["page_copies"] = np.array([[step.free[0], step.free[1]], [step.pages, 0], [0, -1]], np.int32)
+    inputs["index_norm_weight"], inputs["index_norm_bias"] = normal(rng, 32), normal(rng, 32)
+    cache, expected = cache_after(inputs, attributes), reference(OP, inputs, **attributes)
+    assert_rows_close(
+        layout_of(attributes), cache, expected["indexer_cache_out"], step.new_places(), CODE_STEP[index_format]
+    )
+    scores = Scores(inputs, attributes, expected["indexer_cache_out"])
+    lists = [best(*scores.of(token)[:2], 6) for token in range(step.tokens)]
+    np.testing.assert_array_equal(lists, expected["indices"])
+    check_lists(expected["indices"], scores, 6)
+
+
+@pytest.mark.memcheck
+@pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS.keys())
+@pytest.mark.parametrize("index_format", INDEX_FORMATS)
+@pytest.mark.parametrize("top_k", [1, 40, 1000])
+def test_steps(top_k: int, index_format: str, steps: tuple[list[int], list[int], int]) -> None:
+    rng = np.random.default_rng(2)
+    step = make_step(rng, *steps[:2], page_size=P, padding=steps[2])
+    attributes = attributes_of(index_format, top_k=top_k)
+    check(case(rng, step, attributes), attributes, repeat=3)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 8, 15, 16, 17, 32, 64, 128, 300])
+@pytest.mark.parametrize("index_format", INDEX_FORMATS)
+def test_heads(index_format: str, heads: int) -> None:
+    rng = np.random.default_rng(3)
+    step = make_step(rng, [1, 5, 2], [700, 333, 64], page_size=P)
+    attributes = attributes_of(index_format)
+    check(case(rng, step, attributes, heads), attributes)
+    check(case(rng, step, attributes, heads, exact=False), attributes, exact=False)
+
+
+@pytest.mark.parametrize("size", [1, 8, 16, 20, 24, 32, 48, 64, 80, 96, 128, 160, 192, 256])
+@pytest.mark.parametrize("index_format", INDEX_FORMATS)
+def test_head_sizes(index_format: str, size: int) -> None:
+    rng = np.random.default_rng(4)
+    step = make_step(rng, [1, 6, 2], [400, 777, 0], page_size=P, padding=1)
+    attributes = attributes_of(index_format, size)
+    for heads in (4, 64):
+        check(case(rng, step, attributes, heads), attributes)
+    check(case(rng, step, attributes, 20, exact=False), attributes, exact=False)
+
+
+def test_more_heads_than_shared_memory_holds() -> None:
+    rng = np.random.default_rng(5)
+    step = make_step(rng, [1, 3], [400, 300], page_size=P)
+    attributes = attributes_of(size=256)
+    check(case(rng, step, attributes, 1000), attributes)
+
+
+@pytest.mark.parametrize("page_size", [1, 2, 7, 16, 100, 128, 256])
+@pytest.mark.parametrize("index_format", INDEX_FORMATS)
+def test_page_sizes(index_format: str, page_size: int) -> None:
+    rng = np.random.default_rng(6)
+    lengths = [0, 1, page_size - 1, page_size, page_size + 1, 600]
+    step = make_step(rng, [1, 2, 1, 1, 1, 4], lengths, page_size=page_size)
+    attributes = attributes_of(index_format, page_size=page_size)
+    check(case(rng, step, attributes), attributes)
+
+
+@pytest.mark.parametrize("size", [16, 24, 128])
+@pytest.mark.parametrize("interleaved", [0, 1])
+@pytest.mark.parametrize("rope", ["part", "all"])
+@pytest.mark.parametrize("index_format", INDEX_FORMATS)
+def test_rope(index_format: str, rope: str, interleaved: int, size: int) -> None:
+    rng = np.random.default_rng(7)
+    step = make_step(rng, [5, 3, 1], [40, 90, 200], page_size=P)
+    rope_dim = size // 2 if rope == "part" else size
+    attributes = attributes_of(index_format, size, index_rope_dim=rope_dim, index_rope_interleaved=interleaved)
+    inputs = case(rng, step, attributes, exact=False)
+    check(inputs, attributes, exact=False)
+    inputs["rope_rows"] = np.array([4, 0, 2, 99, -5, 2**31 - 1, -(2**31), 1, 8], np.int32)
+    check(inputs, attributes, exact=False)
+
+
+@pytest.mark.parametrize("ue8m0", [0, 1])
+@pytest.mark.parametrize("size", [1, 16, 32, 64, 128, 256])
+@pytest.mark.parametrize("index_format", INDEX_FORMATS)
+def test_hadamard(index_format: str, size: int, ue8m0: int) -> None:
+    rng = np.random.default_rng(8)
+    step = make_step(rng, [5, 3, 1], [40, 90, 200], page_size=P)
+    attributes = attributes_of(
+        index_format, size, index_hadamard=1, index_scale_ue8m0=ue8m0, index_rope_dim=size // 4 * 2
+    )
+    check(case(rng, step, attributes, exact=False), attributes, exact=False)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("size", [24, 128, 256])
+@pytest.mark.parametrize("index_format", INDEX_FORMATS)
+def test_norm(index_format: str, size: int, bias: bool) -> None:
+    rng = np.random.default_rng(9)
+    step = make_step(rng, [30, 3, 1], [40, 90, 200], page_size=P, padding=2)
+    attributes = attributes_of(index_format, size, index_norm_epsilon=1e-3, index_rope_dim=8)
+    inputs = case(rng, step, attributes, exact=False)
+    inputs["index_norm_weight"] = rng.uniform(0.5, 1.5, size).astype(np.float32)
+    if bias:
+        inputs["index_norm_bias"] = normal(rng, size)
+    check(inputs, attributes, exact=False, normed=step)
+
+
+@pytest.mark.parametrize("ue8m0", [0, 1])
+def test_scales(ue8m0: int) -> None:
+    rng = np.random.default_rng(10)
+    step = make_step(rng, [64], [0], page_size=P)
+    attributes = attributes_of(top_k=5, index_scale_ue8m0=ue8m0)
+    inputs = case(rng, step, attributes, exact=False)
+    inputs["index_key"] *= np.float32(2) ** np.arange(-40, 24)[:, None].astype(np.float32)
+    inputs["index_key"][3] = 0
+    inputs["index_query"][5] = 0
+    check(inputs, attributes, exact=False)
+
+
+@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+@pytest.mark.parametrize("index_format", INDEX_FORMATS)
+def test_16_bit_inputs(index_format: str, dtype: str) -> None:
+    rng = np.random.default_rng(11)
+    step = make_step(rng, [3, 1], [4, 290], page_size=P)
+    attributes = attributes_of(index_format, index_rope_dim=64)
+    inputs = case(rng, step, attributes, exact=False)
+    inputs["index_norm_weight"], inputs["index_norm_bias"] = normal(rng, 128), normal(rng, 128)
+    for name in ("index_query", "index_key", "index_norm_weight", "index_norm_bias"):
+        inputs[name] = inputs[name].astype(HALF_TYPES[dtype])
+    check(inputs, attributes, exact=False, normed=step)
+
+
+@pytest.mark.parametrize("index_format", INDEX_FORMATS)
+@pytest.mark.parametrize("top_k", [1, 100, 2048, 4096, 5000])
+def test_long_sequences(top_k: int, index_format: str) -> None:
+    rng = np.random.default_rng(12)
+    step = make_step(rng, [1, 2, 1, 1], [20000, 4095, top_k - 1, top_k], page_size=P)
+    attributes = attributes_of(index_format, top_k=top_k)
+    check(case(rng, step, attributes, 64), attributes, repeat=2)
+    check(case(rng, step, attributes, 64, exact=False), attributes, exact=False)
+
+
+def test_131072_keys() -> None:
+    rng = np.random.default_rng(13)
+    step = make_step(rng, [1, 1], [131071, 77], page_size=P)
+    attributes = attributes_of(top_k=2048)
+    check(case(rng, step, attributes, 64, exact=False), attributes, exact=False, repeat=2)
+
+
+@pytest.mark.parametrize("index_format", INDEX_FORMATS)
+@pytest.mark.parametrize("weight", [1.0, -1.0, 0.0])
+def test_ties_go_to_the_smaller_index(weight: float, index_format: str) -> None:
+    rng = np.random.default_rng(14)
+    step = make_step(rng, [1, 3], [9000, 300], page_size=P)
+    layout = layout_of(attributes_of(index_format))
+    inputs = case(rng, step, attributes_of(index_format), heads=2)
+    for sequence, length in enumerate((9000, 300)):
+        keys = np.zeros((length, 128), np.float32)
+        keys[:, 0] = 7
+        keys[:, 1] = rng.integers(-2, 3, length)  # five different scores, and with relu three
+        layout.write(inputs["indexer_cache"], *step.places(sequence, range(length)), keys)
+    inputs["index_query"][:] = 0
+    inputs["index_query"][:, :, 1] = 7
+    inputs["index_weights"][:] = weight
+    for top_k in (1, 7, 299, 2048, 5000):
+        attributes = attributes_of(index_format, top_k=top_k)
+        check(inputs, attributes)
+
+
+@pytest.mark.parametrize("index_format", INDEX_FORMATS)
+@pytest.mark.parametrize("top_k", [20, 5000])
+def test_keys_on_pages_outside_the_pool_are_not_visible(top_k: int, index_format: str) -> None:
+    rng = np.random.default_rng(15)
+    step = make_step(rng, [1, 1, 2, 1], [900, 40, 200, 2000], page_size=16)
+    attributes = attributes_of(index_format, top_k=top_k, page_size=16)
+    inputs = case(rng, step, attributes)
+    table = step.inputs["block_table"]
+    table[0, 1::3] = (-1, step.pages, 2**31 - 1, -(2**31)) * 11
+    table[1] = -7
+    table[2, -1] = table[2, 0] = -1
+    table[3, :60] = -1
+    check(inputs, attributes)
+    check(behind_a_page_of_nan(inputs, "indexer_cache"), attributes)
+
+
+def test_no_visible_keys_where_the_table_is_too_narrow() -> None:
+    rng = np.random.default_rng(16)
+    step = make_step(rng, [2, 1], [900, 400], page_size=P)
+    attributes = attributes_of(top_k=50)
+    inputs = case(rng, step, attributes)
+    inputs["block_table"] = np.ascontiguousarray(inputs["block_table"][:, :5])
+    check(inputs, attributes)
+
+
+@pytest.mark.parametrize("index_format", INDEX_FORMATS)
+def test_nan_loses(index_format: str) -> None:
+    rng = np.random.default_rng(17)
+    step = make_step(rng, [1], [2000], page_size=P)
+    attributes = attributes_of(index_format, top_k=500)
+    inputs = case(rng, step, attributes)
+    poisoned = rng.permutation(2000)[:300]
+    page, slot = step.places(0, poisoned.tolist())
+    layout = layout_of(attributes)
+    for one, row in zip(page.tolist(), slot.tolist(), strict=True):
+        inputs["indexer_cache"][one, row * layout.row_words + 3] = -1
+    found = run_op(OP, inputs, **attributes)["indices"][0]
+    assert len(np.intersect1d(found, poisoned)) == 0
+    keys, values, _ = Scores(inputs, attributes, cache_after(inputs, attributes)).of(0)
+    kept = ~np.isin(keys, poisoned)
+    compare_exactly("indices", found, best(keys[kept], values[kept], 500))
+    everything = run_op(OP, inputs, **{**attributes, "top_k": 1900})["indices"][0]
+    assert len(np.intersect1d(everything, poisoned)) == 1900 - 1701
+
+
+@pytest.mark.parametrize("index_format", INDEX_FORMATS)
+def test_many_windows(index_format: str) -> None:
+    rng = np.random.default_rng(18)
+    step = make_step(rng, [500, 700, 1, 120], [0, 100, 300, 7], page_size=P, padding=20)
+    attributes = attributes_of(index_format, 64, top_k=30)
+    check(case(rng, step, attributes, 4), attributes)
+    # a table that could hold 300,000 keys: windows of a few tokens
+    inputs = case(rng, step, attributes, 4)
+    unused = np.full((4, 300000 // P), -1, np.int32)
+    inputs["block_table"] = np.concatenate([inputs["block_table"], unused], axis=1)
+    check(inputs, attributes)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_pages_are_copied_first(in_place: bool) -> None:
+    rng = np.random.default_rng(19)
+    step = make_step(rng, [1, 2], [70, 5], page_size=P)
+    attributes = attributes_of(top_k=9)
+    inputs = case(rng, step, attributes)
+    first, second = step.inputs["block_table"][0, :2].tolist()
+    free = step.free
+    # the second page of sequence 0 gets what the first had, and that what sequence 1 had
+    other = int(step.inputs["block_table"][1, 0])
+    copies = [[first, second], [other, first], [second, free[0]], [first, step.pages], [-1, free[1]]]
+    inputs["page_copies"] = np.array(copies, np.int32)
+    check(inputs, attributes, in_place=in_place)
+
+
+def test_empty_pool() -> None:
+    rng = np.random.default_rng(20)
+    step = make_step(rng, [2, 3], [0, 100], page_size=P)
+    attributes = attributes_of(top_k=3)
+    inputs = {**case(rng, step, attributes), "indexer_cache": layout_of(attributes).empty(0)}
+    found = run_op(OP, inputs, **attributes)
+    compare_exactly("indices", found["indices"], np.full((5, 3), -1, np.int32))
+
+
+def test_decode_batch_in_a_graph() -> None:
+    rng = np.random.default_rng(21)
+    lengths = rng.integers(0, 6000, 64).tolist()
+    step = make_step(rng, [1] * 64, lengths, page_size=P)
+    attributes = attributes_of(top_k=2048, index_rope_dim=64, index_hadamard=1, index_scale_ue8m0=1)
+    check(case(rng, step, attributes, 64, exact=False), attributes, exact=False, graph=True, repeat=5)
