@@ -1,0 +1,803 @@
+// Prefill on tensor cores, bf16 with f32 sums: one cooperative kernel whose blocks stay on the device and walk through the
+// step's keys together, because only the device knows the lengths.
+//
+// The keys of all sequences that are served lie behind each other in tiles of 64, each sequence starting a tile. For a group
+// of heads and a chunk of key tiles, with a grid barrier after each stage:
+//   gather   pool rows to bf16 latents and rope keys, and which keys exist
+//   expand   [W_UK; W_UV] latent to keys and values of the group's heads
+//   attend   units (query tile of one sequence, head) take their turn; a unit whose keys reach over a chunk's end leaves its
+//            state (sums, maximum, denominator) in memory and goes on in the next chunk
+// Groups are as large as the memory for states allows, chunks as large as the memory for keys and values allows.
+#pragma once
+
+#include <cooperative_groups.h>
+
+#include "mma.cuh"
+#include "prefill_step.cuh"
+
+namespace mla::prefill_tensor {
+
+using namespace prefill_step;
+
+constexpr int key_tile = 64;
+
+// Tiles of the expansion: 128 keys x 128 columns, 64 latent values deep.
+constexpr int expand_tile = 128;
+constexpr int expand_depth = 64;
+constexpr int expand_stages = 3;
+constexpr int expand_operand_bytes = expand_tile * expand_depth * 2;
+constexpr int expand_bytes = expand_stages * 2 * expand_operand_bytes;
+
+// Tiles of the weights' conversion.
+constexpr int weight_tile = 64;
+constexpr int weight_tile_stride = weight_tile + 1;
+constexpr int weight_bytes = weight_tile * weight_tile_stride * 4;
+
+struct Plan {
+    PrefillArguments arguments;
+
+    int32_t nope;          // Dn rounded up to 16
+    int32_t rope;          // Dr rounded up to 16
+    int32_t value;         // Dv rounded up to 16
+    int32_t rank;          // R rounded up to expand_depth
+    int32_t key_stride;    // nope + rope rounded up to 64: values of a row of queries or keys in shared memory
+    int32_t group_heads;   // heads of a group
+    int32_t chunk_tiles;   // key tiles of a chunk
+    int32_t value_slices;  // units that share the columns of the output
+    bool nope_vectors, rope_vectors;  // the query's rows can be read 8 values at once
+    bool output_pairs;                // the output's rows can be written 2 values at once
+
+    int32_t* counter;      // of attend's units
+    int32_t* query_tiles;  // [B + 1] first query tile of each sequence
+    int32_t* key_tiles;    // [B + 1] first key tile of each sequence
+    uint64_t* key_masks;   // [chunk tiles] which keys exist
+    float* row_scales;     // [chunk keys]
+    __nv_bfloat16* latents;   // [chunk keys, rank]
+    __nv_bfloat16* ropes;     // [chunk keys, rope]
+    __nv_bfloat16* weights;   // [H, nope + value, rank]
+    __nv_bfloat16* expanded;  // [group heads, chunk keys, nope + value]
+    float* states;            // [group heads, T, value]
+    float2* state_sums;       // [value slices, group heads, T] maximum and denominator
+
+    MLA_BOTH int32_t columns() const { return nope + value; }
+    MLA_BOTH int32_t chunk_keys() const { return chunk_tiles * key_tile; }
+};
+
+// A warp takes `row_tiles` x 16 query rows of a unit and `width` columns of the output; a multiprocessor has registers for
+// `blocks` blocks. `nope` and `rope` are the plan's, or 0 where only the plan knows them.
+template <int row_tiles_, int warps_, int width_, int blocks_, int nope_ = 0, int rope_ = 0>
+struct Shape {
+    static constexpr int row_tiles = row_tiles_, warps = warps_, width = width_, blocks = blocks_;
+    static constexpr int nope = nope_, rope = rope_;
+    static constexpr int threads = warps * warp_size;
+    static constexpr int warp_rows = 16 * row_tiles;
+    static constexpr int rows = warps * warp_rows;
+
+    static constexpr int64_t shared_bytes(int64_t key_stride) {
+        int64_t const attend = 2 * ((rows + key_tile) * key_stride + key_tile * width);
+        return attend > expand_bytes ? attend : expand_bytes;
+    }
+};
+
+__device__ inline bool served(const PrefillArguments& a, const Sequence& sequence) {
+    return sequence.tokens >= max(a.min_new_tokens, 1);
+}
+
+// The index i with starts[i] <= item < starts[i + 1].
+__device__ inline int32_t owner(const int32_t* starts, int32_t count, int32_t item) {
+    int32_t low = 0, high = count;
+    while (low < high) {
+        int32_t const middle = (low + high) / 2;
+        if (starts[middle + 1] > item) {
+            high = middle;
+        } else {
+            low = middle + 1;
+        }
+    }
+    return low;
+}
+
+template <int threads>
+__device__ void zero_padding(const PrefillArguments& a) {
+    for (int64_t i = blockIdx.x; i < a.step.tokens; i += gridDim.x) {
+        if (a.step.sequence_of(i) >= 0) continue;
+        for (int j = threadIdx.x; j < a.heads * a.value; j += threads) {
+            int64_t const start = i * a.output.token_stride + j / a.value * a.output.head_stride;
+            store_float(a.output.data, a.output.type, start + j % a.value, 0.0f);
+        }
+        if (a.lse == nullptr) continue;
+        for (int head = threadIdx.x; head < a.heads; head += threads) a.lse[i * a.heads + head] = -INFINITY;
+    }
+}
+
+template <int threads>
+__device__ bool anything_served(const PrefillArguments& a) {
+    bool found = false;
+    for (int64_t i = threadIdx.x; i < a.step.sequences; i += threads) {
+        found |= served(a, sequence_at(a.step, a.layout.page_size, i));
+    }
+    return __syncthreads_or(found);
+}
+
+// By one block: where each sequence's query tiles and key tiles start. A thread takes consecutive sequences.
+template <typename S>
+__device__ void make_starts(const Plan& plan) {
+    __shared__ int2 warp_sums[S::warps];
+    const PrefillArguments& a = plan.arguments;
+    int64_t const count = ceil_div<int64_t>(a.step.sequences, S::threads);
+    int64_t const first = min(threadIdx.x * count, a.step.sequences);
+    int64_t const end = min(first + count, a.step.sequences);
+    auto const tiles = [&](int64_t i) {
+        Sequence const sequence = sequence_at(a.step, a.layout.page_size, i);
+        if (!served(a, sequence)) return make_int2(0, 0);
+        // one tile where there is no key either: its queries get their zeros like all others
+        return make_int2(ceil_div(sequence.tokens, S::rows), max(ceil_div(sequence.keys, key_tile), 1));
+    };
+    int2 sum = make_int2(0, 0);
+    for (int64_t i = first; i < end; ++i) {
+        int2 const own = tiles(i);
+        sum.x += own.x;
+        sum.y += own.y;
+    }
+    int const warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
+    int2 before = sum;  // inclusive within the warp
+    for (int offset = 1; offset < warp_size; offset *= 2) {
+        int const x = __shfl_up_sync(0xffffffffu, before.x, offset), y = __shfl_up_sync(0xffffffffu, before.y, offset);
+        if (lane >= offset) {
+            before.x += x;
+            before.y += y;
+        }
+    }
+    if (lane == warp_size - 1) warp_sums[warp] = before;
+    __syncthreads();
+    before.x -= sum.x;
+    before.y -= sum.y;
+    for (int i = 0; i < warp; ++i) {
+        before.x += warp_sums[i].x;
+        before.y += warp_sums[i].y;
+    }
+    if (threadIdx.x == 0) plan.query_tiles[0] = plan.key_tiles[0] = 0;
+    for (int64_t i = first; i < end; ++i) {
+        int2 const own = tiles(i);
+        before.x += own.x;
+        before.y += own.y;
+        plan.query_tiles[i + 1] = before.x;
+        plan.key_tiles[i + 1] = before.y;
+    }
+}
+
+// Weights of all heads to bf16 [H, nope + value, rank], the latent values innermost, zeros in what was added.
+template <int threads>
+__device__ void convert_weights(const Plan& plan, float* tile) {
+    const PrefillArguments& a = plan.arguments;
+    int const rank = a.layout.rank;
+    int const across = plan.rank / weight_tile;
+    int const nope_tiles = ceil_div(plan.nope, weight_tile) * across;
+    int const head_tiles = nope_tiles + ceil_div(plan.value, weight_tile) * across;
+    for (int64_t job = blockIdx.x; job < static_cast<int64_t>(a.heads) * head_tiles; job += gridDim.x) {
+        int const head = static_cast<int>(job / head_tiles), number = static_cast<int>(job % head_tiles);
+        bool const keys = number < nope_tiles;
+        int const local = keys ? number : number - nope_tiles;
+        int const row0 = local / across * weight_tile, r0 = local % across * weight_tile;
+        __syncthreads();
+        for (int i = threadIdx.x; i < weight_tile * weight_tile; i += threads) {
+            int const y = i / weight_tile, x = i % weight_tile;
+            float value = 0.0f;
+            if (keys) {  // [r, n]
+                if (r0 + y < rank && row0 + x < a.nope) {
+                    value = weight_value(a.w_uk, head, rank, a.nope, r0 + y, row0 + x);
+                }
+            } else if (row0 + y < a.value && r0 + x < rank) {  // [v, r]
+                value = weight_value(a.w_uv, head, a.value, rank, row0 + y, r0 + x);
+            }
+            tile[y * weight_tile_stride + x] = value;
+        }
+        __syncthreads();
+        int const rows = keys ? plan.nope : plan.value;
+        __nv_bfloat16* const target =
+            plan.weights + (static_cast<int64_t>(head) * plan.columns() + (keys ? 0 : plan.nope)) * plan.rank;
+        for (int i = threadIdx.x; i < weight_tile * weight_tile; i += threads) {
+            int const y = i / weight_tile, x = i % weight_tile;
+            if (row0 + y >= rows) continue;
+            float const value = tile[keys ? x * weight_tile_stride + y : y * weight_tile_stride + x];
+            target[static_cast<int64_t>(row0 + y) * plan.rank + r0 + x] = __float2bfloat16_rn(value);
+        }
+    }
+}
+
+// 2^x; denormal results are 0.
+__device__ inline float power_of_two(float x) {
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+}
+
+__device__ inline uint32_t pack(float low, float high) {
+    __nv_bfloat162 const pair = __floats2bfloat162_rn(low, high);
+    return reinterpret_cast<const uint32_t&>(pair);
+}
+
+__device__ inline uint32_t pack_codes(uint32_t codes) {
+    __nv_bfloat162 const pair = decode_e4m3x2(static_cast<uint16_t>(codes));
+    return reinterpret_cast<const uint32_t&>(pair);
+}
+
+// Latent values r..r+7 of a row, before the row's factor, as bf16; zeros past R. Rows lie on multiples of 16 bytes.
+__device__ inline uint4 latent_vector(const KvLayout& layout, const uint8_t* row, int32_t r) {
+    if (r + 8 <= layout.rank && layout.format == row_format::bf16) return *reinterpret_cast<const uint4*>(row + 2 * r);
+    if (r + 8 <= layout.rank && layout.format != row_format::fp8_ds_mla) {
+        uint2 const codes = *reinterpret_cast<const uint2*>(row + r);
+        return make_uint4(pack_codes(codes.x), pack_codes(codes.x >> 16), pack_codes(codes.y), pack_codes(codes.y >> 16));
+    }
+    float values[8];
+    for (int i = 0; i < 8; ++i) values[i] = r + i < layout.rank ? latent_value(layout, row, r + i) : 0.0f;
+    return make_uint4(pack(values[0], values[1]), pack(values[2], values[3]), pack(values[4], values[5]),
+                      pack(values[6], values[7]));
+}
+
+// Rows of the chunk's keys; zeros for keys that do not exist.
+template <int threads>
+__device__ void gather(const Plan& plan, int32_t chunk_start, int32_t chunk_end) {
+    constexpr int warps = threads / warp_size;
+    __shared__ uint32_t present[key_tile / 32];
+    const PrefillArguments& a = plan.arguments;
+    const KvLayout& layout = a.layout;
+    int const warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
+    for (int32_t tile = chunk_start + blockIdx.x; tile < chunk_end; tile += gridDim.x) {
+        int32_t const local = tile - chunk_start;
+        int32_t const index = owner(plan.key_tiles, static_cast<int32_t>(a.step.sequences), tile);
+        int32_t const key0 = (tile - plan.key_tiles[index]) * key_tile;
+        int32_t const keys = sequence_at(a.step, layout.page_size, index).keys;
+        __syncthreads();
+        if (threadIdx.x < key_tile / 32) present[threadIdx.x] = 0;
+        __syncthreads();
+        for (int slot = warp; slot < key_tile; slot += warps) {
+            int32_t const key = key0 + slot;
+            int64_t const place = static_cast<int64_t>(local) * key_tile + slot;
+            __nv_bfloat16* const latent = plan.latents + place * plan.rank;
+            __nv_bfloat16* const rope = plan.ropes + place * plan.rope;
+            int32_t const page = key < keys ? page_of(a.step.block_table, a.step.max_pages, a.step.pages,
+                                                      layout.page_size, index, key)
+                                            : -1;
+            if (page < 0) {
+                for (int r = lane * 8; r < plan.rank; r += warp_size * 8) {
+                    *reinterpret_cast<uint4*>(latent + r) = make_uint4(0, 0, 0, 0);
+                }
+                for (int d = lane; d < plan.rope; d += warp_size) rope[d] = __float2bfloat16_rn(0.0f);
+                if (lane == 0) plan.row_scales[place] = 0.0f;
+                continue;
+            }
+            Row const row = row_at(layout, static_cast<const uint8_t*>(a.pool), page, key % layout.page_size);
+            for (int r = lane * 8; r < plan.rank; r += warp_size * 8) {
+                *reinterpret_cast<uint4*>(latent + r) = latent_vector(layout, row.bytes, r);
+            }
+            for (int d = lane; d < plan.rope; d += warp_size) {
+                rope[d] = __float2bfloat16_rn(d < layout.rope ? rope_value(layout, row.bytes, d) * row.scale : 0.0f);
+            }
+            if (lane == 0) {
+                plan.row_scales[place] = row.scale;
+                atomicOr(&present[slot / 32], 1u << (slot % 32));
+            }
+        }
+        __syncthreads();
+        if (threadIdx.x == 0) plan.key_masks[local] = present[0] | static_cast<uint64_t>(present[1]) << 32;
+    }
+}
+
+// expanded = row scale x latents x weights^T for heads head0.. and the first `tiles` key tiles of the chunk.
+template <typename S>
+__device__ void expand(const Plan& plan, uint8_t* shared, int32_t head0, int32_t heads, int32_t tiles) {
+    constexpr int warps_across = S::warps / 2;  // two warps along the keys
+    constexpr int m_tiles = expand_tile / 2 / 16;
+    constexpr int n_tiles = expand_tile / warps_across / 8;
+    constexpr int rows_at_once = S::threads / 8;
+    int const warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
+    int const warp_m = warp / warps_across * (expand_tile / 2), warp_n = warp % warps_across * (n_tiles * 8);
+    int const load_row = threadIdx.x / 8, load_unit = threadIdx.x % 8;
+    uint32_t const base = shared_address(shared);
+    uint32_t const load_base = base + load_row * (expand_depth * 2) + ((load_unit ^ (load_row % 8)) << 4);
+    int32_t const keys = tiles * key_tile, columns = heads * plan.columns();
+    int32_t const down = ceil_div(keys, expand_tile), across = ceil_div(columns, expand_tile);
+    int const depth = plan.rank / expand_depth;
+    const __nv_bfloat16* const weights = plan.weights + static_cast<int64_t>(head0) * plan.columns() * plan.rank;
+
+    // ldmatrix: lane's row and 16-byte unit in the fragments of A (rows 16 x depth 16) and of B (two tiles of 8 columns)
+    int const a_row = lane % 16, a_unit = lane / 16;
+    int const b_row = lane % 8 + lane / 16 * 8, b_unit = lane / 8 % 2;
+    int const swizzle = lane % 8;
+
+    for (int64_t job = blockIdx.x; job < static_cast<int64_t>(down) * across; job += gridDim.x) {
+        int32_t const m0 = static_cast<int32_t>(job % down) * expand_tile;
+        int32_t const n0 = static_cast<int32_t>(job / down) * expand_tile;
+        int64_t const source = static_cast<int64_t>(load_row) * plan.rank + load_unit * 8;
+        const __nv_bfloat16* const a_source = plan.latents + static_cast<int64_t>(m0) * plan.rank + source;
+        const __nv_bfloat16* const b_source = weights + static_cast<int64_t>(n0) * plan.rank + source;
+        auto const load = [&](int step) {
+            uint32_t target = load_base + step % expand_stages * (2 * expand_operand_bytes);
+            const __nv_bfloat16* next_a = a_source + step * expand_depth;
+            const __nv_bfloat16* next_b = b_source + step * expand_depth;
+#pragma unroll
+            for (int row = 0; row < expand_tile; row += rows_at_once) {
+                copy_async_16(target, next_a, true);
+                copy_async_16(target + expand_operand_bytes, next_b, n0 + load_row + row < columns);
+                target += rows_at_once * expand_depth * 2;
+                next_a += rows_at_once * plan.rank;
+                next_b += rows_at_once * plan.rank;
+            }
+        };
+        float sums[m_tiles][n_tiles][4] = {};
+#pragma unroll
+        for (int step = 0; step < expand_stages - 1; ++step) {
+            if (step < depth) load(step);
+            copy_async_commit();
+        }
+        for (int step = 0; step < depth; ++step) {
+            copy_async_wait<expand_stages - 2>();
+            __syncthreads();
+            if (step + expand_stages - 1 < depth) load(step + expand_stages - 1);
+            copy_async_commit();
+            uint32_t const stage = base + step % expand_stages * (2 * expand_operand_bytes);
+            uint32_t const a_base = stage + (warp_m + a_row) * (expand_depth * 2);
+            uint32_t const b_base = stage + expand_operand_bytes + (warp_n + b_row) * (expand_depth * 2);
+#pragma unroll
+            for (int k = 0; k < expand_depth / 16; ++k) {
+                uint32_t a[m_tiles][4];
+                uint32_t const a_offset = ((2 * k + a_unit) ^ swizzle) << 4, b_offset = ((2 * k + b_unit) ^ swizzle) << 4;
+#pragma unroll
+                for (int m = 0; m < m_tiles; ++m) ldmatrix_x4(a[m], a_base + m * 16 * (expand_depth * 2) + a_offset);
+#pragma unroll
+                for (int n = 0; n < n_tiles; n += 2) {
+                    uint32_t b[4];
+                    ldmatrix_x4(b, b_base + n * 8 * (expand_depth * 2) + b_offset);
+#pragma unroll
+                    for (int m = 0; m < m_tiles; ++m) {
+                        mma_bf16(sums[m][n], a[m], b[0], b[1]);
+                        mma_bf16(sums[m][n + 1], a[m], b[2], b[3]);
+                    }
+                }
+            }
+        }
+        copy_async_wait<0>();
+        __syncthreads();
+
+        // Lanes 2i and 2i+1 exchange, so that each stores four neighbouring columns of one of two tiles. A pair of tiles
+        // is 16 columns and never reaches over the border of two heads or of keys and values.
+        int const g = lane / 4, t = lane % 4, odd = t % 2;
+#pragma unroll
+        for (int n = 0; n < n_tiles; n += 2) {
+            int32_t const column = n0 + warp_n + n * 8;
+            int32_t const head = column / plan.columns();
+            int32_t const inner = column - head * plan.columns() + odd * 8 + t / 2 * 4;
+            __nv_bfloat16* const target =
+                plan.expanded + static_cast<int64_t>(head) * plan.chunk_keys() * plan.columns() + inner;
+#pragma unroll
+            for (int m = 0; m < m_tiles; ++m) {
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    int32_t const key = m0 + warp_m + m * 16 + half * 8 + g;
+                    float const scale = key < keys ? plan.row_scales[key] : 0.0f;
+                    uint32_t const left = pack(sums[m][n][2 * half] * scale, sums[m][n][2 * half + 1] * scale);
+                    uint32_t const right = pack(sums[m][n + 1][2 * half] * scale, sums[m][n + 1][2 * half + 1] * scale);
+                    uint32_t const other = __shfl_xor_sync(0xffffffffu, odd ? left : right, 1);
+                    if (key < keys && column < columns) {
+                        *reinterpret_cast<uint2*>(target + static_cast<int64_t>(key) * plan.columns()) =
+                            odd ? make_uint2(other, right) : make_uint2(left, other);
+                    }
+                }
+            }
+        }
+    }
+}
+
+// Values d..d+7 of a head's query as bf16, signs changed by the mask; zeros past `width`.
+__device__ inline uint4 query_vector(const HeadView<const void*>& view, bool vectors, int64_t start, int32_t d,
+                                     int32_t width, uint32_t signs) {
+    uint4 packed;
+    if (vectors && d + 8 <= width && view.type == MLA_BFLOAT16) {
+        packed = *reinterpret_cast<const uint4*>(static_cast<const __nv_bfloat16*>(view.data) + start + d);
+    } else if (vectors && d + 8 <= width && view.type == MLA_FLOAT16) {
+        uint4 const halves = *reinterpret_cast<const uint4*>(static_cast<const __half*>(view.data) + start + d);
+        auto const convert = [](const uint32_t& bits) {
+            float2 const pair = __half22float2(reinterpret_cast<const __half2&>(bits));
+            return pack(pair.x, pair.y);
+        };
+        packed = make_uint4(convert(halves.x), convert(halves.y), convert(halves.z), convert(halves.w));
+    } else if (vectors && d + 8 <= width && view.type == MLA_FLOAT) {
+        const float4* const source = reinterpret_cast<const float4*>(static_cast<const float*>(view.data) + start + d);
+        float4 const low = source[0], high = source[1];
+        packed = make_uint4(pack(low.x, low.y), pack(low.z, low.w), pack(high.x, high.y), pack(high.z, high.w));
+    } else {
+        float values[8];
+        for (int i = 0; i < 8; ++i) values[i] = d + i < width ? load_float(view.data, view.type, start + d + i) : 0.0f;
+        packed = make_uint4(pack(values[0], values[1]), pack(values[2], values[3]), pack(values[4], values[5]),
+                            pack(values[6], values[7]));
+    }
+    packed.x ^= signs;
+    packed.y ^= signs;
+    packed.z ^= signs;
+    packed.w ^= signs;
+    return packed;
+}
+
+// Two neighbouring values of the output, of which `room` at most are there.
+__device__ inline void store_pair(const HeadView<void*>& view, bool pairs, int64_t index, float left, float right,
+                                  int32_t room) {
+    if (pairs && room > 0 && view.type == MLA_BFLOAT16) {
+        *reinterpret_cast<uint32_t*>(static_cast<__nv_bfloat16*>(view.data) + index) = pack(left, right);
+        return;
+    }
+    if (room > 0) store_float(view.data, view.type, index, left);
+    if (room > 1) store_float(view.data, view.type, index + 1, right);
+}
+
+struct Unit {
+    int64_t token;             // its first row
+    int32_t rows;              // rows that are tokens
+    int32_t position;          // of the first row
+    int32_t head;              // in the group
+    int32_t slice;             // of the output's columns
+    int32_t first_key;         // the sequence's first key tile, counted from the chunk's start (may be negative)
+    int32_t key_start, key_end;  // key tiles in this chunk
+    bool starts, ends;         // whether its first and its last keys are in this chunk
+};
+
+// The unit numbered `index`: heads one after the other, in each the last query tiles, which see most keys, first. False
+// where the unit sees nothing of this chunk.
+template <int rows>
+__device__ bool make_unit(const Plan& plan, int32_t index, int32_t query_end, int32_t query_count, int32_t chunk_start,
+                          int32_t chunk_end, Unit& unit) {
+    const PrefillArguments& a = plan.arguments;
+    int32_t const per_head = query_count * plan.value_slices;
+    unit.head = index / per_head;
+    int32_t const rest = index % per_head;
+    unit.slice = rest % plan.value_slices;
+    int32_t const tile = query_end - 1 - rest / plan.value_slices;
+    int32_t const number = owner(plan.query_tiles, static_cast<int32_t>(a.step.sequences), tile);
+    Sequence const sequence = sequence_at(a.step, a.layout.page_size, number);
+    int32_t const row0 = (tile - plan.query_tiles[number]) * rows;
+    unit.token = sequence.first + row0;
+    unit.rows = min(sequence.tokens - row0, rows);
+    unit.position = sequence.cached + row0;
+    int32_t const sequence_start = plan.key_tiles[number] - chunk_start;
+    int32_t const seen = max(ceil_div(min(unit.position + unit.rows, sequence.keys), key_tile), 1);
+    unit.first_key = sequence_start;
+    unit.key_start = max(sequence_start, 0);
+    unit.key_end = min(sequence_start + seen, chunk_end - chunk_start);
+    unit.starts = sequence_start >= 0;
+    unit.ends = sequence_start + seen <= chunk_end - chunk_start;
+    return unit.key_start < unit.key_end;
+}
+
+// Attention of one unit over its key tiles of this chunk.
+template <typename S>
+__device__ void attend_unit(const Plan& plan, uint8_t* shared, const Unit& unit, int32_t head0) {
+    constexpr int rows_at_once = S::threads / 8;
+    constexpr int value_tiles = S::width / 8;
+    const PrefillArguments& a = plan.arguments;
+    int const warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
+    int const g = lane / 4, t = lane % 4;
+    int const load_row = threadIdx.x / 8, load_unit = threadIdx.x % 8;
+    int const nope = S::nope > 0 ? S::nope : plan.nope, rope = S::rope > 0 ? S::rope : plan.rope;
+    int const columns = plan.columns();
+    int const row_bytes = round_up(nope + rope, 64) * 2;
+    int const warp_row = warp * S::warp_rows;
+    int const head = head0 + unit.head;
+    int const column0 = unit.slice * S::width;
+    uint8_t* const queries = shared;
+    uint32_t const query_base = shared_address(queries);
+    uint32_t const key_base = query_base + S::rows * row_bytes;
+    uint32_t const value_base = key_base + key_tile * row_bytes;
+    int const nope_units = nope / 8, rope_units = rope / 8;
+    int const value_units = min(plan.value - column0, S::width) / 8;
+
+    // A thread copies 16-byte units load_unit, load_unit + 8, .. of rows load_row, load_row + rows_at_once, ..: those are
+    // the same places in all of its rows, since rows_at_once is a multiple of 8.
+    int const load_swizzle = (load_unit ^ (load_row % 8)) << 4;
+    const __nv_bfloat16* const expanded =
+        plan.expanded + (static_cast<int64_t>(unit.head) * plan.chunk_keys() + load_row) * columns;
+    const __nv_bfloat16* const key_source = expanded + load_unit * 8;
+    const __nv_bfloat16* const value_source = expanded + nope + column0 + load_unit * 8;
+    const __nv_bfloat16* const rope_source = plan.ropes + load_row * rope + load_unit * 8;
+    uint32_t const key_target = key_base + load_row * row_bytes;
+    uint32_t const value_target = value_base + load_row * (S::width * 2) + load_swizzle;
+    auto const load_keys = [&](int32_t tile) {
+        const __nv_bfloat16* next = key_source + static_cast<int64_t>(tile) * key_tile * columns;
+        const __nv_bfloat16* next_rope = rope_source + tile * key_tile * rope;
+        uint32_t target = key_target;
+#pragma unroll
+        for (int row = 0; row < key_tile; row += rows_at_once) {
+#pragma unroll
+            for (int u = 0; u < nope_units; u += 8) {
+                if (u + load_unit < nope_units) copy_async_16(target + u * 16 + load_swizzle, next + u * 8, true);
+            }
+#pragma unroll
+            for (int u = 0; u < rope_units; u += 8) {
+                if (u + load_unit >= rope_units) continue;
+                int const place = nope_units + u + load_unit;
+                copy_async_16(target + ((place ^ (load_row % 8)) << 4), next_rope + u * 8, true);
+            }
+            next += rows_at_once * columns;
+            next_rope += rows_at_once * rope;
+            target += rows_at_once * row_bytes;
+        }
+    };
+    auto const load_values = [&](int32_t tile) {
+        const __nv_bfloat16* next = value_source + static_cast<int64_t>(tile) * key_tile * columns;
+        uint32_t target = value_target;
+#pragma unroll
+        for (int row = 0; row < key_tile; row += rows_at_once) {
+#pragma unroll
+            for (int u = 0; u < S::width / 8; u += 8) {
+                if (u + load_unit < value_units) copy_async_16(target + u * 16, next + u * 8, true);
+            }
+            next += rows_at_once * columns;
+            target += rows_at_once * S::width * 2;
+        }
+    };
+
+    load_keys(unit.key_start);
+    copy_async_commit();
+
+    // a negative softmax scale goes into the queries: maxima below are of scores times a positive factor. The factor is not
+    // 0 either, so that -inf times it stays what it is
+    uint32_t const signs = a.softmax_scale < 0.0f ? 0x80008000u : 0u;
+    float const factor = fmaxf(fabsf(a.softmax_scale) * log2e, 1e-30f);
+    for (int row = load_row; row < S::rows; row += rows_at_once) {
+        bool const real = row < unit.rows;
+        int64_t const token = unit.token + row;
+        int64_t const nope_start = token * a.query_nope.token_stride + head * a.query_nope.head_stride;
+        int64_t const rope_start = token * a.query_rope.token_stride + head * a.query_rope.head_stride;
+        for (int u = load_unit; u < nope_units + rope_units; u += 8) {
+            uint4 values = make_uint4(0, 0, 0, 0);
+            if (real && u < nope_units) {
+                values = query_vector(a.query_nope, plan.nope_vectors, nope_start, u * 8, a.nope, signs);
+            } else if (real) {
+                values = query_vector(a.query_rope, plan.rope_vectors, rope_start, (u - nope_units) * 8, a.layout.rope,
+                                      signs);
+            }
+            *reinterpret_cast<uint4*>(queries + row * row_bytes + ((u ^ (row % 8)) << 4)) = values;
+        }
+    }
+
+    float sums[S::row_tiles][value_tiles][4];
+    float largest[S::row_tiles][2], total[S::row_tiles][2];  // total: this lane's part
+    int64_t const state_row = static_cast<int64_t>(unit.head) * a.step.tokens + unit.token + warp_row + g;
+    float2* const state_sums = plan.state_sums + static_cast<int64_t>(unit.slice) * plan.group_heads * a.step.tokens;
+#pragma unroll
+    for (int m = 0; m < S::row_tiles; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            int const row = m * 16 + half * 8;
+            bool const stored = !unit.starts && warp_row + g + row < unit.rows;
+            float2 state = make_float2(-INFINITY, 0.0f);
+            if (stored) state = state_sums[state_row + row];
+            largest[m][half] = state.x;
+            total[m][half] = t == 0 ? state.y : 0.0f;
+#pragma unroll
+            for (int n = 0; n < value_tiles; ++n) {
+                int const column = column0 + n * 8 + 2 * t;
+                float2 pair = make_float2(0.0f, 0.0f);
+                if (stored && column < plan.value) {
+                    pair = *reinterpret_cast<const float2*>(plan.states + (state_row + row) * plan.value + column);
+                }
+                sums[m][n][2 * half] = pair.x;
+                sums[m][n][2 * half + 1] = pair.y;
+            }
+        }
+    }
+
+    int const a_row = lane % 16, a_unit = lane / 16;
+    int const b_row = lane % 8 + lane / 16 * 8, b_unit = lane / 8 % 2;
+    int const swizzle = lane % 8;
+    uint32_t const query_row = query_base + (warp_row + a_row) * row_bytes;
+    uint32_t const key_row = key_base + b_row * row_bytes;
+    uint32_t const value_row = value_base + a_row * (S::width * 2);
+    int const steps = (nope + rope) / 16;
+    int32_t const first_position = unit.position + warp_row;
+    bool const idle = warp_row >= unit.rows;
+
+    for (int32_t tile = unit.key_start; tile < unit.key_end; ++tile) {
+        uint64_t const mask = plan.key_masks[tile];
+        int32_t const key0 = (tile - unit.first_key) * key_tile;
+        bool const skip = idle || key0 > first_position + S::warp_rows - 1;
+        copy_async_wait<0>();
+        __syncthreads();  // the keys are here, and nobody reads the values of the last tile any more
+        load_values(tile);
+        copy_async_commit();
+
+        float scores[S::row_tiles][key_tile / 8][4];
+        if (!skip) {
+#pragma unroll
+            for (int m = 0; m < S::row_tiles; ++m) {
+#pragma unroll
+                for (int n = 0; n < key_tile / 8; ++n) {
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) scores[m][n][i] = 0.0f;
+                }
+            }
+#pragma unroll 2
+            for (int k = 0; k < steps; ++k) {
+                uint32_t q[S::row_tiles][4];
+                uint32_t const q_offset = ((2 * k + a_unit) ^ swizzle) << 4, k_offset = ((2 * k + b_unit) ^ swizzle) << 4;
+#pragma unroll
+                for (int m = 0; m < S::row_tiles; ++m) ldmatrix_x4(q[m], query_row + m * 16 * row_bytes + q_offset);
+#pragma unroll
+                for (int n = 0; n < key_tile / 8; n += 2) {
+                    uint32_t b[4];
+                    ldmatrix_x4(b, key_row + n * 8 * row_bytes + k_offset);
+#pragma unroll
+                    for (int m = 0; m < S::row_tiles; ++m) {
+                        mma_bf16(scores[m][n], q[m], b[0], b[1]);
+                        mma_bf16(scores[m][n + 1], q[m], b[2], b[3]);
+                    }
+                }
+            }
+            if (mask != ~uint64_t{0} || key0 + key_tile - 1 > first_position) {
+                uint64_t const own = mask >> (2 * t);  // from here keys count from the lane's first
+                int32_t const last = first_position + g - key0 - 2 * t;
+#pragma unroll
+                for (int n = 0; n < key_tile / 8; ++n) {
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        int const key = n * 8 + i % 2;
+                        bool const present = (own >> key & 1) != 0;
+#pragma unroll
+                        for (int m = 0; m < S::row_tiles; ++m) {
+                            if (!present || key - m * 16 - i / 2 * 8 > last) scores[m][n][i] = -INFINITY;
+                        }
+                    }
+                }
+            }
+        }
+        copy_async_wait<0>();
+        __syncthreads();  // the values are here, and nobody reads this tile's keys any more
+        if (tile + 1 < unit.key_end) load_keys(tile + 1);
+        copy_async_commit();
+        if (skip) continue;
+
+        uint32_t weights[S::row_tiles][key_tile / 16][4];
+#pragma unroll
+        for (int m = 0; m < S::row_tiles; ++m) {
+            float scale[2];
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                float top = largest[m][half];
+#pragma unroll
+                for (int n = 0; n < key_tile / 8; ++n) {
+                    top = fmaxf(top, fmaxf(scores[m][n][2 * half], scores[m][n][2 * half + 1]));
+                }
+                top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
+                top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
+                float const base = top == -INFINITY ? 0.0f : top * factor;
+                scale[half] = power_of_two(fmaf(largest[m][half], factor, -base));
+                largest[m][half] = top;
+                float sum = 0.0f;
+#pragma unroll
+                for (int n = 0; n < key_tile / 8; ++n) {
+                    float const left = power_of_two(fmaf(scores[m][n][2 * half], factor, -base));
+                    float const right = power_of_two(fmaf(scores[m][n][2 * half + 1], factor, -base));
+                    sum += left + right;
+                    weights[m][n / 2][n % 2 * 2 + half] = pack(left, right);
+                }
+                total[m][half] = total[m][half] * scale[half] + sum;
+            }
+            if (__any_sync(0xffffffffu, scale[0] != 1.0f || scale[1] != 1.0f)) {
+#pragma unroll
+                for (int n = 0; n < value_tiles; ++n) {
+                    sums[m][n][0] *= scale[0];
+                    sums[m][n][1] *= scale[0];
+                    sums[m][n][2] *= scale[1];
+                    sums[m][n][3] *= scale[1];
+                }
+            }
+        }
+#pragma unroll
+        for (int k = 0; k < key_tile / 16; ++k) {
+#pragma unroll
+            for (int n = 0; n < value_tiles; n += 2) {
+                uint32_t b[4];
+                ldmatrix_x4_transposed(b, value_row + k * 16 * (S::width * 2) + (((n + a_unit) ^ swizzle) << 4));
+#pragma unroll
+                for (int m = 0; m < S::row_tiles; ++m) {
+                    mma_bf16(sums[m][n], weights[m][k], b[0], b[1]);
+                    mma_bf16(sums[m][n + 1], weights[m][k], b[2], b[3]);
+                }
+            }
+        }
+    }
+    copy_async_wait<0>();
+
+#pragma unroll
+    for (int m = 0; m < S::row_tiles; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            int const row = m * 16 + half * 8;
+            float sum = total[m][half];
+            sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+            sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+            if (warp_row + g + row >= unit.rows) continue;
+            if (!unit.ends) {
+                if (t == 0) state_sums[state_row + row] = make_float2(largest[m][half], sum);
+#pragma unroll
+                for (int n = 0; n < value_tiles; ++n) {
+                    int const column = column0 + n * 8 + 2 * t;
+                    if (column >= plan.value) continue;
+                    *reinterpret_cast<float2*>(plan.states + (state_row + row) * plan.value + column) =
+                        make_float2(sums[m][n][2 * half], sums[m][n][2 * half + 1]);
+                }
+                continue;
+            }
+            int64_t const token = unit.token + warp_row + g + row;
+            float const top = largest[m][half] * factor;
+            float denominator = sum;
+            if (a.sinks != nullptr) denominator += exp2f(a.sinks[head] * log2e - top);
+            float const share = sum > 0.0f ? 1.0f / denominator : 0.0f;
+            if (a.lse != nullptr && t == 0 && unit.slice == 0) a.lse[token * a.heads + head] = logf(sum) + top * ln2;
+            int64_t const start = token * a.output.token_stride + head * a.output.head_stride;
+#pragma unroll
+            for (int n = 0; n < value_tiles; ++n) {
+                int const column = column0 + n * 8 + 2 * t;
+                store_pair(a.output, plan.output_pairs, start + column, sums[m][n][2 * half] * share,
+                           sums[m][n][2 * half + 1] * share, a.value - column);
+            }
+        }
+    }
+}
+
+template <typename S>
+__device__ void attend(const Plan& plan, uint8_t* shared, int32_t head0, int32_t heads, int32_t chunk_start,
+                       int32_t chunk_end) {
+    __shared__ Unit unit;
+    __shared__ bool found;
+    int32_t query_end = 0, query_count = 0, units = 0;
+    if (threadIdx.x == 0) {
+        int32_t const sequences = static_cast<int32_t>(plan.arguments.step.sequences);
+        query_end = plan.query_tiles[owner(plan.key_tiles, sequences, chunk_end - 1) + 1];
+        query_count = query_end - plan.query_tiles[owner(plan.key_tiles, sequences, chunk_start)];
+        units = heads * query_count * plan.value_slices;
+    }
+    while (true) {
+        __syncthreads();  // nobody reads the last unit or its tiles any more
+        if (threadIdx.x == 0) {
+            found = false;
+            while (!found) {
+                int32_t const index = atomicAdd(plan.counter, 1);
+                if (index >= units) break;
+                found = make_unit<S::rows>(plan, index, query_end, query_count, chunk_start, chunk_end, unit);
+            }
+        }
+        __syncthreads();
+        if (!found) return;
+        attend_unit<S>(plan, shared, unit, head0);
+    }
+}
+
+template <typename S>
+__global__ void __launch_bounds__(S::threads, S::blocks) prefill_tensor(const __grid_constant__ Plan plan) {
+    extern __shared__ __align__(128) uint8_t shared_memory[];
+    const PrefillArguments& a = plan.arguments;
+    auto const grid = cooperative_groups::this_grid();
+    if (a.zero_padding) zero_padding<S::threads>(a);
+    if (!anything_served<S::threads>(a)) return;  // every block finds the same
+    if (blockIdx.x == 0) make_starts<S>(plan);
+    convert_weights<S::threads>(plan, reinterpret_cast<float*>(shared_memory));
+    grid.sync();
+    int32_t const key_tiles = plan.key_tiles[a.step.sequences];
+    for (int32_t head0 = 0; head0 < a.heads; head0 += plan.group_heads) {
+        int32_t const heads = min(plan.group_heads, a.heads - head0);
+        for (int32_t start = 0; start < key_tiles; start += plan.chunk_tiles) {
+            int32_t const end = min(start + plan.chunk_tiles, key_tiles);
+            if (head0 == 0 || key_tiles > plan.chunk_tiles) {  // otherwise they are still there
+                gather<S::threads>(plan, start, end);
+                grid.sync();
+            }
+            if (blockIdx.x == 0 && threadIdx.x == 0) *plan.counter = 0;
+            expand<S>(plan, shared_memory, head0, heads, end - start);
+            grid.sync();
+            attend<S>(plan, shared_memory, head0, heads, start, end);
+            grid.sync();
+        }
+    }
+}
+
+}  // namespace mla::prefill_tensor
