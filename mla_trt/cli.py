@@ -37,9 +37,20 @@ exit status: 0 every attention core is MLA; 2 bad input; 3 some or all are not."
   mla-trt verify deepseek-v3.onnx lowered/
 
 exit status: 0 equal; 2 bad input; 4 they differ.""",
+    "build": """examples:
+  mla-trt build lowered/ -o model.engine
+  mla-trt build lowered/ -o model.engine --dtype bf16 --max-batch 128 --max-length 8192
+  mla-trt build lowered/ -o model.engine --pages 4096 --timing-cache none
+
+Writes ENGINE, a plan that TensorRT's own tools load too (with the plugin library), and ENGINE.json, which says what it
+holds. Needs a GPU, TensorRT's Python package and the library of 'mla-trt plugins build'.
+exit status: 0 done; 2 bad input or usage, no GPU, or TensorRT refuses the model (nothing is written).""",
     "run": """examples:
   mla-trt run lowered/ --prompt-ids 1,5,9 --prompt-ids 3,4 --max-new-tokens 16
-  mla-trt run lowered/ --prompt-ids 1,5,9 --stop-ids 2 --json""",
+  mla-trt run lowered/ --prompt-ids 1,5,9 --stop-ids 2 --json
+  mla-trt run model.engine --prompt-ids 1,5,9
+
+A folder that 'mla-trt lower' wrote runs on ONNX Runtime, an engine that 'mla-trt build' wrote on TensorRT.""",
     "export": """examples:
   mla-trt export deepseek-v3 -o model.onnx
   mla-trt export deepseek-v3.2 -o model.onnx --attention eager --opset 23
@@ -84,8 +95,11 @@ def _one_line(error: Exception) -> str:
 
 
 def _silence_graphsurgeon() -> None:
-    from onnx_graphsurgeon.logger import G_LOGGER
-
+    # Only lowering needs it; a machine that runs engines may lack it.
+    try:
+        from onnx_graphsurgeon.logger import G_LOGGER
+    except ImportError:
+        return
     G_LOGGER.severity = G_LOGGER.ERROR
 
 
@@ -143,8 +157,44 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--json", action="store_true", help="print the verification as JSON")
     _add_verify_memory(verify)
 
-    run = _command(commands, "run", _run, "generate with a lowered model on ONNX Runtime")
-    run.add_argument("lowered", type=Path, metavar="DIR")
+    build = _command(commands, "build", _build, "build a TensorRT engine from a lowered model")
+    build.add_argument("lowered", type=Path, metavar="DIR", help="the folder that 'mla-trt lower' wrote")
+    build.add_argument("-o", "--output", type=Path, required=True, metavar="ENGINE", help="file to write")
+    build.add_argument(
+        "--dtype",
+        default="keep",
+        help="keep (default) the types of the model, or bf16: multiply in bfloat16 what is float32; norms, routers, rope "
+        "and the residual stream stay",
+    )
+    build.add_argument("--max-batch", type=int, metavar="N", help="most sequences of a step (default 16)")
+    build.add_argument("--max-tokens", type=int, metavar="N", help="most tokens of a step (default 2048)")
+    build.add_argument(
+        "--max-length",
+        type=int,
+        metavar="N",
+        help="most tokens of a sequence (default: as many as the model has positions, at most 32768)",
+    )
+    build.add_argument("--pages", type=int, metavar="N", help="fixed number of pages in each pool (default: any)")
+    build.add_argument("--plugins", type=Path, metavar="FILE.so", help="the plugin library (default: found by itself)")
+    build.add_argument(
+        "--timing-cache",
+        metavar="FILE",
+        help="measured times, kept between builds (default: in the user's cache folder; none: not kept)",
+    )
+    build.add_argument("--optimization-level", type=int, default=3, metavar="0-5", help="of TensorRT (default 3)")
+    build.add_argument("--workspace", metavar="SIZE", help="most memory of a layer beside its tensors, such as 4G")
+    build.add_argument(
+        "--weight-streaming",
+        action="store_true",
+        default=None,
+        help="keep weights in host memory (default: where they would fill the GPU's)",
+    )
+    build.add_argument("--refit", action="store_true", help="let weights be replaced in the engine")
+    build.add_argument("--tf32", action="store_true", help="let products in float32 round their factors to 10 bits")
+    build.add_argument("--json", action="store_true", help="print the engine's description as JSON")
+
+    run = _command(commands, "run", _run, "generate with a lowered model on ONNX Runtime, or an engine on TensorRT")
+    run.add_argument("lowered", type=Path, metavar="DIR|ENGINE")
     run.add_argument(
         "--prompt-ids",
         action="append",
@@ -154,7 +204,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--max-new-tokens", type=int, default=16, help="tokens to add to each prompt (default 16)")
     run.add_argument("--stop-ids", default="", metavar="ID,...", help="ids that end a sequence")
-    run.add_argument("--pages", type=int, default=256, help="pages in the pool (default 256)")
+    run.add_argument("--pages", type=int, help="pages in the pool (default 256, or as many as an engine was built for)")
+    run.add_argument("--plugins", type=Path, metavar="FILE.so", help="the plugin library (default: found by itself)")
     run.add_argument("--json", action="store_true", help="print one JSON object with all sequences at the end")
 
     export = _command(commands, "export", _export, "export a public model configuration with random weights")
@@ -311,15 +362,46 @@ def _verify(options: argparse.Namespace) -> int:
     return 0 if report.passed else 4
 
 
+def _build(options: argparse.Namespace) -> int:
+    from mla_trt.build_progress import shown
+    from mla_trt.building import BuildOptions, build_file
+    from mla_trt.engine_file import description_path
+
+    build_options = BuildOptions(
+        dtype=options.dtype,
+        max_batch=options.max_batch,
+        max_tokens=options.max_tokens,
+        max_length=options.max_length,
+        pages=options.pages,
+        optimization_level=options.optimization_level,
+        workspace=_size(options.workspace, "--workspace"),
+        timing_cache=Path(options.timing_cache) if options.timing_cache not in (None, "none") else None,
+        keep_times=options.timing_cache is None,
+        weight_streaming=options.weight_streaming,
+        refit=options.refit,
+        tf32=options.tf32,
+        plugins=options.plugins,
+    )
+    with shown(Console(stderr=True, quiet=options.quiet)) as phases:
+        description, seconds = build_file(options.lowered, options.output, build_options, phases=phases)
+    if options.json:
+        print(description_path(options.output).read_text(), end="")
+    elif not options.quiet:
+        limits = ", ".join(f"{most} {name}" for name, most in description.limits().items())
+        print(
+            f"built in {seconds:.0f} s with TensorRT {description.tensorrt} for {description.gpu}: steps of at most {limits}"
+        )
+        print(f"written: {options.output}, {description_path(options.output)}")
+    return 0
+
+
 def _run(options: argparse.Namespace) -> int:
     from mla_trt.generation import generate
+    from mla_trt.opening import open_engine
     from mla_trt.session import Session
 
-    model = options.lowered / "model.onnx" if options.lowered.is_dir() else options.lowered
-    if not model.exists():
-        raise UsageError(f"'{model}' does not exist: give the folder that 'mla-trt lower' wrote")
     prompts = [_ids(text, "--prompt-ids") for text in options.prompt_ids]
-    session = Session(model, pages=options.pages)
+    session = Session(open_engine(options.lowered, pages=options.pages, plugins=options.plugins))
     sequences: list[list[int]] = [[] for _ in prompts]
     for index, token in generate(
         session, prompts, max_new_tokens=options.max_new_tokens, stop_ids=_ids(options.stop_ids, "--stop-ids")

@@ -23,9 +23,8 @@ from mla_trt.engine_onnxruntime import OnnxRuntimeEngine
 from mla_trt.errors import BadModelError, UsageError
 from mla_trt.interface import ModelInput
 from mla_trt.metadata import LoweredMetadata
+from mla_trt.opening import DEFAULT_PAGES, open_engine
 from mla_trt.pages import UNASSIGNED, PageTable, StepPlan
-
-DEFAULT_PAGES = 256
 
 Results = dict[str, np.ndarray]
 
@@ -34,8 +33,9 @@ class Session:
     """Sequences over a lowered model.
 
     Args:
-        model: a lowered model in memory or its path, run on ONNX Runtime; or an engine.
-        pages: pages in the pool, where the session makes the engine.
+        model: a lowered model in memory or its path, run on ONNX Runtime; the path of an engine, run on TensorRT; or an
+            engine that is open.
+        pages: pages in the pool, where the session opens the engine; None: 256, or as many as it was built for.
         base_dir: folder of the external data of a model in memory.
 
     Raises:
@@ -43,10 +43,16 @@ class Session:
     """
 
     def __init__(
-        self, model: onnx.ModelProto | Path | str | Engine, *, pages: int = DEFAULT_PAGES, base_dir: Path | None = None
+        self,
+        model: onnx.ModelProto | Path | str | Engine,
+        *,
+        pages: int | None = None,
+        base_dir: Path | None = None,
     ) -> None:
-        if isinstance(model, onnx.ModelProto | Path | str):
-            model = OnnxRuntimeEngine(model, pages=pages, base_dir=base_dir)
+        if isinstance(model, onnx.ModelProto):
+            model = OnnxRuntimeEngine(model, pages=DEFAULT_PAGES if pages is None else pages, base_dir=base_dir)
+        elif isinstance(model, Path | str):
+            model = open_engine(model, pages=pages)
         self.engine: Engine = model
         self.metadata: LoweredMetadata = model.metadata
         if self.metadata.logits not in ("all", "last"):

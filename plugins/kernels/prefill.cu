@@ -164,7 +164,8 @@ int run_prefill(Call& call) {
     if (query != nullptr) a.query_rope.data = query + dims.Dn * element_bytes(query_type);
     a.output = {call.output<void>(out::output), call.out[out::output].type, dims.H * dims.Dv, dims.Dv};
     a.lse = call.output<float>(out::lse);
-    a.step = make_step(call, in::query_offsets, in::cache_lengths, in::block_table, in::token_sequence, in::positions);
+    a.step = make_step(call, in::query_offsets, in::cache_lengths, in::block_table, in::token_sequence, in::positions,
+                       call.dims.pages);
     a.layout = KvLayout(call.attributes);
     a.pool = call.input<void>(in::kv_cache);
     a.w_uk = {call.input<void>(in::w_uk), call.in[in::w_uk].type, call.input<float>(in::w_uk_scale)};

@@ -1,0 +1,39 @@
+"""Opens whatever a user names as an engine: a lowered model runs on ONNX Runtime, an engine on TensorRT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mla_trt.engine import Engine
+from mla_trt.engine_file import is_engine
+from mla_trt.errors import UsageError
+
+DEFAULT_PAGES = 256
+
+
+def open_engine(path: Path | str, *, pages: int | None = None, plugins: Path | None = None) -> Engine:
+    """Opens an engine.
+
+    Args:
+        path: the folder that `mla-trt lower` wrote, the model in it, or what `mla-trt build` wrote.
+        pages: pages in the pool of each cache; None: as many as the engine was built for, or 256.
+        plugins: the plugin library of TensorRT; None: the one that is found.
+
+    Raises:
+        BadModelError: it is neither, or damaged, or made for another machine.
+        MlaTrtError: there is no GPU or TensorRT for an engine.
+        UsageError: it does not exist, or takes another number of pages.
+    """
+    path = Path(path)
+    if is_engine(path):
+        from mla_trt.engine_tensorrt import TensorRtEngine
+
+        return TensorRtEngine.open(path, pages=pages, plugins=plugins)
+    from mla_trt.engine_onnxruntime import OnnxRuntimeEngine
+
+    model = path / "model.onnx" if path.is_dir() else path
+    if not model.exists():
+        raise UsageError(
+            f"'{model}' does not exist: give the folder that 'mla-trt lower' wrote, or the file that 'mla-trt build' wrote"
+        )
+    return OnnxRuntimeEngine(model, pages=DEFAULT_PAGES if pages is None else pages)

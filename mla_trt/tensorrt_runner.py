@@ -1,0 +1,295 @@
+"""Runs the plan of an engine: TensorRT's runtime, the pools in device memory, CUDA graphs for steps that recur."""
+
+from __future__ import annotations
+
+import logging
+import mmap
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto
+
+from mla_trt.cuda import Cuda, DeviceBuffer, PinnedBuffer, find_gpu
+from mla_trt.engine_file import PROFILES, EngineDescription
+from mla_trt.errors import BadModelError, MlaTrtError
+from mla_trt.tensorrt_api import Messages, check_fits, load_plugins, load_tensorrt, make_logger
+
+log = logging.getLogger("mla_trt.tensorrt")
+
+MOST_RECORDINGS = 32
+WORD = 4
+
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+
+
+@dataclass
+class _Recording:
+    """A step of certain shapes that recurs. It has a context of its own: a graph refers to what its context holds.
+
+    Attributes:
+        context: the context, its shapes set.
+        addresses: what the graph reads and writes, in the order of the engine's tensors.
+        executable: the graph, None before it was recorded.
+        refused: it cannot be recorded, because the engine waits for results while it runs.
+    """
+
+    context: Any
+    addresses: tuple[int, ...] = ()
+    executable: Any = None
+    refused: bool = False
+
+
+class TensorRtRunner:
+    """Runs the plan of an engine; see `mla_trt.engine_tensorrt.Runner`.
+
+    Args:
+        path: the plan.
+        description: what it was built with and for.
+        pages: pages of each pool.
+        plugins: the plugin library; None: the one that is found.
+
+    Raises:
+        MlaTrtError: there is no GPU or TensorRT, the engine was made for another one, or memory does not suffice.
+    """
+
+    def __init__(self, path: Path, description: EngineDescription, *, pages: int, plugins: Path | None = None) -> None:
+        gpu = find_gpu()
+        trt = load_tensorrt()
+        build = load_plugins(plugins, gpu, trt.__version__)
+        check_fits(
+            description.tensorrt,
+            description.compute_capability,
+            description.gpu,
+            description.plugins,
+            version=trt.__version__,
+            gpu=gpu,
+            loaded=build,
+        )
+        self._trt = trt
+        self._pages = pages
+        self._messages = Messages()
+        self._logger = make_logger(trt, self._messages)
+        self._runtime = trt.Runtime(self._logger)
+        with path.open("rb") as file:
+            plan = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._engine = self._runtime.deserialize_cuda_engine(plan)
+        if self._engine is None:
+            raise BadModelError(f"TensorRT cannot load '{path}': {self._messages.take()}")
+        names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
+        described = {tensor.name for tensor in (*description.inputs, *description.outputs)}
+        if set(names) != described:
+            raise BadModelError(f"'{path}' and its description name different inputs and outputs: build it again")
+        if description.weight_streaming:
+            self._engine.weight_streaming_budget_v2 = self._engine.get_weight_streaming_automatic_budget()
+        self._names = names
+        self._dtypes = {name: _numpy_dtype(trt, self._engine.get_tensor_dtype(name)) for name in names}
+        self._described = {tensor.name: tensor.numpy_dtype for tensor in (*description.inputs, *description.outputs)}
+        self._cuda = Cuda()
+        self._words = {cache.name: cache.page_words for cache in description.metadata.caches}
+        self._pools = {name: self._cuda.allocate(pages * words * WORD) for name, words in self._words.items()}
+        for name, words in self._words.items():
+            self._cuda.clear(self._pools[name], pages * words * WORD)
+        next_values = {cache.output: self._pools[cache.name] for cache in description.metadata.caches}
+        self._fixed = self._pools | next_values
+        self._results = [tensor.name for tensor in description.outputs if tensor.name not in next_values]
+        self._device = {name: DeviceBuffer(self._cuda) for name in names if name not in self._fixed}
+        self._host = {name: PinnedBuffer(self._cuda) for name in self._device}
+        self._scratch_size = max(1, int(self._engine.device_memory_size_v2))
+        self._scratch = self._cuda.allocate(self._scratch_size)
+        self._contexts: dict[str, Any] = {}
+        self._recordings: OrderedDict[tuple[str, Shapes], _Recording] = OrderedDict()
+        self._cuda.synchronize()
+
+    def run(self, profile: str, inputs: Mapping[str, np.ndarray], *, recurring: bool) -> dict[str, np.ndarray]:
+        """Runs one step; see `mla_trt.engine_tensorrt.Runner.run`."""
+        shapes: Shapes = tuple(sorted((name, value.shape) for name, value in inputs.items()))
+        for name, value in inputs.items():
+            staged = self._host[name].array(value.shape, self._dtypes[name])
+            staged[...] = value
+            self._cuda.copy(self._device[name].reserve(staged.nbytes), self._host[name].pointer, staged.nbytes)
+        if recurring:
+            recording = self._recording(profile, shapes)
+            context = recording.context
+            sizes = self._reserve_results(context)
+            self._run_recurring(recording)
+        else:
+            context = self._context(profile)
+            self._set_shapes(context, shapes)
+            sizes = self._reserve_results(context)
+            self._set_addresses(context)
+            self._execute(context)
+        results = {}
+        for name, shape in sizes.items():
+            staged = self._host[name].array(shape, self._dtypes[name])
+            self._cuda.copy(self._host[name].pointer, self._device[name].pointer, staged.nbytes)
+            results[name] = staged
+        self._cuda.synchronize()
+        return {name: value.astype(self._described[name]) for name, value in results.items()}
+
+    def copy_pages(self, page_copies: np.ndarray) -> None:
+        """Copies (from, to) pages, int32 [n, 2], in every pool."""
+        for name, pool in self._pools.items():
+            size = self._words[name] * WORD
+            for source, target in page_copies.tolist():
+                self._cuda.copy(pool + target * size, pool + source * size, size)
+
+    def read_pages(self, cache: str) -> np.ndarray:
+        """A copy of a pool, int32 [pages, page_words]."""
+        pages = np.empty((self._pages, self._words[cache]), np.int32)
+        self._cuda.copy(pages.ctypes.data, self._pools[cache], pages.nbytes)
+        self._cuda.synchronize()
+        return pages
+
+    def write_pages(self, cache: str, pages: np.ndarray) -> None:
+        """Replaces a pool."""
+        if pages.shape != (self._pages, self._words[cache]):
+            raise MlaTrtError(f"the pool '{cache}' is [{self._pages}, {self._words[cache]}], not {list(pages.shape)}")
+        self._cuda.copy(self._pools[cache], pages.ctypes.data, pages.nbytes)
+        self._cuda.synchronize()
+
+    def close(self) -> None:
+        """Gives the memory back: graphs before their contexts, contexts before the engine."""
+        self._cuda.synchronize()
+        for recording in self._recordings.values():
+            self._forget(recording)
+        self._recordings.clear()
+        self._contexts.clear()
+        self._engine = None
+        self._runtime = None
+        for buffer in self._device.values():
+            buffer.free()
+        for pinned in self._host.values():
+            pinned.free()
+        for pointer in (*self._pools.values(), self._scratch):
+            self._cuda.free(pointer)
+        self._cuda.close()
+
+    def _new_context(self, profile: str) -> Any:
+        strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        context = self._engine.create_execution_context(strategy)
+        if context is None:
+            raise MlaTrtError(f"TensorRT cannot prepare the engine to run: {self._messages.take()}")
+        # All contexts work in the same memory, one after the other on one stream.
+        context.set_device_memory(self._scratch, self._scratch_size)
+        if not context.set_optimization_profile_async(PROFILES.index(profile), self._cuda.stream):
+            raise MlaTrtError(f"TensorRT does not take the {profile} profile: {self._messages.take()}")
+        return context
+
+    def _context(self, profile: str) -> Any:
+        if profile not in self._contexts:
+            self._contexts[profile] = self._new_context(profile)
+        return self._contexts[profile]
+
+    def _recording(self, profile: str, shapes: Shapes) -> _Recording:
+        key = (profile, shapes)
+        if key in self._recordings:
+            self._recordings.move_to_end(key)
+            return self._recordings[key]
+        if len(self._recordings) >= MOST_RECORDINGS:
+            self._cuda.synchronize()
+            self._forget(self._recordings.popitem(last=False)[1])
+        recording = _Recording(self._new_context(profile))
+        self._set_shapes(recording.context, shapes)
+        self._recordings[key] = recording
+        return recording
+
+    def _run_recurring(self, recording: _Recording) -> None:
+        """The first step of its shapes runs as it is, which TensorRT needs before a recording; the next is recorded."""
+        addresses = self._addresses()
+        if recording.addresses == addresses and recording.executable is not None:
+            self._cuda.launch(recording.executable)
+            return
+        seen = recording.addresses == addresses
+        if not seen:
+            self._set_addresses(recording.context)
+            self._drop_graph(recording)
+            recording.addresses = addresses
+        if seen and not recording.refused:
+            recording.executable = self._record(recording.context)
+            recording.refused = recording.executable is None
+            if recording.executable is not None:
+                self._cuda.launch(recording.executable)
+                return
+        self._execute(recording.context)
+
+    def _record(self, context: Any) -> Any:
+        """The graph of a step; None where the engine cannot be recorded."""
+        self._cuda.begin_capture()
+        done = context.execute_async_v3(self._cuda.stream)
+        try:
+            executable = self._cuda.end_capture()
+        except MlaTrtError as error:
+            executable = None
+            self._messages.add(logging.INFO, str(error))
+        if done and executable is not None:
+            return executable
+        if executable is not None:
+            self._cuda.destroy(executable)
+        self._cuda.forget_error()
+        log.info("steps run without a CUDA graph: %s", self._messages.take())
+        return None
+
+    def _set_shapes(self, context: Any, shapes: Shapes) -> None:
+        for name, shape in shapes:
+            if not context.set_input_shape(name, shape):
+                raise MlaTrtError(f"TensorRT does not take {list(shape)} for '{name}': {self._messages.take()}")
+        for name, words in self._words.items():
+            if not context.set_input_shape(name, (self._pages, words)):
+                raise MlaTrtError(f"TensorRT does not take {self._pages} pages: {self._messages.take()}")
+
+    def _reserve_results(self, context: Any) -> dict[str, tuple[int, ...]]:
+        """Shapes of the results, for which there is memory then."""
+        shapes = {}
+        for name in self._results:
+            shape = tuple(context.get_tensor_shape(name))
+            if any(size < 0 for size in shape):
+                raise MlaTrtError(
+                    f"the shape of the result '{name}' is known only after a step, which is not supported"
+                )
+            size = int(np.prod(shape, dtype=np.int64)) * self._dtypes[name].itemsize
+            self._device[name].reserve(size)
+            shapes[name] = shape
+        return shapes
+
+    def _addresses(self) -> tuple[int, ...]:
+        return tuple(self._fixed.get(name) or self._device[name].pointer for name in self._names)
+
+    def _set_addresses(self, context: Any) -> None:
+        for name, address in zip(self._names, self._addresses(), strict=True):
+            if not context.set_tensor_address(name, address):
+                raise MlaTrtError(f"TensorRT does not take the memory of '{name}': {self._messages.take()}")
+
+    def _execute(self, context: Any) -> None:
+        if not context.execute_async_v3(self._cuda.stream):
+            raise MlaTrtError(f"TensorRT cannot run the step: {self._messages.take()}")
+
+    def _drop_graph(self, recording: _Recording) -> None:
+        if recording.executable is not None:
+            self._cuda.synchronize()
+            self._cuda.destroy(recording.executable)
+            recording.executable = None
+
+    def _forget(self, recording: _Recording) -> None:
+        self._drop_graph(recording)
+        recording.context = None
+
+
+def _numpy_dtype(trt: Any, dtype: Any) -> np.dtype:
+    elements = {
+        trt.DataType.FLOAT: TensorProto.FLOAT,
+        trt.DataType.HALF: TensorProto.FLOAT16,
+        trt.DataType.BF16: TensorProto.BFLOAT16,
+        trt.DataType.INT8: TensorProto.INT8,
+        trt.DataType.INT32: TensorProto.INT32,
+        trt.DataType.INT64: TensorProto.INT64,
+        trt.DataType.BOOL: TensorProto.BOOL,
+        trt.DataType.UINT8: TensorProto.UINT8,
+    }
+    if dtype not in elements:
+        raise BadModelError(f"the engine has an input or output of type {dtype}, which is not supported")
+    return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(elements[dtype]))
