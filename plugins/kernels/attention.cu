@@ -1,10 +1,14 @@
 // The composed ops: MlaAttention, MlaSparseAttention and MlaDecodeBranchFp8.
 //
 // Absorbed: W_UK turns each head's query into one over the latent, attention runs over the cache as it lies, W_UV turns each
-// head's mean latent into its output. Between the parts lie bf16 tensors (f32 where the rows are f32).
+// head's mean latent into its output. Between the parts lie bf16 tensors (f32 where the rows are f32). Where a step has more
+// tokens than few_new_tokens a sequence, both ways are taken: long prompts with expanded keys and values (prefill.h), the
+// others, gathered, absorbed. Which sequence goes where is known on the device only.
 #include "append.h"
 #include "attend.h"
+#include "few_tokens.h"
 #include "pool.h"
+#include "prefill.h"
 #include "projection.h"
 
 namespace mla {
@@ -24,29 +28,39 @@ struct Layer {
     int32_t nope;  // Dn
 };
 
-__global__ void copy_kernel(View from, View to, int64_t total, int32_t heads, int32_t columns) {
+__global__ void copy_kernel(View from, const int32_t* from_tokens, View to, int64_t total, int32_t heads, int32_t columns) {
     for (int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x; i < total;
          i += gridDim.x * static_cast<int64_t>(blockDim.x)) {
         int64_t const token = i / columns / heads, head = i / columns % heads, column = i % columns;
-        store_float(to.data, to.type, token * to.token_stride + head * to.head_stride + column,
-                    load_float(from.data, from.type, token * from.token_stride + head * from.head_stride + column));
+        int64_t const source = from_tokens == nullptr ? token : from_tokens[token];
+        float const value =
+            source < 0 ? 0.0f
+                       : load_float(from.data, from.type, source * from.token_stride + head * from.head_stride + column);
+        store_float(to.data, to.type, token * to.token_stride + head * to.head_stride + column, value);
     }
 }
 
-int copy_values(const View& from, const View& to, int64_t tokens, int32_t heads, int32_t columns, cudaStream_t stream) {
+// `from_tokens` [tokens] or null: the token of `from` for each of `to`, -1 for zeros.
+int copy_values(const View& from, const int32_t* from_tokens, const View& to, int64_t tokens, int32_t heads,
+                int32_t columns, cudaStream_t stream) {
     int64_t const total = tokens * heads * columns;
     if (total == 0) return MLA_OK;
     int64_t const blocks = ceil_div<int64_t>(total, 256);
-    copy_kernel<<<static_cast<unsigned>(blocks < 4096 ? blocks : 4096), 256, 0, stream>>>(from, to, total, heads, columns);
+    copy_kernel<<<static_cast<unsigned>(blocks < 4096 ? blocks : 4096), 256, 0, stream>>>(from, from_tokens, to, total,
+                                                                                         heads, columns);
     return check_launch("copy of queries");
 }
 
 bool is_exact(const Layer& layer) { return layer.append.layout.format == row_format::f32; }
 
+bool has_lists(const Call& call) { return call.dims.K >= 0; }
+
 // x [tokens, H, columns] times a weight [H, rows, columns], the activations as e4m3 groups where the layer has it so.
 int multiply(Call& call, const Layer& layer, const View& x, const View& out, const MlaTensor& w, const MlaTensor& w_scale,
-             int64_t tokens) {
+             int64_t tokens, const int32_t* x_tokens = nullptr, const int32_t* out_tokens = nullptr) {
     Projection work{};
+    work.x_tokens = x_tokens;
+    work.out_tokens = out_tokens;
     work.x = x;
     work.out = out;
     work.w = w.data;
@@ -85,7 +99,7 @@ int attend_absorbed(Call& call, const Layer& layer, const View& absorbed, const 
     if (has_w_uk) {
         if (int status = multiply(call, layer, nope, absorbed, *layer.w_uk, *layer.w_uk_scale, count)) return status;
     } else if (!call.workspace.sizing()) {
-        if (int status = copy_values(nope, absorbed, count, work.heads, layer.nope, call.stream)) return status;
+        if (int status = copy_values(nope, nullptr, absorbed, count, work.heads, layer.nope, call.stream)) return status;
     }
     work.query = absorbed;
     work.output = has_w_uv ? mean : output;
@@ -100,27 +114,74 @@ int attend_absorbed(Call& call, const Layer& layer, const View& absorbed, const 
     return multiply(call, layer, mean, output, *layer.w_uv, *layer.w_uv_scale, count);
 }
 
-int run_layer(Call& call, Layer& layer, const MlaTensor& cache, const MlaTensor& cache_out, const MlaTensor& page_copies) {
-    if (int status = update_pool(call, cache, cache_out, page_copies)) return status;
+// A step with long prompts. `rotated` has the rotated rope part of all queries.
+int attend_mixed(Call& call, const Layer& layer, const View& rotated) {
+    const Attend& all = layer.attend;
+    PrefillArguments prompts{};
+    prompts.query_nope = {layer.query.data, layer.query.type, layer.query.token_stride, layer.query.head_stride};
+    prompts.query_rope = {rotated.data, rotated.type, rotated.token_stride, rotated.head_stride};
+    prompts.output = {layer.output.data, layer.output.type, layer.output.token_stride, layer.output.head_stride};
+    prompts.step = all.step;
+    prompts.layout = all.layout;
+    prompts.pool = all.pool;
+    auto weight = [](const MlaTensor& w, const MlaTensor& scale) {
+        return BlockScaledWeight{w.data, w.type, scale.rank < 0 ? nullptr : static_cast<const float*>(scale.data)};
+    };
+    prompts.w_uk = weight(*layer.w_uk, *layer.w_uk_scale);
+    prompts.w_uv = weight(*layer.w_uv, *layer.w_uv_scale);
+    prompts.sinks = all.sinks;
+    prompts.softmax_scale = all.softmax_scale;
+    prompts.heads = all.heads;
+    prompts.nope = layer.nope;
+    prompts.value = static_cast<int32_t>(layer.w_uv->shape[1]);
+    prompts.min_new_tokens = few_new_tokens + 1;
+    prompts.zero_padding = true;
+    size_t const mark = call.workspace.mark();
+    if (int status = enqueue_prefill(prompts, call.workspace, call.stream)) return status;
+    call.workspace.release(mark);
+
+    FewTokens const few = FewTokens::take(call.workspace, all.step.sequences);
+    int64_t const rank = all.layout.rank, width = rank + all.layout.rope, heads = all.heads;
+    View const absorbed =
+        contiguous(call.workspace.take<__nv_bfloat16>(few.capacity * heads * width), MLA_BFLOAT16, heads, width);
+    View const mean = contiguous(call.workspace.take<__nv_bfloat16>(few.capacity * heads * rank), MLA_BFLOAT16, heads, rank);
+    if (!call.workspace.sizing()) {
+        if (int status = gather_few_tokens(all.step, few, call.stream)) return status;
+        if (int status = copy_values(rotated, few.tokens, absorbed.from(rank), few.capacity, all.heads, all.layout.rope,
+                                     call.stream)) {
+            return status;
+        }
+    }
+    if (int status = multiply(call, layer, layer.query, absorbed, *layer.w_uk, *layer.w_uk_scale, few.capacity, few.tokens)) {
+        return status;
+    }
+    Attend work = all;
+    work.step = few.step(all.step);
+    work.query = absorbed;
+    work.output = mean;
+    if (int status = attend(call, work)) return status;
+    return multiply(call, layer, mean, layer.output, *layer.w_uv, *layer.w_uv_scale, few.capacity, nullptr, few.tokens);
+}
+
+// All tokens absorbed; those with lists of keys in windows.
+int attend_all_absorbed(Call& call, Layer& layer) {
     int32_t const type = is_exact(layer) ? MLA_FLOAT : MLA_BFLOAT16;
     int64_t const bytes = is_exact(layer) ? 4 : 2;
     const KvLayout& layout = layer.append.layout;
     int64_t const heads = layer.attend.heads, tokens = call.dims.T;
-    bool const lists = layer.attend.indices != nullptr || call.dims.K >= 0;
-    int64_t const window = lists && tokens > list_window ? list_window : tokens;
+    int64_t const window = has_lists(call) && tokens > list_window ? list_window : tokens;
     int64_t const width = layout.rank + layout.rope;
-
-    auto* absorbed_data = call.workspace.take<uint8_t>(window * heads * width * bytes);
-    auto* mean_data = call.workspace.take<uint8_t>(window * heads * layout.rank * bytes);
-    View const absorbed = contiguous(absorbed_data, type, heads, width);
-    View const mean = contiguous(mean_data, type, heads, layout.rank);
     bool const windows = window < tokens;
+
+    View const absorbed =
+        contiguous(call.workspace.take<uint8_t>(window * heads * width * bytes), type, heads, width);
+    View const mean =
+        contiguous(call.workspace.take<uint8_t>(window * heads * layout.rank * bytes), type, heads, layout.rank);
     // in windows the rotated queries of all tokens are kept apart: the cache rows are written once, before any is read
     View rotated = absorbed.from(layout.rank);
     if (windows) {
         rotated = contiguous(call.workspace.take<uint8_t>(tokens * heads * layout.rope * bytes), type, heads, layout.rope);
     }
-    layer.append.query = layer.query.from(layer.nope);
     layer.append.query_out = rotated;
     if (!call.workspace.sizing()) {
         if (int status = append(layer.append, call.stream)) return status;
@@ -128,7 +189,7 @@ int run_layer(Call& call, Layer& layer, const MlaTensor& cache, const MlaTensor&
     for (int64_t first = 0; first < tokens; first += window) {
         int64_t const count = tokens - first < window ? tokens - first : window;
         if (windows && !call.workspace.sizing()) {
-            if (int status = copy_values(advance(rotated, first), absorbed.from(layout.rank), count,
+            if (int status = copy_values(advance(rotated, first), nullptr, absorbed.from(layout.rank), count,
                                          static_cast<int32_t>(heads), layout.rope, call.stream)) {
                 return status;
             }
@@ -137,6 +198,30 @@ int run_layer(Call& call, Layer& layer, const MlaTensor& cache, const MlaTensor&
         if (call.workspace.sizing()) break;
     }
     return MLA_OK;
+}
+
+int run_layer(Call& call, Layer& layer, const MlaTensor& cache, const MlaTensor& cache_out, const MlaTensor& page_copies) {
+    if (int status = update_pool(call, cache, cache_out, page_copies)) return status;
+    layer.append.query = layer.query.from(layer.nope);
+    int64_t const tokens = call.dims.T, few = few_new_tokens * call.dims.B;
+    bool const may_mix = !has_lists(call) && !is_exact(layer) && !layer.quantized_activations && layer.w_uk->rank >= 0 &&
+                         layer.w_uv->rank >= 0;
+    size_t const mark = call.workspace.mark();
+    // memory for these shapes must do for all smaller ones: fewer sequences with as many tokens make a mixed step
+    if (may_mix && tokens > (call.workspace.sizing() ? few_new_tokens : few)) {
+        int64_t const heads = layer.attend.heads, rope = layer.append.layout.rope;
+        View const rotated =
+            contiguous(call.workspace.take<__nv_bfloat16>(tokens * heads * rope), MLA_BFLOAT16, heads, rope);
+        layer.append.query_out = rotated;
+        if (!call.workspace.sizing()) {
+            if (int status = append(layer.append, call.stream)) return status;
+        }
+        if (int status = attend_mixed(call, layer, rotated)) return status;
+        if (!call.workspace.sizing()) return MLA_OK;
+        call.workspace.release(mark);
+    }
+    if (may_mix && tokens > few) call.dims.T = few;  // only in a sizing call
+    return attend_all_absorbed(call, layer);
 }
 
 // What the inputs and outputs that the three ops name alike say.

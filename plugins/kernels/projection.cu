@@ -8,6 +8,12 @@ namespace {
 
 constexpr float activation_bound = 1200.0f;
 
+// The token that `map` gives for a product, -1 where there is none.
+__device__ int64_t mapped(const int32_t* map, int64_t token, int64_t tokens) {
+    if (token >= tokens) return -1;
+    return map == nullptr ? token : map[token];
+}
+
 // ---- tensor cores -----------------------------------------------------------------------------------------------------------
 
 constexpr int chunk = 64;  // columns of a step; divides 128, so that a step has one scale
@@ -43,11 +49,10 @@ __global__ void __launch_bounds__(mma_threads) project_kernel(Projection work, b
         for (int i = 0; i < x_units; ++i) {
             int const unit = threadIdx.x + i * mma_threads, row = unit / (chunk / 8);
             int const column = step * chunk + unit % (chunk / 8) * 8;
-            int64_t const token = first_token + row;
-            bool const there = row < tile_tokens && token < work.tokens;
+            int64_t const token = row < tile_tokens ? mapped(work.x_tokens, first_token + row, work.tokens) : -1;
             x_next[i] = load_eight(work.x.data, work.x.type,
                                    token * work.x.token_stride + head * work.x.head_stride + column,
-                                   there ? work.columns - column : 0, x_aligned);
+                                   token >= 0 ? work.columns - column : 0, x_aligned);
         }
 #pragma unroll
         for (int i = 0; i < w_units; ++i) {
@@ -129,15 +134,20 @@ __global__ void __launch_bounds__(mma_threads) project_kernel(Projection work, b
 #pragma unroll
     for (int m = 0; m < m_tiles; ++m) {
 #pragma unroll
-        for (int n = 0; n < 2 * n_pairs; ++n) {
+        for (int half = 0; half < 2; ++half) {
+            int64_t const token = mapped(
+                work.out_tokens, first_token + token_warp * (tile_tokens / token_warps) + m * 16 + lane / 4 + half * 8,
+                work.tokens);
+            if (token < 0) continue;
+            int64_t const base = token * work.out.token_stride + head * work.out.head_stride;
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                int64_t const token =
-                    first_token + token_warp * (tile_tokens / token_warps) + m * 16 + lane / 4 + i / 2 * 8;
-                int const row = first_row + row_warp * (tile_rows / row_warps) + n * 8 + lane % 4 * 2 + i % 2;
-                if (token < work.tokens && row < work.rows) {
-                    store_float(work.out.data, work.out.type,
-                                token * work.out.token_stride + head * work.out.head_stride + row, sums[m][n][i]);
+            for (int n = 0; n < 2 * n_pairs; ++n) {
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    int const row = first_row + row_warp * (tile_rows / row_warps) + n * 8 + lane % 4 * 2 + i;
+                    if (row < work.rows) {
+                        store_float(work.out.data, work.out.type, base + row, sums[m][n][2 * half + i]);
+                    }
                 }
             }
         }
@@ -159,9 +169,9 @@ __global__ void __launch_bounds__(exact_threads) project_exact_kernel(Projection
     for (int column = 0; column < work.columns; column += exact_chunk) {
         for (int i = threadIdx.x; i < exact_tile * exact_chunk; i += exact_threads) {
             int const k = i % exact_chunk, line = i / exact_chunk;
-            int64_t const token = first_token + line;
+            int64_t const token = mapped(work.x_tokens, first_token + line, work.tokens);
             float x = 0.0f, w = 0.0f;
-            if (column + k < work.columns && token < work.tokens) {
+            if (column + k < work.columns && token >= 0) {
                 x = load_float(work.x.data, work.x.type,
                                token * work.x.token_stride + head * work.x.head_stride + column + k);
                 if (work.x_scale != nullptr) {
@@ -193,9 +203,9 @@ __global__ void __launch_bounds__(exact_threads) project_exact_kernel(Projection
     }
     for (int i = 0; i < 4; ++i) {
         for (int j = 0; j < 4; ++j) {
-            int64_t const token = first_token + ty + 16 * i;
+            int64_t const token = mapped(work.out_tokens, first_token + ty + 16 * i, work.tokens);
             int const row = first_row + tx + 16 * j;
-            if (token < work.tokens && row < work.rows) {
+            if (token >= 0 && row < work.rows) {
                 store_float(work.out.data, work.out.type,
                             token * work.out.token_stride + head * work.out.head_stride + row, sums[i][j]);
             }
@@ -250,8 +260,16 @@ int project(const Projection& whole, cudaStream_t stream) {
     for (int64_t first = 0; first < whole.tokens; first += grid_y * tile) {
         Projection work = whole;
         work.tokens = whole.tokens - first < grid_y * tile ? whole.tokens - first : grid_y * tile;
-        work.x.data = whole.x.from(first * whole.x.token_stride).data;
-        work.out.data = whole.out.from(first * whole.out.token_stride).data;
+        if (whole.x_tokens != nullptr) {
+            work.x_tokens += first;
+        } else {
+            work.x.data = whole.x.from(first * whole.x.token_stride).data;
+        }
+        if (whole.out_tokens != nullptr) {
+            work.out_tokens += first;
+        } else {
+            work.out.data = whole.out.from(first * whole.out.token_stride).data;
+        }
         if (whole.x_scale != nullptr) {
             work.x_scale = whole.x_scale + first * whole.heads * ceil_div(whole.columns, scale_group);
         }

@@ -14,6 +14,8 @@ struct Projection {
     int32_t w_type;
     const float* w_scale;  // [H, ceil(rows / 128), ceil(columns / 128)] of e4m3 weights, or null
     const float* x_scale;  // [T, H, ceil(columns / 128)] of e4m3 x, or null
+    const int32_t* x_tokens;  // [T]: the token of x for each product, -1 for none; null: its own
+    const int32_t* out_tokens;  // [T]: the token of out, -1: not written; null: its own
     int64_t tokens;
     int32_t heads, rows, columns;
     bool exact;  // f32 products on plain cores; else bf16 products on tensor cores, sums in f32

@@ -23,7 +23,7 @@ DEEPSEEK = (512, 64)
 # is P (averaged over keys) and, in a bf16 output, its own 2^-9.
 F32_TOLERANCE = 1e-5
 TOLERANCE = 1e-2
-ROUNDED_TOLERANCE = 4e-3
+ROUNDED_TOLERANCE = 5e-3
 
 
 def step_of(
@@ -99,8 +99,10 @@ def compare_attention(
         return
     compare(f"{prefix}output", found["output"], exact["output"], TOLERANCE)
     rounded = attention(inputs, attributes, inputs["query"].astype(np.float32).astype(ml_dtypes.bfloat16))
-    compare(f"{prefix}output (bf16 query)", found["output"], rounded["output"], ROUNDED_TOLERANCE + coarse / 2)
+    # rows of fp8_ds_mla are rounded to bf16 once their scales are in
+    row_rounding = 2**-8 if attributes["row_format"] == "fp8_ds_mla" else 0.0
+    tolerance = ROUNDED_TOLERANCE + coarse / 2 + row_rounding
+    compare(f"{prefix}output (bf16 query)", found["output"], rounded["output"], tolerance)
     if "lse" in found:
-        # rows of fp8_ds_mla may be rounded to bf16 once their scales are in
         tolerance = 2e-2 if attributes["row_format"] == "fp8_ds_mla" else 2e-3
         compare(f"{prefix}lse (bf16 query)", found["lse"], rounded["lse"], tolerance, absolute=True)

@@ -316,7 +316,7 @@ def test_keys_on_pages_outside_the_pool_are_not_visible(top_k: int, index_format
     attributes = attributes_of(index_format, top_k=top_k, page_size=16)
     inputs = case(rng, step, attributes)
     table = step.inputs["block_table"]
-    table[0, 1::3] = (-1, step.pages, 2**31 - 1, -(2**31)) * 11
+    table[0, 1::3] = np.resize(np.array((-1, step.pages, 2**31 - 1, -(2**31)), np.int32), table[0, 1::3].shape)
     table[1] = -7
     table[2, -1] = table[2, 0] = -1
     table[3, :60] = -1
