@@ -1,0 +1,331 @@
+"""MlaAttention, MlaSparseAttention and MlaDecodeBranchFp8 on the GPU.
+
+Cache rows are compared with the reference's bytes. The output is compared with float64 attention over the rows that the
+kernels wrote: a norm's last bit may move a code, and what it moves in the output is no error of attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+from cases import HALF_TYPES, kv_attributes, layout, step_of
+from harness import Array, compare, compare_exactly, run_op
+from large_reference import attention, layout_of
+from op_harness import CODE_STEP, Step, assert_rows_close, e4m3_weight, garbage_pool, latent_pool, reference
+
+from mla_trt.formats import ROW_FORMATS, IndexLayout
+from mla_trt.ops.decode_branch_fp8 import OP as BRANCH
+from mla_trt.ops.reference import dequantized
+
+APPEND = "MlaFusedRopeRmsNormQuantization"
+
+STEPS = {
+    "ragged": ([3, 1, 5], [4, 70, 0], 0),
+    "page borders": ([1, 1, 1, 2], [62, 63, 64, 63], 0),
+    "padding": ([2, 0, 2], [1, 3, 80], 3),
+    "no sequence": ([], [], 0),
+    "padding only": ([], [], 2),
+    "no new tokens": ([0, 0], [5, 6], 2),
+    "decode": ([1] * 9, [0, 1, 62, 63, 64, 500, 129, 4095, 33], 0),
+}
+# H, Dn, Dr, Dv, R
+DIMENSIONS = {
+    "small": (4, 24, 16, 20, 32),
+    "one head": (1, 8, 2, 5, 37),
+    "no rope": (2, 16, 0, 16, 24),
+    "minicpm3": (40, 64, 32, 64, 256),
+    "deepseek": (128, 128, 64, 128, 512),
+    "deepseek of 8 GPUs": (16, 128, 64, 128, 512),
+    "glm": (8, 192, 64, 256, 512),
+}
+SMALL = DIMENSIONS["small"]
+# Not in f32: the query before and after W_UK, both weights, P, the output before W_UV are rounded to bf16.
+TOLERANCE = 1.5e-2
+F32_TOLERANCE = 2e-5
+
+
+def _case(
+    rng: np.random.Generator,
+    step: Step,
+    row_format: str = "fp8",
+    dimensions: tuple[int, int, int, int, int] = SMALL,
+    norm: bool = False,
+    weights: str = "f32",
+    dtype: str = "f32",
+) -> tuple[dict[str, Array], dict[str, Any]]:
+    heads, nope, rope, value, rank = dimensions
+    pages = layout(row_format, rank, rope, step.page_size)
+    attributes = {
+        **kv_attributes(pages),
+        "num_heads": heads,
+        "qk_nope_head_dim": nope,
+        "v_head_dim": value,
+        "softmax_scale": (nope + rope) ** -0.5,
+    }
+    tokens = step.tokens
+    inputs: dict[str, Array] = {
+        "query": rng.standard_normal((tokens, heads, nope + rope), np.float32),
+        "latent": rng.standard_normal((tokens, rank), np.float32),
+        "rope_key": rng.standard_normal((tokens, rope), np.float32),
+    }
+    if norm:
+        inputs["norm_weight"] = rng.uniform(0.5, 1.5, rank).astype(np.float32)
+    inputs = {name: values.astype(HALF_TYPES[dtype]) for name, values in inputs.items()}
+    inputs |= {name: rng.uniform(-1, 1, (tokens, rope // 2)).astype(np.float32) for name in ("cos", "sin")}
+    inputs |= step.inputs
+    inputs["kv_cache"] = latent_pool(rng, pages, step, with_new=False)
+    for name, shape in (("w_uk", (heads, rank, nope)), ("w_uv", (heads, value, rank))):
+        if weights == "e4m3":
+            inputs[name], inputs[f"{name}_scale"] = e4m3_weight(rng, *shape)
+        elif weights != "none":
+            spread = np.float32(shape[2] ** -0.5)
+            inputs[name] = (spread * rng.standard_normal(shape, np.float32)).astype(HALF_TYPES[weights])
+    return inputs, attributes
+
+
+def _expected_output(
+    inputs: Mapping[str, Array], attributes: Mapping[str, Any], appended: Mapping[str, Array], cache: Array
+) -> Array:
+    """Absorbed attention in float64 over ``cache``."""
+    nope = inputs["query"].astype(np.float64)[:, :, : attributes["qk_nope_head_dim"]]
+    if "w_uk" in inputs:
+        nope = np.einsum("thn,hrn->thr", nope, dequantized(inputs["w_uk"], inputs.get("w_uk_scale")), optimize=True)
+    query = np.concatenate([nope, appended["query_rope_out"]], axis=2)
+    output = attention({**inputs, "kv_cache": cache}, attributes, query)["output"]
+    if "w_uv" in inputs:
+        output = np.einsum("thr,hvr->thv", output, dequantized(inputs["w_uv"], inputs.get("w_uv_scale")), optimize=True)
+    return output
+
+
+def _appended(inputs: Mapping[str, Array], attributes: Mapping[str, Any], nope: int) -> dict[str, Array]:
+    known = {"epsilon", "rope_interleaved", *kv_attributes(layout_of(attributes))}
+    given = {name: value for name, value in attributes.items() if name in known}
+    return reference(APPEND, {**inputs, "query_rope": inputs["query"][:, :, nope:].astype(np.float64)}, **given)
+
+
+def _check_cache(
+    inputs: Mapping[str, Array], attributes: Mapping[str, Any], step: Step, found: Array, expected: Array
+) -> None:
+    if "norm_weight" in inputs:
+        row_format = attributes["row_format"]
+        assert_rows_close(layout_of(attributes), found, expected, step.new_places(), CODE_STEP[row_format])
+    else:
+        compare_exactly("kv_cache_out", found, expected)
+
+
+def _check(
+    inputs: dict[str, Array],
+    attributes: dict[str, Any],
+    step: Step,
+    op_type: str = "MlaAttention",
+    outputs: list[str] | None = None,
+    **options: Any,
+) -> dict[str, Array]:
+    found = run_op(op_type, inputs, outputs, **options, **attributes)
+    appended = _appended(inputs, attributes, attributes["qk_nope_head_dim"])
+    _check_cache(inputs, attributes, step, found["kv_cache_out"], appended["kv_cache_out"])
+    selection = {"indices": found["indices"]} if "indices" in found else {}
+    expected = _expected_output({**inputs, **selection}, attributes, appended, found["kv_cache_out"])
+    tolerance = F32_TOLERANCE if attributes["row_format"] == "f32" else TOLERANCE
+    rounding = {np.dtype(np.float32): 0.0, np.dtype(np.float16): 2**-10}.get(inputs["query"].dtype, 2**-8)
+    compare("output", found["output"], expected, tolerance + rounding)
+    return found
+
+
+@pytest.mark.memcheck
+@pytest.mark.parametrize("case", STEPS.values(), ids=STEPS.keys())
+@pytest.mark.parametrize("row_format", ROW_FORMATS)
+def test_steps(row_format: str, case: tuple[list[int], list[int], int]) -> None:
+    rng = np.random.default_rng(1)
+    step = step_of(rng, *case[:2], padding=case[2])
+    found = _check(*_case(rng, step, row_format), step)
+    padding = found["output"][step.inputs["token_sequence"] < 0]
+    compare_exactly("output of padding", padding, np.zeros_like(padding))
+
+
+@pytest.mark.parametrize("dimensions", DIMENSIONS.values(), ids=DIMENSIONS.keys())
+@pytest.mark.parametrize("weights", ["f32", "f16", "bf16", "e4m3"])
+@pytest.mark.parametrize("row_format", ["f32", "bf16", "fp8"])
+def test_weights(row_format: str, weights: str, dimensions: tuple[int, int, int, int, int]) -> None:
+    rng = np.random.default_rng(2)
+    step = step_of(rng, [3, 1], [4, 200])
+    _check(*_case(rng, step, row_format, dimensions, weights=weights), step)
+
+
+@pytest.mark.parametrize("dtype", HALF_TYPES)
+@pytest.mark.parametrize("row_format", ROW_FORMATS)
+def test_types(row_format: str, dtype: str) -> None:
+    rng = np.random.default_rng(3)
+    step = step_of(rng, [3, 1, 1], [4, 200, 0], padding=1)
+    _check(*_case(rng, step, row_format, DIMENSIONS["deepseek of 8 GPUs"], weights=dtype, dtype=dtype), step)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 8, 64, 128, 300])
+@pytest.mark.parametrize("weights", ["bf16", "e4m3"])
+def test_token_counts(weights: str, tokens: int) -> None:
+    rng = np.random.default_rng(4)
+    step = step_of(rng, [1] * tokens, rng.integers(0, 200, tokens).tolist())
+    _check(*_case(rng, step, "fp8", DIMENSIONS["deepseek of 8 GPUs"], weights=weights, dtype="bf16"), step)
+
+
+@pytest.mark.parametrize("row_format", ROW_FORMATS)
+def test_norm(row_format: str) -> None:
+    rng = np.random.default_rng(5)
+    step = step_of(rng, [3, 1], [4, 2])
+    for dimensions in (SMALL, DIMENSIONS["deepseek of 8 GPUs"]):
+        inputs, attributes = _case(rng, step, row_format, dimensions, norm=True)
+        _check(inputs, {**attributes, "epsilon": 0.1}, step)
+
+
+@pytest.mark.parametrize("row_format", ["f32", "fp8"])
+def test_absorbed_export_has_no_weights(row_format: str) -> None:
+    rng = np.random.default_rng(6)
+    step = step_of(rng, [3, 1], [4, 2], padding=1)
+    _check(*_case(rng, step, row_format, (4, 32, 16, 32, 32), weights="none"), step)
+    _check(*_case(rng, step, row_format, (16, 512, 64, 512, 512), weights="none", dtype="bf16"), step)
+
+
+@pytest.mark.parametrize("row_format", ["f32", "fp8"])
+@pytest.mark.parametrize("interleaved", [0, 1])
+def test_sinks_rope_rows_and_page_copies(interleaved: int, row_format: str) -> None:
+    rng = np.random.default_rng(7)
+    step = step_of(rng, [3, 0, 2], [4, 2, 0], padding=1)
+    inputs, attributes = _case(rng, step, row_format)
+    attributes["rope_interleaved"] = interleaved
+    inputs["sinks"] = np.array([0.5, -3, 100, -np.inf], np.float32)
+    inputs["cos"], inputs["sin"] = (rng.uniform(-1, 1, (9, 8)).astype(np.float32) for _ in range(2))
+    inputs["rope_rows"] = rng.integers(0, 9, step.tokens).astype(np.int32)
+    # a fork: the first page of sequence 0 was shared, and is now copied to a page of its own
+    home, source = int(step.inputs["block_table"][0, 0]), step.free[0]
+    inputs["kv_cache"][[home, source]] = inputs["kv_cache"][[source, home]]
+    inputs["page_copies"] = np.array([[source, home], [-1, 0]], np.int32)
+    for in_place in (False, True):
+        _check(inputs, attributes, step, in_place=in_place, repeat=3)
+
+
+def test_in_a_graph() -> None:
+    rng = np.random.default_rng(8)
+    step = step_of(rng, [1] * 5, [4, 200, 64, 0, 700])
+    for row_format in ("f32", "bf16", "fp8"):
+        inputs, attributes = _case(rng, step, row_format, DIMENSIONS["deepseek of 8 GPUs"], weights="bf16")
+        _check(inputs, attributes, step, graph=True, repeat=3)
+
+
+@pytest.mark.parametrize("dimensions", ["small", "deepseek of 8 GPUs"])
+@pytest.mark.parametrize("row_format", ["f32", "fp8", "fp8_ds_mla"])
+def test_sparse_with_the_selection_of_another_layer(row_format: str, dimensions: str) -> None:
+    rng = np.random.default_rng(9)
+    step = step_of(rng, [3, 1, 2], [4, 900, 0], padding=1)
+    inputs, attributes = _case(rng, step, row_format, DIMENSIONS[dimensions])
+    attributes |= {"index_head_dim": 0, "top_k": 50}
+    inputs["indices"] = rng.integers(-1, 700, (step.tokens, 50)).astype(np.int32)
+    found = _check(inputs, attributes, step, "MlaSparseAttention", ["output", "kv_cache_out", "indices"])
+    compare_exactly("indices", found["indices"], inputs["indices"])
+    _check(inputs, attributes, step, "MlaSparseAttention", ["output", "kv_cache_out"])
+
+
+@pytest.mark.parametrize("index_format", ["f32", "fp8"])
+@pytest.mark.parametrize("row_format", ["f32", "fp8", "fp8_ds_mla"])
+def test_sparse_with_an_indexer(row_format: str, index_format: str) -> None:
+    rng = np.random.default_rng(10)
+    step = step_of(rng, [3, 1, 2], [4, 900, 0], padding=1)
+    inputs, attributes = _case(rng, step, row_format, DIMENSIONS["deepseek of 8 GPUs"])
+    attributes |= {"index_head_dim": 128, "index_rope_dim": 64, "index_format": index_format, "top_k": 64}
+    pages = IndexLayout(page_size=64, index_format=index_format, index_head_dim=128)
+    cache = garbage_pool(rng, pages, step.pages)
+    for sequence, length in enumerate(step.inputs["cache_lengths"].tolist()):
+        pages.write(cache, *step.places(sequence, range(length)), rng.standard_normal((length, 128), np.float32))
+    inputs |= {
+        "index_query": rng.standard_normal((step.tokens, 8, 128), np.float32),
+        "index_key": rng.standard_normal((step.tokens, 128), np.float32),
+        "index_weights": rng.standard_normal((step.tokens, 8), np.float32),
+        "index_cos": rng.uniform(-1, 1, (step.tokens, 32)).astype(np.float32),
+        "index_sin": rng.uniform(-1, 1, (step.tokens, 32)).astype(np.float32),
+        "indexer_cache": cache,
+    }
+    found = _check(inputs, attributes, step, "MlaSparseAttention")
+    expected = reference("MlaSparseAttention", inputs, **attributes)
+    compare_exactly("indexer_cache_out", found["indexer_cache_out"], expected["indexer_cache_out"])
+    # scores that are equal up to their last bits may change places at the threshold
+    for token in range(step.tokens):
+        chosen, wanted = (set(lists["indices"][token].tolist()) - {-1} for lists in (found, expected))
+        assert len(chosen) == len(wanted), f"token {token}: {len(chosen)} keys selected, expected {len(wanted)}"
+        assert len(chosen - wanted) <= 1, f"token {token}: {sorted(chosen - wanted)} for {sorted(wanted - chosen)}"
+
+
+def _branch(
+    rng: np.random.Generator, step: Step, dimensions: tuple[int, int, int, int, int], dtype: str = "f32"
+) -> tuple[dict[str, Array], dict[str, Any]]:
+    inputs, attributes = _case(rng, step, "fp8", dimensions, weights="e4m3", dtype=dtype)
+    inputs["query"][:1, :1] = 0  # a group of scale 0
+    return inputs, {name: value for name, value in attributes.items() if name in {a.name for a in BRANCH.attributes}}
+
+
+def _check_branch(inputs: dict[str, Array], attributes: dict[str, Any], **options: Any) -> dict[str, Array]:
+    """The mean error is that of bf16, and no value is off by more than a moved code of the attended latent explains.
+
+    The output of attention is quantised before W_UV: its last bits decide roundings, each of 2^-4 of one value.
+    """
+    found = run_op("MlaDecodeBranchFp8", inputs, **options, **attributes)
+    expected = reference("MlaDecodeBranchFp8", inputs, **attributes)
+    compare_exactly("kv_cache_out", found["kv_cache_out"], expected["kv_cache_out"])
+    compare("output", found["output"], expected["output"], 2**-4)
+    if found["output"].size:
+        spread = np.abs(expected["output"]).mean(keepdims=True)
+        mean = np.abs(found["output"].astype(np.float64) - expected["output"]).mean(keepdims=True)
+        compare(
+            "mean error of the output (of the mean output)", mean / spread, np.zeros_like(mean), 2e-2, absolute=True
+        )
+    return found
+
+
+@pytest.mark.memcheck
+@pytest.mark.parametrize("case", STEPS.values(), ids=STEPS.keys())
+def test_decode_branch_steps(case: tuple[list[int], list[int], int]) -> None:
+    rng = np.random.default_rng(11)
+    _check_branch(*_branch(rng, step_of(rng, *case[:2], padding=case[2]), SMALL))
+
+
+@pytest.mark.parametrize("dimensions", DIMENSIONS.values(), ids=DIMENSIONS.keys())
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_decode_branch_dimensions(dtype: str, dimensions: tuple[int, int, int, int, int]) -> None:
+    rng = np.random.default_rng(12)
+    _check_branch(*_branch(rng, step_of(rng, [1, 2], [70, 3]), dimensions, dtype))
+
+
+@pytest.mark.parametrize("dimensions", ["small", "deepseek of 8 GPUs"])
+def test_decode_branch_saturates(dimensions: str) -> None:
+    """Values above 1200 are taken as 1200; the softmax scale keeps the spread of the scores near 1."""
+    rng = np.random.default_rng(16)
+    inputs, attributes = _branch(rng, step_of(rng, [1, 2], [70, 3]), DIMENSIONS[dimensions])
+    inputs["query"][..., :3] *= 5000
+    attributes["softmax_scale"] = 1e-3 * attributes["kv_lora_rank"] ** -0.5
+    _check_branch(inputs, attributes)
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 128])
+def test_decode_branch_token_counts(tokens: int) -> None:
+    rng = np.random.default_rng(13)
+    step = step_of(rng, [1] * tokens, rng.integers(0, 200, tokens).tolist())
+    _check_branch(*_branch(rng, step, DIMENSIONS["deepseek of 8 GPUs"], "bf16"), repeat=3)
+
+
+def test_decode_branch_over_lists_with_sinks_and_page_copies() -> None:
+    rng = np.random.default_rng(14)
+    step = step_of(rng, [1, 2], [6, 3])
+    inputs, attributes = _branch(rng, step, SMALL)
+    inputs["indices"] = np.array([[0, 4, -1], [2, 3, 9], [-1, -1, -1]], np.int32)
+    inputs["sinks"] = np.array([0.5, -3, 1, -np.inf], np.float32)
+    inputs["page_copies"] = np.array([[step.free[0], step.free[1]]], np.int32)
+    for in_place in (False, True):
+        found = _check_branch(inputs, attributes, in_place=in_place)
+        compare_exactly("output of nothing attended", found["output"][2], np.zeros_like(found["output"][2]))
+
+
+def test_decode_branch_in_a_graph() -> None:
+    rng = np.random.default_rng(15)
+    step = step_of(rng, [1, 1], [70, 3])
+    _check_branch(*_branch(rng, step, DIMENSIONS["deepseek of 8 GPUs"], "bf16"), graph=True, repeat=3)
