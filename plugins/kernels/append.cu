@@ -37,10 +37,13 @@ __device__ void rotate_queries(const Append& work, int64_t token, const float* c
     }
 }
 
+// To nearest, ties to even, in integers: where nvcc 13.0 stores the bytes of cvt.rn.bf16.f32's result one by one, the low
+// byte comes out wrong.
 __device__ void put_bf16(uint8_t* bytes, float value) {
-    uint16_t const bits = __bfloat16_as_ushort(__float2bfloat16_rn(value));
-    bytes[0] = static_cast<uint8_t>(bits);
-    bytes[1] = static_cast<uint8_t>(bits >> 8);
+    uint32_t bits = __float_as_uint(value);
+    bits = value != value ? bits | 0x400000u : bits + 0x7fffu + (bits >> 16 & 1u);
+    bytes[0] = static_cast<uint8_t>(bits >> 16);
+    bytes[1] = static_cast<uint8_t>(bits >> 24);
 }
 
 __device__ void put_float(uint8_t* bytes, float value) {

@@ -133,22 +133,19 @@ __device__ void zero_padding(const Attend& work, const Item& item) {
 
 // 16 e4m3 codes as bf16, times `factor` where the format has scales inside the row.
 __device__ void decode_sixteen(uint4 codes, bool scaled, float factor, uint4& low, uint4& high) {
-    uint32_t const words[4] = {codes.x, codes.y, codes.z, codes.w};
-    __nv_bfloat162 pairs[8];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        pairs[2 * i] = decode_e4m3x2(static_cast<uint16_t>(words[i]));
-        pairs[2 * i + 1] = decode_e4m3x2(static_cast<uint16_t>(words[i] >> 16));
-    }
+    uint2 const a = decode_e4m3x4(codes.x), b = decode_e4m3x4(codes.y);
+    uint2 const c = decode_e4m3x4(codes.z), d = decode_e4m3x4(codes.w);
+    uint32_t words[8] = {a.x, a.y, b.x, b.y, c.x, c.y, d.x, d.y};
     if (scaled) {
 #pragma unroll
-        for (auto& pair : pairs) {
-            float2 const values = __bfloat1622float2(pair);
-            pair = __floats2bfloat162_rn(values.x * factor, values.y * factor);
+        for (uint32_t& word : words) {
+            float2 const values = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(word));
+            __nv_bfloat162 const pair = __floats2bfloat162_rn(values.x * factor, values.y * factor);
+            word = reinterpret_cast<const uint32_t&>(pair);
         }
     }
-    low = *reinterpret_cast<uint4*>(pairs);
-    high = *reinterpret_cast<uint4*>(pairs + 4);
+    low = make_uint4(words[0], words[1], words[2], words[3]);
+    high = make_uint4(words[4], words[5], words[6], words[7]);
 }
 
 // Copied rows to the tile of keys. `fast`: latent and rope divide into 16-byte pieces.
@@ -436,13 +433,13 @@ __global__ void __launch_bounds__(threads, 1)
                 best[i] = fmaxf(best[i], reduction[other * rows + own_rows[i]]);
             }
             float const base = best[i] == -INFINITY ? 0.0f : best[i];
-            float const factor = exp2f(top[i] - base);
+            float const factor = power_of_two(top[i] - base);
             top[i] = best[i];
             float sum = 0.0f;
 #pragma unroll
             for (int n = 0; n < key_tiles; ++n) {
                 int const key = key_warp * (tile / key_warps) + n * 8 + 2 * t;
-                float const low = exp2f(scores[n][2 * i] - base), high = exp2f(scores[n][2 * i + 1] - base);
+                float const low = power_of_two(scores[n][2 * i] - base), high = power_of_two(scores[n][2 * i + 1] - base);
                 sum += low + high;
                 *reinterpret_cast<__nv_bfloat162*>(weights + swizzled(own_rows[i], key, tile)) = __floats2bfloat162_rn(
                     low == 0.0f ? 0.0f : low * tile_scales[key], high == 0.0f ? 0.0f : high * tile_scales[key + 1]);

@@ -47,10 +47,24 @@ __device__ inline float decode_e4m3(uint8_t code) {
     return static_cast<float>(value);
 }
 
-// Two e4m3 codes (low byte first) as bf16x2. Exact: e4m3 has fewer bits than bf16 in every field.
-__device__ inline __nv_bfloat162 decode_e4m3x2(uint16_t codes) {
-    __half2_raw const halves = __nv_cvt_fp8x2_to_halfraw2(codes, __NV_E4M3);
-    return __float22bfloat162_rn(__half22float2(__half2(halves)));
+// Four e4m3 codes (low byte first) as two bf16x2. Exact: e4m3 has fewer bits than bf16 in every field. Exponent and mantissa
+// are moved to their places, and 2^120 makes up for the difference of the exponents' biases, of subnormal codes too. Many
+// times faster than conversions; NaN becomes 480.
+__device__ inline uint2 decode_e4m3x4(uint32_t codes) {
+    __nv_bfloat162 const bias = __halves2bfloat162(__ushort_as_bfloat16(0x7b80), __ushort_as_bfloat16(0x7b80));
+    auto decode = [&](uint32_t pair) {  // each code in the upper byte of its half
+        uint32_t const bits = (pair >> 4 & 0x07f007f0u) | (pair & 0x80008000u);
+        __nv_bfloat162 const values = __hmul2(reinterpret_cast<const __nv_bfloat162&>(bits), bias);
+        return reinterpret_cast<const uint32_t&>(values);
+    };
+    return make_uint2(decode(__byte_perm(codes, 0, 0x1404)), decode(__byte_perm(codes, 0, 0x3424)));
+}
+
+// 2^x; denormal results are 0.
+__device__ inline float power_of_two(float x) {
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
 }
 
 // Eight consecutive values as bf16 bits. `count` of them exist, the rest are zero. `aligned`: they may be read at once.
@@ -78,10 +92,8 @@ __device__ inline uint4 load_eight(const void* data, int32_t type, int64_t index
             }
             default: {
                 uint2 const codes = *reinterpret_cast<const uint2*>(static_cast<const uint8_t*>(data) + index);
-                pairs[0] = decode_e4m3x2(static_cast<uint16_t>(codes.x));
-                pairs[1] = decode_e4m3x2(static_cast<uint16_t>(codes.x >> 16));
-                pairs[2] = decode_e4m3x2(static_cast<uint16_t>(codes.y));
-                pairs[3] = decode_e4m3x2(static_cast<uint16_t>(codes.y >> 16));
+                uint2 const low = decode_e4m3x4(codes.x), high = decode_e4m3x4(codes.y);
+                return make_uint4(low.x, low.y, high.x, high.y);
             }
         }
     } else {

@@ -205,20 +205,8 @@ __device__ void convert_weights(const Plan& plan, float* tile) {
     }
 }
 
-// 2^x; denormal results are 0.
-__device__ inline float power_of_two(float x) {
-    float result;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-    return result;
-}
-
 __device__ inline uint32_t pack(float low, float high) {
     __nv_bfloat162 const pair = __floats2bfloat162_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(pair);
-}
-
-__device__ inline uint32_t pack_codes(uint32_t codes) {
-    __nv_bfloat162 const pair = decode_e4m3x2(static_cast<uint16_t>(codes));
     return reinterpret_cast<const uint32_t&>(pair);
 }
 
@@ -227,7 +215,8 @@ __device__ inline uint4 latent_vector(const KvLayout& layout, const uint8_t* row
     if (r + 8 <= layout.rank && layout.format == row_format::bf16) return *reinterpret_cast<const uint4*>(row + 2 * r);
     if (r + 8 <= layout.rank && layout.format != row_format::fp8_ds_mla) {
         uint2 const codes = *reinterpret_cast<const uint2*>(row + r);
-        return make_uint4(pack_codes(codes.x), pack_codes(codes.x >> 16), pack_codes(codes.y), pack_codes(codes.y >> 16));
+        uint2 const low = decode_e4m3x4(codes.x), high = decode_e4m3x4(codes.y);
+        return make_uint4(low.x, low.y, high.x, high.y);
     }
     float values[8];
     for (int i = 0; i < 8; ++i) values[i] = r + i < layout.rank ? latent_value(layout, row, r + i) : 0.0f;
