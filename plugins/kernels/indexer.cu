@@ -18,7 +18,6 @@ IndexWindow shapes_of(const Call& call) {
     IndexWindow window{};
     window.step = make_step(call, in::query_offsets, in::cache_lengths, in::block_table, in::token_sequence, in::positions,
                             call.dims.index_pages);
-    window.step.pages = call.dims.index_pages;
     window.layout = IndexLayout(call.attributes);
     window.pool = call.output<char>(out::indexer_cache_out);
     window.heads = static_cast<int32_t>(call.dims.Hi);
@@ -117,7 +116,7 @@ int run_indexer(Call& call) {
         append.keys = false;
         if (window.top_k == 0) break;
         if (int status = score_index_keys(call, window, device)) return status;
-        if (int status = select_index_keys(call, window, call.output<int32_t>(out::indices))) return status;
+        if (int status = select_index_keys(call, window, device, call.output<int32_t>(out::indices))) return status;
     }
     return MLA_OK;
 }

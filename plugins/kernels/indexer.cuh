@@ -6,7 +6,7 @@
 namespace mla {
 
 constexpr int max_window_rows = 1024;  // tables of them are kept in shared memory
-constexpr int64_t max_index_keys = 0x7ffff000;  // of a sequence: leaves room to count whole tiles in 32 bits
+constexpr int64_t max_index_keys = 0x7fff0000;  // of a sequence: leaves room to count whole tiles in 32 bits
 
 // Consecutive query tokens whose scores are in memory at one time, and what is known of all tokens. Row r of the scratch
 // memory is token first + r. Heads are padded with zeros to a multiple of 16, heads' values to `width`.
@@ -97,6 +97,6 @@ struct IndexAppend {
 
 int append_index_keys(const Call& call, const IndexWindow& window, const IndexAppend& append);
 int score_index_keys(const Call& call, const IndexWindow& window, const Device& device);
-int select_index_keys(const Call& call, const IndexWindow& window, int32_t* indices);
+int select_index_keys(const Call& call, const IndexWindow& window, const Device& device, int32_t* indices);
 
 }  // namespace mla

@@ -369,7 +369,7 @@ def test_many_windows(index_format: str) -> None:
 @pytest.mark.parametrize("in_place", [False, True])
 def test_pages_are_copied_first(in_place: bool) -> None:
     rng = np.random.default_rng(19)
-    step = make_step(rng, [1, 2], [70, 5], page_size=P)
+    step = make_step(rng, [1, 2], [2 * P, P], page_size=P)
     attributes = attributes_of(top_k=9)
     inputs = case(rng, step, attributes)
     first, second = step.inputs["block_table"][0, :2].tolist()
