@@ -64,11 +64,12 @@ struct Plan {
 };
 
 // A warp takes `row_tiles` x 16 query rows of a unit and `width` columns of the output; a multiprocessor has registers for
-// `blocks` blocks. `nope` and `rope` are the plan's, or 0 where only the plan knows them.
+// `blocks` blocks. `nope` and `rope` are the plan's, or 0 where only the plan knows them, and the values.
 template <int row_tiles_, int warps_, int width_, int blocks_, int nope_ = 0, int rope_ = 0>
 struct Shape {
     static constexpr int row_tiles = row_tiles_, warps = warps_, width = width_, blocks = blocks_;
     static constexpr int nope = nope_, rope = rope_;
+    static constexpr bool fixed = nope > 0;  // then the values are `width` too
     static constexpr int threads = warps * warp_size;
     static constexpr int warp_rows = 16 * row_tiles;
     static constexpr int rows = warps * warp_rows;
@@ -275,7 +276,7 @@ __device__ void gather(const Plan& plan, int32_t chunk_start, int32_t chunk_end)
 
 // expanded = row scale x latents x weights^T for heads head0.. and the first `tiles` key tiles of the chunk.
 template <typename S>
-__device__ void expand(const Plan& plan, uint8_t* shared, int32_t head0, int32_t heads, int32_t tiles) {
+__device__ __noinline__ void expand(const Plan& plan, uint8_t* shared, int32_t head0, int32_t heads, int32_t tiles) {
     constexpr int warps_across = S::warps / 2;  // two warps along the keys
     constexpr int m_tiles = expand_tile / 2 / 16;
     constexpr int n_tiles = expand_tile / warps_across / 8;
@@ -459,39 +460,38 @@ __device__ bool make_unit(const Plan& plan, int32_t index, int32_t query_end, in
 
 // Attention of one unit over its key tiles of this chunk.
 template <typename S>
-__device__ void attend_unit(const Plan& plan, uint8_t* shared, const Unit& unit, int32_t head0) {
+__device__ __noinline__ void attend_unit(const Plan& plan, uint8_t* shared, const Unit& unit, int32_t head0) {
     constexpr int rows_at_once = S::threads / 8;
     constexpr int value_tiles = S::width / 8;
     const PrefillArguments& a = plan.arguments;
     int const warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
     int const g = lane / 4, t = lane % 4;
     int const load_row = threadIdx.x / 8, load_unit = threadIdx.x % 8;
-    int const nope = S::nope > 0 ? S::nope : plan.nope, rope = S::rope > 0 ? S::rope : plan.rope;
-    int const columns = plan.columns();
+    int const nope = S::fixed ? S::nope : plan.nope, rope = S::fixed ? S::rope : plan.rope;
+    int const value = S::fixed ? S::width : plan.value, columns = nope + value;
     int const row_bytes = round_up(nope + rope, 64) * 2;
     int const warp_row = warp * S::warp_rows;
     int const head = head0 + unit.head;
-    int const column0 = unit.slice * S::width;
+    int const column0 = S::fixed ? 0 : unit.slice * S::width;
     uint8_t* const queries = shared;
     uint32_t const query_base = shared_address(queries);
     uint32_t const key_base = query_base + S::rows * row_bytes;
     uint32_t const value_base = key_base + key_tile * row_bytes;
     int const nope_units = nope / 8, rope_units = rope / 8;
-    int const value_units = min(plan.value - column0, S::width) / 8;
+    int const value_units = min(value - column0, S::width) / 8;
 
     // A thread copies 16-byte units load_unit, load_unit + 8, .. of rows load_row, load_row + rows_at_once, ..: those are
     // the same places in all of its rows, since rows_at_once is a multiple of 8.
     int const load_swizzle = (load_unit ^ (load_row % 8)) << 4;
-    const __nv_bfloat16* const expanded =
-        plan.expanded + (static_cast<int64_t>(unit.head) * plan.chunk_keys() + load_row) * columns;
-    const __nv_bfloat16* const key_source = expanded + load_unit * 8;
-    const __nv_bfloat16* const value_source = expanded + nope + column0 + load_unit * 8;
-    const __nv_bfloat16* const rope_source = plan.ropes + load_row * rope + load_unit * 8;
+    const __nv_bfloat16* key_source =
+        plan.expanded + ((static_cast<int64_t>(unit.head) * plan.chunk_tiles + unit.key_start) * key_tile + load_row) * columns +
+        load_unit * 8;
+    const __nv_bfloat16* rope_source = plan.ropes + (unit.key_start * key_tile + load_row) * rope + load_unit * 8;
     uint32_t const key_target = key_base + load_row * row_bytes;
     uint32_t const value_target = value_base + load_row * (S::width * 2) + load_swizzle;
-    auto const load_keys = [&](int32_t tile) {
-        const __nv_bfloat16* next = key_source + static_cast<int64_t>(tile) * key_tile * columns;
-        const __nv_bfloat16* next_rope = rope_source + tile * key_tile * rope;
+    auto const load_keys = [&] {
+        const __nv_bfloat16* next = key_source;
+        const __nv_bfloat16* next_rope = rope_source;
         uint32_t target = key_target;
 #pragma unroll
         for (int row = 0; row < key_tile; row += rows_at_once) {
@@ -510,8 +510,8 @@ __device__ void attend_unit(const Plan& plan, uint8_t* shared, const Unit& unit,
             target += rows_at_once * row_bytes;
         }
     };
-    auto const load_values = [&](int32_t tile) {
-        const __nv_bfloat16* next = value_source + static_cast<int64_t>(tile) * key_tile * columns;
+    auto const load_values = [&] {
+        const __nv_bfloat16* next = key_source + nope + column0;
         uint32_t target = value_target;
 #pragma unroll
         for (int row = 0; row < key_tile; row += rows_at_once) {
@@ -524,7 +524,7 @@ __device__ void attend_unit(const Plan& plan, uint8_t* shared, const Unit& unit,
         }
     };
 
-    load_keys(unit.key_start);
+    load_keys();
     copy_async_commit();
 
     // a negative softmax scale goes into the queries: maxima below are of scores times a positive factor. The factor is not
@@ -566,8 +566,8 @@ __device__ void attend_unit(const Plan& plan, uint8_t* shared, const Unit& unit,
             for (int n = 0; n < value_tiles; ++n) {
                 int const column = column0 + n * 8 + 2 * t;
                 float2 pair = make_float2(0.0f, 0.0f);
-                if (stored && column < plan.value) {
-                    pair = *reinterpret_cast<const float2*>(plan.states + (state_row + row) * plan.value + column);
+                if (stored && column < value) {
+                    pair = *reinterpret_cast<const float2*>(plan.states + (state_row + row) * value + column);
                 }
                 sums[m][n][2 * half] = pair.x;
                 sums[m][n][2 * half + 1] = pair.y;
@@ -591,7 +591,7 @@ __device__ void attend_unit(const Plan& plan, uint8_t* shared, const Unit& unit,
         bool const skip = idle || key0 > first_position + S::warp_rows - 1;
         copy_async_wait<0>();
         __syncthreads();  // the keys are here, and nobody reads the values of the last tile any more
-        load_values(tile);
+        load_values();
         copy_async_commit();
 
         float scores[S::row_tiles][key_tile / 8][4];
@@ -640,7 +640,9 @@ __device__ void attend_unit(const Plan& plan, uint8_t* shared, const Unit& unit,
         }
         copy_async_wait<0>();
         __syncthreads();  // the values are here, and nobody reads this tile's keys any more
-        if (tile + 1 < unit.key_end) load_keys(tile + 1);
+        key_source += key_tile * columns;
+        rope_source += key_tile * rope;
+        if (tile + 1 < unit.key_end) load_keys();
         copy_async_commit();
         if (skip) continue;
 
@@ -710,8 +712,8 @@ __device__ void attend_unit(const Plan& plan, uint8_t* shared, const Unit& unit,
 #pragma unroll
                 for (int n = 0; n < value_tiles; ++n) {
                     int const column = column0 + n * 8 + 2 * t;
-                    if (column >= plan.value) continue;
-                    *reinterpret_cast<float2*>(plan.states + (state_row + row) * plan.value + column) =
+                    if (column >= value) continue;
+                    *reinterpret_cast<float2*>(plan.states + (state_row + row) * value + column) =
                         make_float2(sums[m][n][2 * half], sums[m][n][2 * half + 1]);
                 }
                 continue;
