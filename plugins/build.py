@@ -6,6 +6,7 @@ changed. The TensorRT library itself is not needed: a stand-in with its soname i
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import logging
 import os
@@ -36,7 +37,7 @@ OLDEST_ARCHITECTURE = 80
 KEPT_OBJECTS = 8  # of each source, the newest ones
 
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
-_ERROR = re.compile(r"^.*\b(?:error|fatal)\b.*$", re.IGNORECASE | re.MULTILINE)
+_ERROR = re.compile(r"^.*\b(?:error|fatal|undefined reference)\b.*$", re.IGNORECASE | re.MULTILINE)
 
 Progress = Callable[[str], None]
 
@@ -99,14 +100,16 @@ def build(options: BuildOptions, progress: Progress | None = None) -> library.Li
     if headers is not None:
         log.info("TensorRT headers: %s, version %d.%d", headers.folder, *headers.version)
 
-    units = list(_units(nvcc, headers, options.architectures, objects))
-    _compile_all(nvcc, units, options.jobs or os.cpu_count() or 1, len(options.architectures), report)
-    for unit in units:
-        if messages := unit.messages.read_text():
-            log.warning("%s:\n%s", unit.source.name, messages)
-    report(f"link {output.name}")
-    _link(nvcc, headers, [unit.object for unit in units], output)
-    _prune(objects)
+    with (objects / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a second build would compile the same
+        units = list(_units(nvcc, headers, options.architectures, objects))
+        _compile_all(nvcc, units, options.jobs or os.cpu_count() or 1, len(options.architectures), report)
+        for unit in units:
+            if messages := unit.messages.read_text():
+                log.warning("%s:\n%s", unit.source.name, messages)
+        report(f"link {output.name}")
+        _link(nvcc, headers, [unit.object for unit in units], output)
+        _prune(objects)
     return library.describe(output)
 
 
