@@ -61,7 +61,7 @@ def find_nvcc(named: Path | None = None) -> Nvcc:
         if candidate.is_file():
             return _nvcc(candidate)
     raise PluginLibraryError(
-        "nvcc was not found: install a CUDA toolkit 12.8 or newer and set CUDA_HOME, or pip install 'mla-trt[kernels]'"
+        "nvcc was not found: install a CUDA toolkit (tried: 13.0) and set CUDA_HOME, or pip install 'mla-trt[kernels]'"
     )
 
 
