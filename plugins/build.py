@@ -121,7 +121,7 @@ def _make_folder(folder: Path) -> None:
 
 
 def _units(nvcc: Nvcc, headers: TensorRtHeaders | None, architectures: Sequence[str], objects: Path) -> Iterator[_Unit]:
-    common = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra", f"-I{KERNELS}"]
+    common = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
     device = [*common, *_code_flags(architectures)]
     names = " ".join(f"sm_{name}" for name in architectures)
     build_name = f'-DMLA_BUILD="{mla_trt.__version__} {names}"'
@@ -130,9 +130,8 @@ def _units(nvcc: Nvcc, headers: TensorRtHeaders | None, architectures: Sequence[
     for source in sorted(KERNELS.glob("*.cpp")):
         yield _unit(nvcc, source, [*common, build_name] if source.name == "api.cpp" else common, objects)
     if headers is not None:
-        flags = [*common, *headers.flags()]
         for source in sorted(TENSORRT.glob("*.cpp")):
-            yield _unit(nvcc, source, flags, objects, salt=(headers.folder / "NvInferVersion.h").read_text())
+            yield _unit(nvcc, source, common, objects, headers)
 
 
 def _code_flags(architectures: Sequence[str]) -> list[str]:
@@ -144,14 +143,16 @@ def _code_flags(architectures: Sequence[str]) -> list[str]:
     return flags
 
 
-def _unit(nvcc: Nvcc, source: Path, flags: list[str], objects: Path, salt: str = "") -> _Unit:
+def _unit(nvcc: Nvcc, source: Path, flags: list[str], objects: Path, headers: TensorRtHeaders | None = None) -> _Unit:
+    """Where files lie does not go into the object's name: copies of the source tree share the cache."""
     digest = hashlib.sha256()
-    for text in (nvcc.version, *flags, salt):
+    for text in (nvcc.version, *flags, headers.version_text if headers is not None else ""):
         digest.update(text.encode() + b"\0")
-    for path in sorted(_closure(source)):
+    for path in sorted(_closure(source), key=lambda path: path.name):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     target = objects / f"{source.parent.name}-{source.stem}-{digest.hexdigest()[:20]}.o"
-    return _Unit(source, [*flags, "-c", str(source)], target)
+    folders = [f"-I{KERNELS}", *(headers.flags() if headers is not None else [])]
+    return _Unit(source, [*flags, *folders, "-c", str(source)], target)
 
 
 def _closure(source: Path) -> set[Path]:

@@ -7,10 +7,10 @@ import os
 from pathlib import Path
 
 import pytest
-from kernel_calls import Kernels
 from libraries import Probe, header_params, make_probe
 
 from mla_trt.plugins.build import BuildOptions, build
+from mla_trt.plugins.kernel_library import KernelLibrary
 from mla_trt.plugins.library import Library
 
 
@@ -22,8 +22,8 @@ def kernels_library(tmp_path_factory: pytest.TempPathFactory) -> Library:
 
 
 @pytest.fixture(scope="session")
-def kernels(kernels_library: Library) -> Kernels:
-    return Kernels(kernels_library.path)
+def kernels(kernels_library: Library) -> KernelLibrary:
+    return KernelLibrary(kernels_library.path)
 
 
 @pytest.fixture(scope="session", params=list(header_params()))

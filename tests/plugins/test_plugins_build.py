@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from kernel_calls import Kernels
 
 import mla_trt
 from mla_trt.cli import main
@@ -17,6 +16,7 @@ from mla_trt.errors import PluginLibraryError, UsageError
 from mla_trt.plugins import build as builder
 from mla_trt.plugins import library, toolchain
 from mla_trt.plugins.build import BuildOptions, build, parse_architectures
+from mla_trt.plugins.kernel_library import KernelLibrary
 
 # the C interface, over ops that do nothing
 OPS = """#include "call.h"
@@ -84,7 +84,7 @@ def test_libraries_of_other_architectures_are_told_apart(sources: Path):
     found = library.find_library(name=library.KERNELS)
     assert found.architectures == ("sm_80", "sm_90a")
     assert found.path == library.default_path(library.KERNELS)
-    assert Kernels(found.path).build() == f"{mla_trt.__version__} sm_80 sm_90a"
+    assert KernelLibrary(found.path).build == f"{mla_trt.__version__} sm_80 sm_90a"
 
 
 def test_source_that_does_not_compile_is_named_with_the_first_error(sources: Path):

@@ -15,9 +15,9 @@ import pytest
 
 from mla_trt.plugins.toolchain import find_nvcc, find_tensorrt_headers
 
-SOURCES = Path(__file__).parent / "plugins"
+SOURCES = Path(__file__).parent
 ENVIRONMENT = "MLA_TRT_TENSORRT_INCLUDE"
-FOLDER = Path(os.environ.get(ENVIRONMENT, Path(__file__).resolve().parents[2] / "shared" / "tensorrt-headers"))
+FOLDER = Path(os.environ.get(ENVIRONMENT, Path(__file__).resolve().parents[3] / "shared" / "tensorrt-headers"))
 
 
 def header_folders() -> list[Path]:
