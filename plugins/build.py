@@ -6,6 +6,7 @@ changed. The TensorRT library itself is not needed: a stand-in with its soname i
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import logging
 import os
@@ -36,7 +37,7 @@ OLDEST_ARCHITECTURE = 80
 KEPT_OBJECTS = 8  # of each source, the newest ones
 
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
-_ERROR = re.compile(r"^.*\b(?:error|fatal)\b.*$", re.IGNORECASE | re.MULTILINE)
+_ERROR = re.compile(r"^.*\b(?:error|fatal|undefined reference)\b.*$", re.IGNORECASE | re.MULTILINE)
 
 Progress = Callable[[str], None]
 
@@ -99,14 +100,16 @@ def build(options: BuildOptions, progress: Progress | None = None) -> library.Li
     if headers is not None:
         log.info("TensorRT headers: %s, version %d.%d", headers.folder, *headers.version)
 
-    units = list(_units(nvcc, headers, options.architectures, objects))
-    _compile_all(nvcc, units, options.jobs or os.cpu_count() or 1, len(options.architectures), report)
-    for unit in units:
-        if messages := unit.messages.read_text():
-            log.warning("%s:\n%s", unit.source.name, messages)
-    report(f"link {output.name}")
-    _link(nvcc, headers, [unit.object for unit in units], output)
-    _prune(objects)
+    with (objects / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a second build would compile the same
+        units = list(_units(nvcc, headers, options.architectures, objects))
+        _compile_all(nvcc, units, options.jobs or os.cpu_count() or 1, len(options.architectures), report)
+        for unit in units:
+            if messages := unit.messages.read_text():
+                log.warning("%s:\n%s", unit.source.name, messages)
+        report(f"link {output.name}")
+        _link(nvcc, headers, [unit.object for unit in units], output)
+        _prune(objects)
     return library.describe(output)
 
 
@@ -118,7 +121,7 @@ def _make_folder(folder: Path) -> None:
 
 
 def _units(nvcc: Nvcc, headers: TensorRtHeaders | None, architectures: Sequence[str], objects: Path) -> Iterator[_Unit]:
-    common = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra", f"-I{KERNELS}"]
+    common = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
     device = [*common, *_code_flags(architectures)]
     names = " ".join(f"sm_{name}" for name in architectures)
     build_name = f'-DMLA_BUILD="{mla_trt.__version__} {names}"'
@@ -127,9 +130,8 @@ def _units(nvcc: Nvcc, headers: TensorRtHeaders | None, architectures: Sequence[
     for source in sorted(KERNELS.glob("*.cpp")):
         yield _unit(nvcc, source, [*common, build_name] if source.name == "api.cpp" else common, objects)
     if headers is not None:
-        flags = [*common, *headers.flags()]
         for source in sorted(TENSORRT.glob("*.cpp")):
-            yield _unit(nvcc, source, flags, objects, salt=(headers.folder / "NvInferVersion.h").read_text())
+            yield _unit(nvcc, source, common, objects, headers)
 
 
 def _code_flags(architectures: Sequence[str]) -> list[str]:
@@ -141,14 +143,16 @@ def _code_flags(architectures: Sequence[str]) -> list[str]:
     return flags
 
 
-def _unit(nvcc: Nvcc, source: Path, flags: list[str], objects: Path, salt: str = "") -> _Unit:
+def _unit(nvcc: Nvcc, source: Path, flags: list[str], objects: Path, headers: TensorRtHeaders | None = None) -> _Unit:
+    """Where files lie does not go into the object's name: copies of the source tree share the cache."""
     digest = hashlib.sha256()
-    for text in (nvcc.version, *flags, salt):
+    for text in (nvcc.version, *flags, headers.version_text if headers is not None else ""):
         digest.update(text.encode() + b"\0")
-    for path in sorted(_closure(source)):
+    for path in sorted(_closure(source), key=lambda path: path.name):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     target = objects / f"{source.parent.name}-{source.stem}-{digest.hexdigest()[:20]}.o"
-    return _Unit(source, [*flags, "-c", str(source)], target)
+    folders = [f"-I{KERNELS}", *(headers.flags() if headers is not None else [])]
+    return _Unit(source, [*flags, *folders, "-c", str(source)], target)
 
 
 def _closure(source: Path) -> set[Path]:

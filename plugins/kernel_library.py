@@ -9,6 +9,7 @@ import ctypes
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mla_trt.errors import MlaTrtError, UsageError
 from mla_trt.ops import OPS
@@ -118,6 +119,19 @@ class KernelLibrary:
     def build(self) -> str:
         """Package version and architectures that the library was built from and for."""
         return str(self._library.mla_build().decode())
+
+    def kv_page_words(self, attributes: Attributes) -> int:
+        """int32 words of a page of the latent cache that these attributes describe."""
+        return self._words(self._library.mla_kv_page_words, attributes)
+
+    def index_page_words(self, attributes: Attributes) -> int:
+        """int32 words of a page of the index cache that these attributes describe."""
+        return self._words(self._library.mla_index_page_words, attributes)
+
+    def _words(self, function: Any, attributes: Attributes) -> int:
+        words = ctypes.c_int64()
+        _check(self._library, function(ctypes.byref(attributes_struct(attributes)), ctypes.byref(words)))
+        return words.value
 
     def call(
         self,

@@ -16,8 +16,10 @@ KERNELS = "libmla_trt_kernels.so"
 
 # What mla_build() returns, as it lies in the file. Read there and not through a call: the plugin library loads only beside
 # libnvinfer and registers its plugins when it does.
-_BUILD = re.compile(rb"(?<=\0)(\d[\w.+-]*)((?: sm_\d+[af]?)+)(?=\0)")
-_TENSORRT = re.compile(rb"\0libnvinfer\.so\.(\d+)\0")
+_BUILD = re.compile(r"(\d[\w.+-]*)((?: sm_\d+[af]?)+)")
+_LONGEST_VERSION = 64
+_ARCHITECTURES = re.compile(rb" sm_[\w ]+\0")
+_TENSORRT = re.compile(rb"libnvinfer\.so\.(\d+)\0")
 
 
 @dataclass(frozen=True)
@@ -49,14 +51,26 @@ def describe(path: Path) -> Library:
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            build = [group.decode() for match in _BUILD.finditer(content) for group in match.groups()]
-            tensorrt = [int(major) for major in _TENSORRT.findall(content)]
+            builds = _builds(content)
+            tensorrt = _TENSORRT.search(content)
+            major = None if tensorrt is None else int(tensorrt[1])
     except (OSError, ValueError) as error:
         raise PluginLibraryError(f"'{path}' cannot be read: {error}") from error
-    if len(build) != 2:
+    if len(builds) != 1:
         raise PluginLibraryError(f"'{path}' is not a library that 'mla-trt plugins build' wrote")
-    version, architectures = build
-    return Library(path, version, tuple(architectures.split()), tensorrt[0] if tensorrt else None)
+    version, architectures = builds[0].groups()
+    return Library(path, version, tuple(architectures.split()), major)
+
+
+def _builds(content: mmap.mmap) -> list[re.Match[str]]:
+    """All texts of the form that mla_build() has. Begins at the architectures, since those are quick to search for."""
+    found = []
+    for match in _ARCHITECTURES.finditer(content):
+        start = content.rfind(b"\0", max(0, match.start() - _LONGEST_VERSION), match.start()) + 1
+        text = content[start : match.end() - 1].decode(errors="replace")
+        if build := _BUILD.fullmatch(text):
+            found.append(build)
+    return found
 
 
 def find_library(path: Path | None = None, name: str = PLUGINS) -> Library:

@@ -41,10 +41,11 @@ class Nvcc:
 
 @dataclass(frozen=True)
 class TensorRtHeaders:
-    """A folder with NvInferRuntime.h, and its version."""
+    """A folder with NvInferRuntime.h. ``version_text`` is the file that says which version it is, to the last number."""
 
     folder: Path
     version: tuple[int, int]
+    version_text: str
 
     def flags(self) -> list[str]:
         """Compiler flags that find the headers, without warnings for what they contain."""
@@ -61,7 +62,7 @@ def find_nvcc(named: Path | None = None) -> Nvcc:
         if candidate.is_file():
             return _nvcc(candidate)
     raise PluginLibraryError(
-        "nvcc was not found: install a CUDA toolkit 12.8 or newer and set CUDA_HOME, or pip install 'mla-trt[kernels]'"
+        "nvcc was not found: install a CUDA toolkit (tried: 13.0) and set CUDA_HOME, or pip install 'mla-trt[kernels]'"
     )
 
 
@@ -125,4 +126,4 @@ def _headers(folder: Path) -> TensorRtHeaders:
         oldest = ".".join(map(str, OLDEST_TENSORRT))
         found = ".".join(map(str, version))
         raise PluginLibraryError(f"'{folder}' has TensorRT {found}, but the plugins need {oldest} or newer")
-    return TensorRtHeaders(folder, version)
+    return TensorRtHeaders(folder, version, text)

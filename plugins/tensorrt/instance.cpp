@@ -128,18 +128,30 @@ std::string names_of(const std::vector<int32_t>& formals, const TensorSpec* spec
 
 }  // namespace
 
-void Instance::settle_inputs(int32_t count) {
-    if (!names_inputs && count <= spec().inputs) {
-        for (int32_t formal = count; formal < spec().inputs; ++formal) {
-            if (!spec().input[formal].optional) {
-                throw std::invalid_argument("the input '" + std::string(spec().input[formal].name) + "' is missing");
-            }
-        }
-        if (count != static_cast<int32_t>(inputs.size())) inputs = first_formals(count);
+int32_t Instance::position_of(std::string_view input_name) const {
+    int32_t const count = knows_inputs ? input_count() : spec().inputs;
+    for (int32_t i = 0; i < count; ++i) {
+        if (input_name == spec().input[knows_inputs ? input_formal(i) : i].name) return i;
     }
-    if (count != static_cast<int32_t>(inputs.size())) {
+    return -1;
+}
+
+void Instance::settle_inputs(int32_t count) {
+    if (!knows_inputs) {
+        if (count > spec().inputs) {
+            throw std::invalid_argument("the node has " + std::to_string(count) + " inputs, but the op has " +
+                                        std::to_string(spec().inputs));
+        }
+        for (int32_t formal = count; formal < spec().inputs; ++formal) {
+            if (spec().input[formal].optional) continue;
+            throw std::invalid_argument("the input '" + std::string(spec().input[formal].name) + "' is missing");
+        }
+        inputs = first_formals(count);
+        knows_inputs = true;
+    }
+    if (count != input_count()) {
         throw std::invalid_argument("the node has " + std::to_string(count) + " inputs, but its attribute '" +
-                                    inputs_field + "' or the op names " + std::to_string(inputs.size()));
+                                    inputs_field + "' names " + std::to_string(input_count()));
     }
 }
 
@@ -159,9 +171,10 @@ Instance read_instance(int32_t op, const nvinfer1::PluginFieldCollection& fields
         }
     }
     const PluginField* inputs = find(fields, inputs_field);
-    instance.names_inputs = inputs != nullptr;
-    instance.inputs = inputs == nullptr ? first_formals(spec.inputs)
-                                        : formals_named(inputs_field, text_of(*inputs), spec.input, spec.inputs);
+    if (inputs != nullptr) {
+        instance.inputs = formals_named(inputs_field, text_of(*inputs), spec.input, spec.inputs);
+        instance.knows_inputs = true;
+    }
     const PluginField* outputs = find(fields, outputs_field);
     instance.outputs = outputs == nullptr ? first_formals(spec.outputs)
                                           : formals_named(outputs_field, text_of(*outputs), spec.output, spec.outputs);
@@ -185,7 +198,7 @@ InstanceFields::InstanceFields(const Instance& instance) : attributes_(instance.
             fields_.emplace_back(attribute.name, &slot<int32_t>(attributes_, attribute), type, 1);
         }
     }
-    add_text(inputs_field, names_of(instance.inputs, spec.input));
+    if (instance.knows_inputs) add_text(inputs_field, names_of(instance.inputs, spec.input));
     add_text(outputs_field, names_of(instance.outputs, spec.output));
     collection_ = {static_cast<int32_t>(fields_.size()), fields_.data()};
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include <NvInferRuntime.h>
@@ -17,13 +18,20 @@ constexpr const char* outputs_field = "outputs";
 struct Instance {
     int32_t op = 0;
     MlaAttributes attributes{};
-    bool names_inputs = false;  // false: as many of the op's first inputs as the node has
+    bool knows_inputs = false;  // false: the node has as many of the op's first inputs as TensorRT will say
     std::vector<int32_t> inputs;   // the formal of each input
     std::vector<int32_t> outputs;  // the formal of each output
 
     const OpSpec& spec() const { return ops[op]; }
-    const TensorSpec& input(int32_t position) const { return spec().input[inputs.at(position)]; }
-    const TensorSpec& output(int32_t position) const { return spec().output[outputs.at(position)]; }
+    int32_t input_count() const { return static_cast<int32_t>(inputs.size()); }
+    int32_t output_count() const { return static_cast<int32_t>(outputs.size()); }
+    int32_t input_formal(int32_t position) const { return inputs.at(static_cast<size_t>(position)); }
+    int32_t output_formal(int32_t position) const { return outputs.at(static_cast<size_t>(position)); }
+    const TensorSpec& input(int32_t position) const { return spec().input[input_formal(position)]; }
+    const TensorSpec& output(int32_t position) const { return spec().output[output_formal(position)]; }
+
+    // Where the node has this input, -1 where it has not.
+    int32_t position_of(std::string_view input_name) const;
 
     // Settles which formals a node of `count` inputs has. Throws std::invalid_argument where the op takes no such node.
     void settle_inputs(int32_t count);

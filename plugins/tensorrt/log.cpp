@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <cstdio>
+#include <cstring>
 
 namespace mla::tensorrt {
 namespace {
@@ -22,6 +23,14 @@ void log(nvinfer1::ILogger::Severity severity, const std::string& message) noexc
         } else {
             fprintf(stderr, "mla_trt: %s\n", message.c_str());
         }
+    } catch (...) {
+    }
+}
+
+void log_error(const char* name, const char* text) noexcept {
+    try {
+        bool const is_named = strncmp(text, name, strlen(name)) == 0;
+        log(nvinfer1::ILogger::Severity::kERROR, is_named ? std::string(text) : std::string(name) + ": " + text);
     } catch (...) {
     }
 }

@@ -35,9 +35,17 @@ struct CallTensors {
     std::array<MlaTensor, most(&OpSpec::inputs)> inputs;
     std::array<MlaTensor, most(&OpSpec::outputs)> outputs;
 
-    CallTensors() {
+    // input(i) and output(i) make the tensors of the node's positions.
+    template <typename Input, typename Output>
+    CallTensors(const Instance& instance, Input&& input, Output&& output) {
         inputs.fill({nullptr, 0, -1, {}});
         outputs.fill({nullptr, 0, -1, {}});
+        for (int32_t i = 0; i < instance.input_count(); ++i) {
+            inputs[static_cast<size_t>(instance.input_formal(i))] = input(i);
+        }
+        for (int32_t i = 0; i < instance.output_count(); ++i) {
+            outputs[static_cast<size_t>(instance.output_formal(i))] = output(i);
+        }
     }
 };
 
@@ -75,8 +83,8 @@ Instance settled(const Instance& instance, int32_t input_count) {
 
 // The input whose type the floating-point outputs have.
 int32_t first_float_input(const Instance& instance) {
-    for (size_t i = 0; i < instance.inputs.size(); ++i) {
-        if (instance.input(static_cast<int32_t>(i)).kind == Kind::any_float) return static_cast<int32_t>(i);
+    for (int32_t i = 0; i < instance.input_count(); ++i) {
+        if (instance.input(i).kind == Kind::any_float) return i;
     }
     throw std::invalid_argument("no input says which type the floating-point outputs have");
 }
@@ -91,8 +99,8 @@ DataType output_type(const Instance& instance, int32_t output, DataType float_ty
 }
 
 bool has_float_output(const Instance& instance) {
-    for (size_t i = 0; i < instance.outputs.size(); ++i) {
-        if (instance.output(static_cast<int32_t>(i)).kind == Kind::any_float) return true;
+    for (int32_t i = 0; i < instance.output_count(); ++i) {
+        if (instance.output(i).kind == Kind::any_float) return true;
     }
     return false;
 }
@@ -118,7 +126,7 @@ Letters<typename Algebra::Value> bind_letters(const Instance& instance, Algebra&
         auto const [known, is_new] = letters.emplace(letter, size);
         if (!is_new) known->second = merge(known->second, size);
     };
-    for (int32_t i = 0; i < static_cast<int32_t>(instance.inputs.size()); ++i) {
+    for (int32_t i = 0; i < instance.input_count(); ++i) {
         const TensorSpec& spec = instance.input(i);
         if (spec.shape == nullptr) {  // only MlaPlan's tokens: any shape with T elements
             give("T", product_of(i));
@@ -206,15 +214,10 @@ size_t workspace_for(const Instance& instance, const CallTensors& call) {
 size_t largest_workspace(const Instance& instance, const nvinfer1::DynamicPluginTensorDesc* inputs,
                          const nvinfer1::DynamicPluginTensorDesc* outputs) {
     Letters<int64_t> const letters = largest_letters(instance, inputs);
-    CallTensors call;
-    for (size_t i = 0; i < instance.inputs.size(); ++i) {
-        call.inputs[static_cast<size_t>(instance.inputs[i])] =
-            tensor_of_letters(instance.input(static_cast<int32_t>(i)), onnx_type(inputs[i].desc.type), letters);
-    }
-    for (size_t i = 0; i < instance.outputs.size(); ++i) {
-        call.outputs[static_cast<size_t>(instance.outputs[i])] =
-            tensor_of_letters(instance.output(static_cast<int32_t>(i)), onnx_type(outputs[i].desc.type), letters);
-    }
+    CallTensors const call(
+        instance,
+        [&](int32_t i) { return tensor_of_letters(instance.input(i), onnx_type(inputs[i].desc.type), letters); },
+        [&](int32_t i) { return tensor_of_letters(instance.output(i), onnx_type(outputs[i].desc.type), letters); });
     return workspace_for(instance, call);
 }
 
@@ -225,24 +228,21 @@ void check_tuned_shapes(const Instance& instance, const nvinfer1::DynamicPluginT
         const Dims& opt = tensor.opt;
         return std::all_of(opt.d, opt.d + std::max(opt.nbDims, 0), [](int64_t size) { return size >= 0; });
     };
-    if (!std::all_of(inputs, inputs + instance.inputs.size(), known)) return;
-    if (!std::all_of(outputs, outputs + instance.outputs.size(), known)) return;
-    CallTensors call;
-    for (size_t i = 0; i < instance.inputs.size(); ++i) {
-        call.inputs[static_cast<size_t>(instance.inputs[i])] = tensor_of_dims(
-            instance.input(static_cast<int32_t>(i)), inputs[i].desc.type, inputs[i].opt, nullptr);
-    }
-    for (size_t i = 0; i < instance.outputs.size(); ++i) {
-        call.outputs[static_cast<size_t>(instance.outputs[i])] = tensor_of_dims(
-            instance.output(static_cast<int32_t>(i)), outputs[i].desc.type, outputs[i].opt, nullptr);
-    }
+    if (!std::all_of(inputs, inputs + instance.input_count(), known)) return;
+    if (!std::all_of(outputs, outputs + instance.output_count(), known)) return;
+    auto const tensor = [](const TensorSpec& spec, const nvinfer1::DynamicPluginTensorDesc& description) {
+        return tensor_of_dims(spec, description.desc.type, description.opt, nullptr);
+    };
+    CallTensors const call(
+        instance, [&](int32_t i) { return tensor(instance.input(i), inputs[i]); },
+        [&](int32_t i) { return tensor(instance.output(i), outputs[i]); });
     workspace_for(instance, call);
 }
 
 void check_output_count(const Instance& instance, int32_t output_count) {
-    if (output_count != static_cast<int32_t>(instance.outputs.size())) {
+    if (output_count != instance.output_count()) {
         throw std::invalid_argument("the node has " + std::to_string(output_count) + " outputs, expected " +
-                                    std::to_string(instance.outputs.size()));
+                                    std::to_string(instance.output_count()));
     }
 }
 
@@ -348,12 +348,7 @@ int32_t Plugin::getAliasedInput(int32_t output) noexcept {
     int32_t aliased = -1;
     guarded(getPluginName(), [&] {
         for (const Pool& pool : pools) {
-            if (strcmp(instance_.output(output).name, pool.output) != 0) continue;
-            for (size_t i = 0; i < instance_.inputs.size(); ++i) {
-                if (strcmp(instance_.input(static_cast<int32_t>(i)).name, pool.input) == 0) {
-                    aliased = static_cast<int32_t>(i);
-                }
-            }
+            if (strcmp(instance_.output(output).name, pool.output) == 0) aliased = instance_.position_of(pool.input);
         }
     });
     return aliased;
@@ -376,18 +371,16 @@ int32_t Plugin::enqueue(const nvinfer1::PluginTensorDesc* input_descriptions,
                         const nvinfer1::PluginTensorDesc* output_descriptions, const void* const* inputs,
                         void* const* outputs, void* workspace, cudaStream_t stream) noexcept {
     return guarded(getPluginName(), [&] {
-        CallTensors call;
-        for (size_t i = 0; i < instance_.inputs.size(); ++i) {
-            const nvinfer1::PluginTensorDesc& described = input_descriptions[i];
-            call.inputs[static_cast<size_t>(instance_.inputs[i])] =
-                tensor_of_dims(instance_.input(static_cast<int32_t>(i)), described.type, described.dims,
-                               const_cast<void*>(inputs[i]));
-        }
-        for (size_t i = 0; i < instance_.outputs.size(); ++i) {
-            const nvinfer1::PluginTensorDesc& described = output_descriptions[i];
-            call.outputs[static_cast<size_t>(instance_.outputs[i])] = tensor_of_dims(
-                instance_.output(static_cast<int32_t>(i)), described.type, described.dims, outputs[i]);
-        }
+        CallTensors const call(
+            instance_,
+            [&](int32_t i) {
+                const nvinfer1::PluginTensorDesc& described = input_descriptions[i];
+                return tensor_of_dims(instance_.input(i), described.type, described.dims, const_cast<void*>(inputs[i]));
+            },
+            [&](int32_t i) {
+                const nvinfer1::PluginTensorDesc& described = output_descriptions[i];
+                return tensor_of_dims(instance_.output(i), described.type, described.dims, outputs[i]);
+            });
         // TensorRT does not say how large the workspace is; it was sized for the largest shapes of the profile.
         check(mla_enqueue(instance_.op, &instance_.attributes, call.inputs.data(), call.outputs.data(), workspace,
                           std::numeric_limits<size_t>::max(), stream));

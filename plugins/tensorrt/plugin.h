@@ -24,7 +24,7 @@ public:
     const char* getPluginVersion() const noexcept override { return plugin_version; }
     const char* getPluginNamespace() const noexcept override { return plugin_namespace; }
 
-    int32_t getNbOutputs() const noexcept override { return static_cast<int32_t>(instance_.outputs.size()); }
+    int32_t getNbOutputs() const noexcept override { return instance_.output_count(); }
     int32_t getOutputDataTypes(nvinfer1::DataType* output_types, int32_t output_count,
                                const nvinfer1::DataType* input_types, int32_t input_count) const noexcept override;
     int32_t getOutputShapes(const nvinfer1::DimsExprs* inputs, int32_t input_count,
