@@ -1,6 +1,6 @@
-"""Attention over a paged cache in float64, a sequence at a time: the op set's references for cases with many keys.
+"""The op set's references for large cases: whole arrays at a time instead of loops over tokens, heads and pairs.
 
-``tests/gpu/test_large_reference.py`` compares it with those references.
+``tests/gpu/test_large_reference.py`` compares them with the op set's.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mla_trt.formats import KvLayout
+from mla_trt.ops import OPS
+from mla_trt.ops.decode_branch_fp8 import _quantized_reference
+from mla_trt.ops.reference import copied_pages, dequantized
 
 Array = npt.NDArray[Any]
 Float64 = npt.NDArray[np.float64]
@@ -42,7 +45,7 @@ def attention(
     Args:
         inputs: the op's.
         attributes: the op's.
-        query: instead of ``inputs["query"]``, for one that was rounded.
+        query: instead of ``inputs["query"]``; its heads may be those of the op several times over.
     """
     layout = layout_of(attributes)
     pool = inputs["kv_cache"]
@@ -50,7 +53,7 @@ def attention(
     tokens, heads, _ = query.shape
     output = np.zeros((tokens, heads, layout.kv_lora_rank))
     lse = np.full((tokens, heads), -np.inf)
-    sinks = inputs.get("sinks")
+    sinks = np.resize(inputs["sinks"], heads) if "sinks" in inputs else None
     sequence_of = inputs["token_sequence"]
     for sequence in np.unique(sequence_of[sequence_of >= 0]).tolist():
         members = np.flatnonzero(sequence_of == sequence)
@@ -72,7 +75,7 @@ def attention(
                 chosen = rows[: int(present[: position + 1].sum())]
             if not len(chosen):
                 continue
-            scores = attributes["softmax_scale"] * (query[token] @ chosen.T)
+            scores = float(np.float32(attributes["softmax_scale"])) * (query[token] @ chosen.T)
             top = scores.max(axis=1, keepdims=True)
             weights = np.exp(scores - top)
             total = weights.sum(axis=1)
@@ -82,3 +85,66 @@ def attention(
                     total = total + np.exp(sinks.astype(np.float64) - top[:, 0])
             output[token] = weights @ chosen[:, : layout.kv_lora_rank] / total[:, None]
     return {"output": output, "lse": lse}
+
+
+def _rotated(values: Array, cos: Array, sin: Array, interleaved: bool) -> Array:
+    """``values`` ``[T, ..., Dr]`` rotated in their own arithmetic; cos and sin ``[T, Dr/2]``."""
+    shape = (len(values), *[1] * (values.ndim - 2), cos.shape[1])
+    cos, sin = cos.reshape(shape).astype(values.dtype), sin.reshape(shape).astype(values.dtype)
+    half = cos.shape[-1]
+    first, second = (slice(0, None, 2), slice(1, None, 2)) if interleaved else (slice(0, half), slice(half, None))
+    rotated = np.empty_like(values)
+    a, b = values[..., first], values[..., second]
+    rotated[..., first] = a * cos - b * sin
+    rotated[..., second] = a * sin + b * cos
+    return rotated
+
+
+def append(inputs: Mapping[str, Array], attributes: Mapping[str, Any]) -> dict[str, Array]:
+    """``query_rope_out`` and ``kv_cache_out`` of MlaFusedRopeRmsNormQuantization."""
+    op = OPS["MlaFusedRopeRmsNormQuantization"]
+    known = {attribute.name for attribute in op.attributes}
+    complete = op.complete({name: value for name, value in attributes.items() if name in known}, op.name)
+    pages = complete.kv_layout()
+    query = inputs["query_rope"].astype(np.float64)
+    key = inputs["rope_key"].astype(np.float32)
+    latent = inputs["latent"].astype(np.float64)
+    if "norm_weight" in inputs:
+        mean = np.mean(latent**2, axis=1, keepdims=True)
+        latent = latent / np.sqrt(mean + complete.number("epsilon")) * inputs["norm_weight"].astype(np.float64)
+    tokens = len(query)
+    if pages.qk_rope_head_dim and tokens:
+        rows = np.clip(inputs.get("rope_rows", np.arange(tokens)), 0, len(inputs["cos"]) - 1)
+        cos, sin = inputs["cos"][rows], inputs["sin"][rows]
+        interleaved = bool(complete.integer("rope_interleaved"))
+        query, key = (_rotated(values, cos, sin, interleaved) for values in (query, key))
+    cache = copied_pages(inputs["kv_cache"], inputs.get("page_copies"))
+    page, slot = np.full(tokens, -1, np.int64), np.zeros(tokens, np.int64)
+    for sequence in np.unique(inputs["token_sequence"]).tolist():
+        members = inputs["token_sequence"] == sequence
+        if sequence >= 0:
+            keys = inputs["positions"][members]
+            page[members], slot[members] = places(inputs, len(cache), pages.page_size, sequence, keys)
+    kept = page >= 0
+    pages.write(cache, page[kept], slot[kept], latent[kept], key[kept])
+    return {"query_rope_out": query, "kv_cache_out": cache}
+
+
+def projected(values: Array, weight: Array, scale: Array | None) -> Float64:
+    """Each head ``[T, H, n]`` times its own matrix ``[H, m, n]``, with a scale of each 128 x 128 block or without."""
+    heads_first = np.ascontiguousarray(values.astype(np.float64).transpose(1, 0, 2))
+    product: Float64 = heads_first @ dequantized(weight, scale).transpose(0, 2, 1)
+    return product.transpose(1, 0, 2)
+
+
+def decode_branch(inputs: Mapping[str, Array], attributes: Mapping[str, Any]) -> dict[str, Array]:
+    """``output`` and ``kv_cache_out`` of MlaDecodeBranchFp8."""
+    nope, rope = np.split(
+        inputs["query"].astype(np.float64), [inputs["query"].shape[2] - attributes["qk_rope_head_dim"]], axis=2
+    )
+    appended = append({**inputs, "query_rope": rope}, attributes)
+    absorbed = projected(_quantized_reference(nope), inputs["w_uk"], inputs["w_uk_scale"])
+    query = np.concatenate([absorbed, appended["query_rope_out"]], axis=2)
+    latent = attention({**inputs, "kv_cache": appended["kv_cache_out"]}, attributes, query)["output"]
+    output = projected(_quantized_reference(latent), inputs["w_uv"], inputs["w_uv_scale"])
+    return {"output": output, "kv_cache_out": appended["kv_cache_out"]}

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from cases import HALF_TYPES, kv_attributes, layout, step_of
 from harness import Array, compare, compare_exactly, run_op
-from op_harness import CODE_STEP, Step, assert_rows_close, garbage_pool, reference
+from large_reference import append
+from op_harness import CODE_STEP, Step, assert_rows_close, garbage_pool
 
 from mla_trt.formats import ROW_FORMATS, KvLayout, decode_e4m3
 
@@ -50,7 +51,7 @@ def _check(
     inputs: Mapping[str, Array], pages: KvLayout, dtype: str = "f32", repeat: int = 2, **attributes: Any
 ) -> dict[str, Array]:
     attributes = {**kv_attributes(pages), **attributes}
-    expected = reference(OP, inputs, **attributes)
+    expected = append(inputs, attributes)
     found: dict[str, Array] = {}
     for in_place in (False, True):
         found = run_op(OP, inputs, in_place=in_place, repeat=repeat, **attributes)
@@ -90,7 +91,7 @@ def test_norm(row_format: str, dtype: str, rank: int) -> None:
     inputs = _inputs(rng, step, pages, 16, norm=True, dtype=dtype)
     for epsilon in (1e-6, 0.7):
         attributes = {**kv_attributes(pages), "epsilon": epsilon}
-        found, expected = run_op(OP, inputs, repeat=2, **attributes), reference(OP, inputs, **attributes)
+        found, expected = run_op(OP, inputs, repeat=2, **attributes), append(inputs, attributes)
         pools = found["kv_cache_out"], expected["kv_cache_out"]
         assert_rows_close(pages, *pools, step.new_places(), CODE_STEP[row_format])
         compare("query_rope_out", found["query_rope_out"], expected["query_rope_out"], QUERY_TOLERANCE[dtype])
@@ -215,7 +216,7 @@ def test_a_graph_gives_the_same_bytes(row_format: str) -> None:
     pages, step = layout(row_format), step_of(rng, [3, 1], [62, 10])
     inputs = _inputs(rng, step, pages, 16)
     inputs["page_copies"] = np.array([[step.free[0], step.free[1]]], np.int32)
-    expected = reference(OP, inputs, **kv_attributes(pages))
+    expected = append(inputs, kv_attributes(pages))
     for in_place in (False, True):
         found = run_op(OP, inputs, in_place=in_place, graph=True, repeat=3, **kv_attributes(pages))
         compare_exactly("kv_cache_out", found["kv_cache_out"], expected["kv_cache_out"])

@@ -13,14 +13,11 @@ import numpy as np
 import pytest
 from cases import HALF_TYPES, kv_attributes, layout, step_of
 from harness import Array, compare, compare_exactly, run_op
-from large_reference import attention, layout_of
+from large_reference import append, attention, decode_branch, layout_of, projected
 from op_harness import CODE_STEP, Step, assert_rows_close, e4m3_weight, garbage_pool, latent_pool, reference
 
 from mla_trt.formats import ROW_FORMATS, IndexLayout
 from mla_trt.ops.decode_branch_fp8 import OP as BRANCH
-from mla_trt.ops.reference import dequantized
-
-APPEND = "MlaFusedRopeRmsNormQuantization"
 
 STEPS = {
     "ragged": ([3, 1, 5], [4, 70, 0], 0),
@@ -92,18 +89,12 @@ def _expected_output(
     """Absorbed attention in float64 over ``cache``."""
     nope = inputs["query"].astype(np.float64)[:, :, : attributes["qk_nope_head_dim"]]
     if "w_uk" in inputs:
-        nope = np.einsum("thn,hrn->thr", nope, dequantized(inputs["w_uk"], inputs.get("w_uk_scale")), optimize=True)
+        nope = projected(nope, inputs["w_uk"], inputs.get("w_uk_scale"))
     query = np.concatenate([nope, appended["query_rope_out"]], axis=2)
     output = attention({**inputs, "kv_cache": cache}, attributes, query)["output"]
     if "w_uv" in inputs:
-        output = np.einsum("thr,hvr->thv", output, dequantized(inputs["w_uv"], inputs.get("w_uv_scale")), optimize=True)
+        output = projected(output, inputs["w_uv"], inputs.get("w_uv_scale"))
     return output
-
-
-def _appended(inputs: Mapping[str, Array], attributes: Mapping[str, Any], nope: int) -> dict[str, Array]:
-    known = {"epsilon", "rope_interleaved", *kv_attributes(layout_of(attributes))}
-    given = {name: value for name, value in attributes.items() if name in known}
-    return reference(APPEND, {**inputs, "query_rope": inputs["query"][:, :, nope:].astype(np.float64)}, **given)
 
 
 def _check_cache(
@@ -125,7 +116,7 @@ def _check(
     **options: Any,
 ) -> dict[str, Array]:
     found = run_op(op_type, inputs, outputs, **options, **attributes)
-    appended = _appended(inputs, attributes, attributes["qk_nope_head_dim"])
+    appended = append({**inputs, "query_rope": inputs["query"][:, :, attributes["qk_nope_head_dim"] :]}, attributes)
     _check_cache(inputs, attributes, step, found["kv_cache_out"], appended["kv_cache_out"])
     selection = {"indices": found["indices"]} if "indices" in found else {}
     expected = _expected_output({**inputs, **selection}, attributes, appended, found["kv_cache_out"])
@@ -270,10 +261,10 @@ def _check_branch(inputs: dict[str, Array], attributes: dict[str, Any], **option
     The output of attention is quantised before W_UV: its last bits decide roundings, each of 2^-4 of one value.
     """
     found = run_op("MlaDecodeBranchFp8", inputs, **options, **attributes)
-    expected = reference("MlaDecodeBranchFp8", inputs, **attributes)
+    expected = decode_branch(inputs, attributes)
     compare_exactly("kv_cache_out", found["kv_cache_out"], expected["kv_cache_out"])
     compare("output", found["output"], expected["output"], 2**-4)
-    if found["output"].size:
+    if expected["output"].any():
         spread = np.abs(expected["output"]).mean(keepdims=True)
         mean = np.abs(found["output"].astype(np.float64) - expected["output"]).mean(keepdims=True)
         compare(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from cases import decoding_case, key_lists, layout, step_of
+from cases import decoding_case, key_lists, kv_attributes, layout, step_of
 from harness import compare, compare_exactly
-from large_reference import attention
-from op_harness import assert_close, reference
+from large_reference import append, attention, decode_branch
+from op_harness import assert_close, e4m3_weight, garbage_pool, latent_pool, reference
 
 pytestmark = pytest.mark.cpu
 
@@ -36,6 +36,51 @@ def test_narrow_tables_end_the_sequence() -> None:
     inputs, attributes = decoding_case(rng, step, layout("bf16", 16, 4, 4), 2)
     inputs["block_table"] = inputs["block_table"][:, :1]
     found, expected = attention(inputs, attributes), reference("MlaDecoding", inputs, **attributes)
+    assert_close(found["output"], expected["output"], 1e-6)
+
+
+@pytest.mark.parametrize("interleaved", [0, 1])
+@pytest.mark.parametrize("rope", [0, 8])
+@pytest.mark.parametrize("row_format", ["f32", "fp8", "fp8_ds_mla"])
+def test_appends_what_the_op_sets_reference_appends(row_format: str, rope: int, interleaved: int) -> None:
+    rng = np.random.default_rng(3)
+    pages, step = layout(row_format, 40, rope, 4), step_of(rng, [3, 0, 2, 1], [7, 3, 0, 9], 4, padding=2)
+    step.inputs["block_table"][0, 1] = -1
+    inputs = {
+        "query_rope": rng.standard_normal((step.tokens, 3, rope), np.float32),
+        "latent": rng.standard_normal((step.tokens, 40), np.float32),
+        "rope_key": rng.standard_normal((step.tokens, rope), np.float32),
+        "norm_weight": rng.uniform(0.5, 1.5, 40).astype(np.float32),
+        "cos": rng.uniform(-1, 1, (5, rope // 2)).astype(np.float32),
+        "sin": rng.uniform(-1, 1, (5, rope // 2)).astype(np.float32),
+        "rope_rows": rng.integers(-2, 8, step.tokens).astype(np.int32),
+        "kv_cache": garbage_pool(rng, pages, step.pages),
+        "page_copies": np.array([[step.free[0], step.free[1]], [-1, 0]], np.int32),
+        **step.inputs,
+    }
+    attributes = {**kv_attributes(pages), "rope_interleaved": interleaved, "epsilon": 0.1}
+    found, expected = append(inputs, attributes), reference("MlaFusedRopeRmsNormQuantization", inputs, **attributes)
+    for name in expected:
+        np.testing.assert_array_equal(found[name], expected[name])
+
+
+def test_equals_the_decode_branchs_reference() -> None:
+    rng = np.random.default_rng(4)
+    pages, step = layout("fp8", 160, 8, 4), step_of(rng, [3, 1], [7, 3], 4, padding=2)
+    inputs = {
+        "query": rng.standard_normal((step.tokens, 3, 24 + 8), np.float32),
+        "latent": rng.standard_normal((step.tokens, 160), np.float32),
+        "rope_key": rng.standard_normal((step.tokens, 8), np.float32),
+        "cos": rng.uniform(-1, 1, (step.tokens, 4)).astype(np.float32),
+        "sin": rng.uniform(-1, 1, (step.tokens, 4)).astype(np.float32),
+        **step.inputs,
+        "kv_cache": latent_pool(rng, pages, step, with_new=False),
+    }
+    for name, shape in (("w_uk", (3, 160, 24)), ("w_uv", (3, 20, 160))):
+        inputs[name], inputs[f"{name}_scale"] = e4m3_weight(rng, *shape)
+    attributes = {**kv_attributes(pages), "softmax_scale": 0.1}
+    found, expected = decode_branch(inputs, attributes), reference("MlaDecodeBranchFp8", inputs, **attributes)
+    np.testing.assert_array_equal(found["kv_cache_out"], expected["kv_cache_out"])
     assert_close(found["output"], expected["output"], 1e-6)
 
 
