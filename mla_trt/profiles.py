@@ -141,10 +141,11 @@ def choose_profile(description: EngineDescription, sizes: Sizes) -> str:
         ranges = description.profiles[profile]
         if all(size <= ranges[axis].most for axis, size in sizes.items() if axis in ranges):
             return profile
-    axis = next(axis for axis, size in sizes.items() if size > description.profiles[PREFILL][axis].most)
-    what, option = _OPTIONS.get(axis, (axis, "other limits"))
+    most = {axis: size.most for axis, size in description.profiles[PREFILL].items()}
+    axis = next(axis for axis in (*_OPTIONS, *sizes) if axis in sizes and sizes[axis] > most[axis])
+    what, option = _OPTIONS.get(axis, (axis, "--pages"))
     raise UsageError(
-        f"the step has {sizes[axis]} {what}, the engine takes {description.profiles[PREFILL][axis].most}: "
+        f"the step has {sizes[axis]} {what}, the engine takes {most[axis]}: "
         f"give less at once, or build the engine with a larger {option}"
     )
 

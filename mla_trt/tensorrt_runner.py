@@ -152,6 +152,12 @@ class TensorRtRunner:
         self._cuda.copy(self._pools[cache], pages.ctypes.data, pages.nbytes)
         self._cuda.synchronize()
 
+    @property
+    def recordings(self) -> tuple[int, int]:
+        """How many sizes of steps run as a CUDA graph, and how many could not be recorded as one."""
+        found = self._recordings.values()
+        return sum(entry.executable is not None for entry in found), sum(entry.refused for entry in found)
+
     def close(self) -> None:
         """Gives the memory back: graphs before their contexts, contexts before the engine."""
         self._cuda.synchronize()
