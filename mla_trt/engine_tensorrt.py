@@ -52,8 +52,8 @@ class Runner(Protocol):
         ...
 
     @property
-    def recordings(self) -> tuple[int, int]:
-        """How many sizes of steps run as a CUDA graph, and how many could not be recorded as one."""
+    def recordings(self) -> int | None:
+        """How many sizes of steps run as a CUDA graph; None where the engine cannot be recorded."""
         ...
 
 
@@ -162,8 +162,8 @@ class TensorRtEngine:
         self._runner.write_pages(cache, np.ascontiguousarray(pages, np.int32))
 
     @property
-    def recordings(self) -> tuple[int, int]:
-        """How many sizes of steps run as a CUDA graph, and how many could not be recorded as one."""
+    def recordings(self) -> int | None:
+        """How many sizes of steps run as a CUDA graph; None where the engine cannot be recorded."""
         return self._runner.recordings
 
     def close(self) -> None:

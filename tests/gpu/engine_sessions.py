@@ -7,7 +7,9 @@ passes to be replayed.
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,11 +17,19 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from mla_trt.engine import Engine
-from mla_trt.engine_recorder import RecordingEngine
-from mla_trt.ops import retarget, strip_functions
-from mla_trt.session import Session
-from mla_trt.verification_cases import Case, Script, Step, run_step
+ROOT = Path(__file__).resolve().parents[2]
+if importlib.util.find_spec("mla_trt") is None:
+    sys.path.insert(0, str(ROOT))
+import mla_trt  # noqa: E402
+
+if importlib.util.find_spec("mla_trt.plugins") is None:
+    mla_trt.__path__.append(str(ROOT))  # a bare source tree: parts of the package lie beside it
+
+from mla_trt.engine import Engine  # noqa: E402
+from mla_trt.engine_recorder import RecordingEngine  # noqa: E402
+from mla_trt.ops import retarget, strip_functions  # noqa: E402
+from mla_trt.session import Session  # noqa: E402
+from mla_trt.verification_cases import Case, Script, Step, run_step  # noqa: E402
 
 SPARE_PAGES = 6
 

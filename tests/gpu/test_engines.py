@@ -24,9 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_sessions import HALF_OUTLIERS, HALF_TOLERANCE, VARIANTS
+from engine_sessions import HALF_OUTLIERS, HALF_TOLERANCE, ROOT, VARIANTS
 
-ROOT = Path(__file__).resolve().parents[2]
 RECORDS = Path(os.environ.get("MLA_TRT_ENGINES", ROOT / "build" / "engines"))
 OUT = Path(os.environ.get("OUT", ROOT / "build"))
 CHOSEN = os.environ.get("MLA_TRT_VARIANTS", ",".join(VARIANTS)).split(",")
@@ -186,7 +185,8 @@ def table(found: dict[tuple[str, str], Result]) -> str:
             f"{result[key]:.1e}" if key in result else ""
             for key in ("max_error", "format_error", "between_median", "between_max")
         ]
-        graphs = str(result.get("graphs", "")) + (" refused" if result.get("refused") else "")
+        recorded = result.get("graphs", "")
+        graphs = "refused" if recorded is None else str(recorded)
         outcome = (failure(result) or "equal").replace("|", "/")
         cells = (
             export,
@@ -212,3 +212,29 @@ def test_engine_gives_what_the_original_gives(
     reason = failure(result)
     if reason is not None:
         pytest.fail(reason, pytrace=False)
+
+
+@pytest.mark.cpu
+def test_a_case_fails_where_it_ended_or_where_tokens_differ() -> None:
+    done: Result = {
+        "export": "x",
+        "variant": "fp8",
+        "stage": "done",
+        "half": False,
+        "build_seconds": 2.0,
+        "tokens": 10,
+        "max_error": 0.5,
+        "format_error": 0.6,
+        "between": [0.01] * 8 + [0.5] * 2,
+        "between_median": 0.01,
+        "between_max": 0.5,
+        "worst_session": "s",
+        "graphs": 2,
+    }
+    assert failure(done) is None
+    assert "3 of 10 tokens differ" in str(failure(done | {"between": [0.01] * 7 + [0.5] * 3}))
+    assert "1 of 10 tokens differ" in str(failure(done | {"variant": "f32", "between": [1e-6] * 9 + [1e-3]}))
+    assert "not finite in 's'" in str(failure(done | {"max_error": math.inf}))
+    assert failure({"stage": "build", "error": "no", "variant": "f32"}) == "build: no"
+    lines = table({("x", "fp8"): done}).splitlines()
+    assert len(lines) == 4 + len(CASES)
