@@ -315,5 +315,8 @@ def test_without_a_driver_an_engine_says_so(model: onnx.ModelProto, tmp_path: Pa
 
 
 def test_a_path_that_is_nothing_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="does not exist: give the folder that 'mla-trt lower' wrote, or the file"):
+    with pytest.raises(BadModelError, match="does not exist: give the folder that 'mla-trt lower' wrote, or the file"):
         open_engine(tmp_path / "nowhere")
+    (tmp_path / "model.engine").write_bytes(b"plan")
+    with pytest.raises(BadModelError, match=r"no \.onnx file, and there is no .*model\.engine\.json"):
+        open_engine(tmp_path / "model.engine")
