@@ -74,6 +74,7 @@ class TensorRtEngine:
         self.metadata = description.metadata
         self.pages = pages
         self.vocabulary = description.vocabulary
+        self.max_tokens: int | None = description.limits()["tokens"]
         self.results = description.results
         self._runner = runner
         caches = {cache.name for cache in self.metadata.caches}

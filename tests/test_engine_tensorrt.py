@@ -26,6 +26,7 @@ from mla_trt.engine_file import (
 from mla_trt.engine_onnxruntime import OnnxRuntimeEngine
 from mla_trt.engine_tensorrt import TensorRtEngine, pool_pages
 from mla_trt.errors import BadModelError, MlaTrtError, UsageError
+from mla_trt.generation import generate
 from mla_trt.opening import open_engine
 from mla_trt.plugins.library import Library
 from mla_trt.profiles import at_least, bucket, bucketed, input_range, make_profiles, pad, read_sizes
@@ -99,6 +100,14 @@ def test_a_long_prompt_takes_the_prefill_profile_as_it_is(model: onnx.ModelProto
     engine, runner = stand_in(model, PAGES, max_batch=4, max_tokens=64, max_length=64)
     Session(engine).prefill(list(range(1, 31)))
     assert runner.steps == [("prefill", (1, 30), 1, 8, False)]
+
+
+def test_generation_gives_an_engine_no_more_than_it_takes(model: onnx.ModelProto) -> None:
+    engine, runner = stand_in(model, PAGES, max_batch=4, max_tokens=5, max_length=64)
+    prompt = list(range(1, 14))
+    found = list(generate(Session(engine), [prompt], max_new_tokens=3))
+    assert found == list(generate(Session(model, pages=PAGES), [prompt], max_new_tokens=3))
+    assert max(shape[1] for _, shape, *_ in runner.steps) == 5
 
 
 def test_a_step_without_sequences_is_padded_to_one(model: onnx.ModelProto) -> None:

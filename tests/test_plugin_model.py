@@ -209,3 +209,20 @@ def test_a_branch_reads_what_became_bfloat16() -> None:
     assert types["attended.0.bf16"] == BFLOAT16
     assert types["attended.0"] == FLOAT
     assert types["chosen"] == FLOAT
+
+
+def test_a_weight_that_is_moved_on_its_way_to_a_product_is_rounded_as_it_is_stored() -> None:
+    model = lowered(CONFIG)
+    last = model.graph.node[-2]
+    assert last.op_type == "MatMul"
+    (weight,) = (tensor for tensor in model.graph.initializer if tensor.name == last.input[1])
+    weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight).T.copy(), "stored"))
+    node = helper.make_node("Transpose", ["stored"], ["turned"], name="turn", perm=[1, 0])
+    last.input[1] = "turned"
+    model.graph.node.insert(0, node)
+    to_bfloat16(model)
+    assert "stored.bf16" in rounded_weights(model)
+    assert all(tensor.name != "stored" for tensor in model.graph.initializer)
+    turn = next(node for node in model.graph.node if node.name == "turn")
+    assert list(turn.input) == ["stored.bf16"]
+    assert element_types(model)["turned.bf16"] == BFLOAT16
