@@ -148,10 +148,10 @@ class _Conversion:
         if node.op_type in PRODUCTS:
             return floats if self._multiplies_weights(node) and node.output[0] not in self._exact else set()
         if node.op_type in MOVES:
-            moved = set(_moved(node))
-            if moved <= self._only_narrow | set(self._initializers) and moved & self._only_narrow:
-                return {index for index in floats if node.input[index] in moved}
-            if moved <= set(self._initializers) | self._only_narrow and self._read_narrow.issuperset(node.output):
+            moved = _moved(node)
+            if all(name in self._only_narrow or name in self._initializers for name in moved) and (
+                any(name in self._only_narrow for name in moved) or self._read_narrow.issuperset(node.output)
+            ):
                 return {index for index in floats if node.input[index] in moved}
             if node.op_type.startswith("Gather") and node.input[1] in self._data and self._is_table(node.input[0]):
                 return {0} & floats
@@ -189,8 +189,8 @@ class _Conversion:
             others = set(node.input) - wanted
             others.update(name for inner in _subgraphs(node) for name in _read_by(inner))
             read |= others
-            found |= wanted
-            found -= read
+            found |= wanted - read
+            found -= others
         return found
 
     def _is_table(self, name: str) -> bool:
