@@ -109,6 +109,7 @@ class _Conversion:
             ):
                 self._weightlike.update(node.output)
         self._exact = self._leading_to_choices()
+        self._read_narrow = self._only_read_narrow()
         self._narrow: dict[str, str] = {}  # float32 tensor: its bfloat16 version
         self._only_narrow: set[str] = set()
         self._taken = set(self._types)
@@ -143,25 +144,54 @@ class _Conversion:
         """Which float32 inputs of a node it takes as bfloat16."""
         floats = {index for index, name in enumerate(node.input) if self._types.get(name) == FLOAT}
         if node.domain == DOMAIN:
-            formals = OPS[node.op_type].inputs
-            first = next((index for index, name in enumerate(node.input) if name and formals[index].kind == F), None)
-            # The first one decides what the op's results are: a float16 op keeps a float32 weight as it is.
-            return {index for index in floats if formals[index].kind in (F, WEIGHT)} if first in floats else set()
+            return self._narrow_in_fused(node)
         if node.op_type in PRODUCTS:
             return floats if self._multiplies_weights(node) and node.output[0] not in self._exact else set()
         if node.op_type in MOVES:
-            moved = set(_moved(node))
-            if moved <= self._only_narrow | set(self._initializers) and moved & self._only_narrow:
+            moved = _moved(node)
+            if all(name in self._only_narrow or name in self._initializers for name in moved) and (
+                any(name in self._only_narrow for name in moved) or self._read_narrow.issuperset(node.output)
+            ):
                 return {index for index in floats if node.input[index] in moved}
             if node.op_type.startswith("Gather") and node.input[1] in self._data and self._is_table(node.input[0]):
                 return {0} & floats
         return set()
+
+    def _narrow_in_fused(self, node: onnx.NodeProto) -> set[int]:
+        """Which inputs a fused op takes as bfloat16. The first float one decides what its results are: a float16 op keeps
+        a float32 weight as it is."""
+        kinds = [formal.kind for formal in OPS[node.op_type].inputs]
+        given = [index for index, name in enumerate(node.input) if name]
+        first = next((index for index in given if kinds[index] == F), None)
+        if first is None or self._types.get(node.input[first]) != FLOAT:
+            return set()
+        return {index for index in given if kinds[index] in (F, WEIGHT) and self._types[node.input[index]] == FLOAT}
 
     def _narrow_outputs(self, node: onnx.NodeProto) -> list[int]:
         if node.domain == DOMAIN:
             formals = OPS[node.op_type].outputs
             return [index for index, name in enumerate(node.output) if name and formals[index].kind == F]
         return [index for index, name in enumerate(node.output) if name]
+
+    def _only_read_narrow(self) -> set[str]:
+        """Float32 tensors that every reader takes as bfloat16: a weight that is only moved on its way to a product is then
+        rounded as it is stored."""
+        read: set[str] = {output.name for output in self._graph.output}
+        found: set[str] = set()
+        for node in reversed(self._graph.node):
+            wanted: set[str] = set()
+            if node.domain == DOMAIN:
+                wanted = {node.input[index] for index in self._narrow_in_fused(node)}
+            elif node.op_type in PRODUCTS and self._multiplies_weights(node) and node.output[0] not in self._exact:
+                wanted = set(node.input)
+            elif node.op_type in MOVES and found.issuperset(name for name in node.output if name):
+                wanted = set(_moved(node))
+            others = set(node.input) - wanted
+            others.update(name for inner in _subgraphs(node) for name in _read_by(inner))
+            read |= others
+            found |= wanted - read
+            found -= others
+        return found
 
     def _is_table(self, name: str) -> bool:
         """A weight matrix, of which data chooses rows: an embedding, or the weights of experts."""

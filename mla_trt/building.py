@@ -33,7 +33,7 @@ from mla_trt.metadata import METADATA_KEY, LoweredMetadata
 from mla_trt.ops import OPS
 from mla_trt.plugin_model import DTYPES, MODEL_FILE, write_plugin_model
 from mla_trt.profiles import input_range, make_profiles
-from mla_trt.tensorrt_api import Messages, load_plugins, load_tensorrt, make_logger
+from mla_trt.tensorrt_api import Messages, load_plugins, load_tensorrt, start
 from mla_trt.writing import check_writable
 
 log = logging.getLogger(__name__)
@@ -234,7 +234,7 @@ class _Build:
             KeyboardInterrupt: the user interrupted.
         """
         trt = self._trt
-        logger = make_logger(trt, self._messages)
+        logger = start(trt, self._messages)
         builder = trt.Builder(logger)
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(network, logger)

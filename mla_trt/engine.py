@@ -22,6 +22,7 @@ class Engine(Protocol):
         token_dtype: type of the token input.
         token_features: sizes of its axes behind those of tokens: () for ids, (hidden size,) for embeddings.
         vocabulary: number of token ids, None where it is not known.
+        max_tokens: most tokens of a step, None where there is no limit.
         results: names of the outputs that are neither caches nor states, the main one (logits) first.
     """
 
@@ -30,6 +31,7 @@ class Engine(Protocol):
     token_dtype: np.dtype
     token_features: tuple[int, ...]
     vocabulary: int | None
+    max_tokens: int | None
     results: tuple[str, ...]
 
     def run(self, inputs: Mapping[str, np.ndarray], page_copies: np.ndarray) -> dict[str, np.ndarray]:

@@ -31,6 +31,7 @@ class OnnxRuntimeEngine:
         graph_only = model if isinstance(model, onnx.ModelProto) else load_structure(model)
         self.metadata = LoweredMetadata.of(graph_only)
         self.pages = pages
+        self.max_tokens: int | None = None
         self.vocabulary = self.metadata.vocabulary or embedded_vocabulary(graph_only, self.metadata.token_input)
         self._session = open_session(model, base_dir=base_dir)
         inputs = {entry.name: entry for entry in self._session.get_inputs()}

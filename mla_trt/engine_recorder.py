@@ -26,6 +26,7 @@ class RecordingEngine:
         self.token_dtype = engine.token_dtype
         self.token_features = engine.token_features
         self.vocabulary = engine.vocabulary
+        self.max_tokens = engine.max_tokens
         self.results = engine.results
         self.inputs: dict[str, np.ndarray] = {}
         self.outputs: dict[str, np.ndarray] = {}

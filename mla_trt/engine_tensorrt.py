@@ -51,6 +51,11 @@ class Runner(Protocol):
         """Gives the memory back."""
         ...
 
+    @property
+    def recordings(self) -> int | None:
+        """How many sizes of steps run as a CUDA graph; None where the engine cannot be recorded."""
+        ...
+
 
 class TensorRtEngine:
     """The engine of a GPU. See `mla_trt.engine.Engine` for its attributes.
@@ -69,6 +74,7 @@ class TensorRtEngine:
         self.metadata = description.metadata
         self.pages = pages
         self.vocabulary = description.vocabulary
+        self.max_tokens: int | None = description.limits()["tokens"]
         self.results = description.results
         self._runner = runner
         caches = {cache.name for cache in self.metadata.caches}
@@ -123,6 +129,7 @@ class TensorRtEngine:
                 f"the model also needs the inputs {', '.join(missing)}: give them as extra inputs of the step"
             )
         values = {name: np.ascontiguousarray(values[name], tensor.numpy_dtype) for name, tensor in self._inputs.items()}
+        values["block_table"] = self._used_columns(values)
         sizes = profiles.read_sizes(list(self._inputs.values()), values)
         profile = profiles.choose_profile(self.description, sizes)
         ranges = self.description.profiles[profile]
@@ -141,6 +148,12 @@ class TensorRtEngine:
         real = {axis: sizes[axis] for axis in (TOKENS, SEQUENCES)}
         return {name: profiles.unpad(self._outputs[name], value, real) for name, value in outputs.items()}
 
+    def _used_columns(self, values: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The columns of the block table that tokens of this step reach."""
+        lengths = values["cache_lengths"].astype(np.int64)
+        longest = int((lengths + np.diff(values["query_offsets"])).max(initial=1)) if len(lengths) else 1
+        return values["block_table"][:, : max(1, -(-longest // self.metadata.page_size))]
+
     def read_pages(self, cache: str) -> np.ndarray:
         """A copy of the pages of one cache, int32 [pages, page_words]."""
         return self._runner.read_pages(cache)
@@ -148,6 +161,11 @@ class TensorRtEngine:
     def write_pages(self, cache: str, pages: np.ndarray) -> None:
         """Replaces the pages of one cache."""
         self._runner.write_pages(cache, np.ascontiguousarray(pages, np.int32))
+
+    @property
+    def recordings(self) -> int | None:
+        """How many sizes of steps run as a CUDA graph; None where the engine cannot be recorded."""
+        return self._runner.recordings
 
     def close(self) -> None:
         """Gives the GPU's memory back. The engine cannot be used after that."""

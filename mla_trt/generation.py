@@ -27,7 +27,7 @@ def generate(
         prompts: token ids of each prompt, at least one.
         max_new_tokens: most tokens to add to each.
         stop_ids: ids that end a sequence; they are given out as well.
-        prefill_chunk: most tokens of a prompt in one step.
+        prefill_chunk: most tokens of a prompt in one step, where the engine takes so many.
 
     Yields:
         (index of the prompt, token), as soon as it is known.
@@ -70,6 +70,7 @@ def generate(
 def _prefill(session: Session, sequence: int, prompt: Sequence[int], chunk: int) -> np.ndarray:
     main = session.engine.results[0]
     tokens = np.asarray(prompt)
+    chunk = min(chunk, session.engine.max_tokens or chunk)
     for start in range(0, len(tokens), chunk):
         results = session.step({sequence: tokens[start : start + chunk]})[sequence]
     return results[main][-1]

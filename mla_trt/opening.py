@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from mla_trt.engine import Engine
-from mla_trt.engine_file import is_engine
-from mla_trt.errors import UsageError
+from mla_trt.engine_file import description_path, is_engine
+from mla_trt.errors import BadModelError
 
 DEFAULT_PAGES = 256
 
@@ -20,9 +20,9 @@ def open_engine(path: Path | str, *, pages: int | None = None, plugins: Path | N
         plugins: the plugin library of TensorRT; None: the one that is found.
 
     Raises:
-        BadModelError: it is neither, or damaged, or made for another machine.
+        BadModelError: it does not exist, is neither, is damaged, or made for another machine.
         MlaTrtError: there is no GPU or TensorRT for an engine.
-        UsageError: it does not exist, or takes another number of pages.
+        UsageError: it takes another number of pages.
     """
     path = Path(path)
     if is_engine(path):
@@ -33,7 +33,11 @@ def open_engine(path: Path | str, *, pages: int | None = None, plugins: Path | N
 
     model = path / "model.onnx" if path.is_dir() else path
     if not model.exists():
-        raise UsageError(
+        raise BadModelError(
             f"'{model}' does not exist: give the folder that 'mla-trt lower' wrote, or the file that 'mla-trt build' wrote"
+        )
+    if model.suffix != ".onnx":
+        raise BadModelError(
+            f"'{model}' is no .onnx file, and there is no '{description_path(model)}' that would say which engine it is"
         )
     return OnnxRuntimeEngine(model, pages=DEFAULT_PAGES if pages is None else pages)

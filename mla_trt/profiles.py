@@ -38,6 +38,9 @@ DEFAULT_TOKENS = 2048
 TENSOR_LIMIT = 2**31 - 1
 """Elements that a tensor of TensorRT may have."""
 TUNED_PAGES = 256
+LEAST_LIMIT, SPARE = 4096, 4
+"""Most pages of pools whose size is left open: this many, or this many times what the largest batch of the longest
+sequences holds. TensorRT times its choices with memory for the largest."""
 
 Sizes = dict[str, int]
 
@@ -66,7 +69,7 @@ def make_profiles(
         max_batch: most sequences of a step.
         max_tokens: most tokens of a step.
         max_length: most tokens of a sequence; the model's number of positions is the default, up to 32768.
-        pages: fixed number of pages in the pools, None: any.
+        pages: fixed number of pages in the pools, None: any up to a multiple of what one batch holds.
 
     Raises:
         UsageError: a limit below 1, or beyond what the model or a tensor of TensorRT can have.
@@ -85,6 +88,8 @@ def make_profiles(
     if pages is not None and not 1 <= pages <= most_pages:
         raise UsageError(f"--pages is {pages}: this model's pools can have 1 to {most_pages} pages")
     columns = metadata.max_pages or -(-length // metadata.page_size)
+    if pages is None:
+        most_pages = min(most_pages, max(LEAST_LIMIT, SPARE * batch * columns))
     decode_tokens = min(DECODE_TOKENS * batch, tokens)
     found = {}
     for profile, most, sequences in ((DECODE, decode_tokens, batch), (PREFILL, tokens, 1)):
@@ -141,10 +146,11 @@ def choose_profile(description: EngineDescription, sizes: Sizes) -> str:
         ranges = description.profiles[profile]
         if all(size <= ranges[axis].most for axis, size in sizes.items() if axis in ranges):
             return profile
-    axis = next(axis for axis, size in sizes.items() if size > description.profiles[PREFILL][axis].most)
-    what, option = _OPTIONS.get(axis, (axis, "other limits"))
+    most = {axis: size.most for axis, size in description.profiles[PREFILL].items()}
+    axis = next(axis for axis in (*_OPTIONS, *sizes) if axis in sizes and sizes[axis] > most[axis])
+    what, option = _OPTIONS.get(axis, (axis, "--pages"))
     raise UsageError(
-        f"the step has {sizes[axis]} {what}, the engine takes {description.profiles[PREFILL][axis].most}: "
+        f"the step has {sizes[axis]} {what}, the engine takes {most[axis]}: "
         f"give less at once, or build the engine with a larger {option}"
     )
 

@@ -155,7 +155,7 @@ class Session:
             self._check_equal(plan, pad_tokens, pad_sequences)
         padding = np.zeros((pad_tokens, *self.engine.token_features), self.engine.token_dtype)
         rows = np.concatenate([*chunks.values(), padding])
-        columns = self.metadata.max_pages or max(1, *map(len, plan.pages)) + pad_columns
+        columns = self.metadata.max_pages or max((1, *map(len, plan.pages))) + pad_columns
         offsets, lengths = plan.query_offsets(), plan.cache_lengths()
         table = plan.block_table(columns, unassigned)
         if pad_sequences:

@@ -86,6 +86,18 @@ def make_logger(trt: Any, messages: Messages) -> Any:
     return Logger()
 
 
+def start(trt: Any, messages: Messages) -> Any:
+    """A logger, with which TensorRT's own plugins are registered too: its parser makes some ONNX ops of them.
+
+    Raises:
+        MlaTrtError: they cannot be.
+    """
+    logger = make_logger(trt, messages)
+    if not trt.init_libnvinfer_plugins(logger, ""):
+        raise MlaTrtError(f"TensorRT's own plugins (libnvinfer_plugin) cannot be loaded: {messages.take()}")
+    return logger
+
+
 def load_plugins(path: Path | None, gpu: Gpu, version: str) -> str:
     """Loads the plugin library, which registers its plugins with TensorRT.
 

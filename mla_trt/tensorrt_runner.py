@@ -17,11 +17,12 @@ from onnx import TensorProto
 from mla_trt.cuda import Cuda, DeviceBuffer, PinnedBuffer, find_gpu
 from mla_trt.engine_file import PROFILES, EngineDescription
 from mla_trt.errors import BadModelError, MlaTrtError
-from mla_trt.tensorrt_api import Messages, check_fits, load_plugins, load_tensorrt, make_logger
+from mla_trt.tensorrt_api import Messages, check_fits, load_plugins, load_tensorrt, start
 
 log = logging.getLogger("mla_trt.tensorrt")
 
 MOST_RECORDINGS = 32
+MOST_REMEMBERED = 1024
 WORD = 4
 
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
@@ -35,13 +36,11 @@ class _Recording:
         context: the context, its shapes set.
         addresses: what the graph reads and writes, in the order of the engine's tensors.
         executable: the graph, None before it was recorded.
-        refused: it cannot be recorded, because the engine waits for results while it runs.
     """
 
     context: Any
     addresses: tuple[int, ...] = ()
     executable: Any = None
-    refused: bool = False
 
 
 class TensorRtRunner:
@@ -73,7 +72,7 @@ class TensorRtRunner:
         self._trt = trt
         self._pages = pages
         self._messages = Messages()
-        self._logger = make_logger(trt, self._messages)
+        self._logger = start(trt, self._messages)
         self._runtime = trt.Runtime(self._logger)
         with path.open("rb") as file:
             plan = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -82,7 +81,9 @@ class TensorRtRunner:
             raise BadModelError(f"TensorRT cannot load '{path}': {self._messages.take()}")
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
         described = {tensor.name for tensor in (*description.inputs, *description.outputs)}
-        if set(names) != described:
+        kept = {tensor.name for tensor in description.outputs} | {cache.name for cache in description.metadata.caches}
+        # TensorRT may leave out inputs that reach no output.
+        if not kept <= set(names) <= described:
             raise BadModelError(f"'{path}' and its description name different inputs and outputs: build it again")
         if description.weight_streaming:
             self._engine.weight_streaming_budget_v2 = self._engine.get_weight_streaming_automatic_budget()
@@ -103,21 +104,20 @@ class TensorRtRunner:
         self._scratch = self._cuda.allocate(self._scratch_size)
         self._contexts: dict[str, Any] = {}
         self._recordings: OrderedDict[tuple[str, Shapes], _Recording] = OrderedDict()
+        self._records = True
+        self._met: set[Shapes] = set()
         self._cuda.synchronize()
 
     def run(self, profile: str, inputs: Mapping[str, np.ndarray], *, recurring: bool) -> dict[str, np.ndarray]:
         """Runs one step; see `mla_trt.engine_tensorrt.Runner.run`."""
+        inputs = {name: value for name, value in inputs.items() if name in self._device}
         shapes: Shapes = tuple(sorted((name, value.shape) for name, value in inputs.items()))
         for name, value in inputs.items():
             staged = self._host[name].array(value.shape, self._dtypes[name])
             staged[...] = value
             self._cuda.copy(self._device[name].reserve(staged.nbytes), self._host[name].pointer, staged.nbytes)
-        if recurring:
-            recording = self._recording(profile, shapes)
-            context = recording.context
-            sizes = self._reserve_results(context)
-            self._run_recurring(recording)
-        else:
+        sizes = self._run_recurring(profile, shapes) if recurring and self._recurs(shapes) else None
+        if sizes is None:
             context = self._context(profile)
             self._set_shapes(context, shapes)
             sizes = self._reserve_results(context)
@@ -152,12 +152,16 @@ class TensorRtRunner:
         self._cuda.copy(self._pools[cache], pages.ctypes.data, pages.nbytes)
         self._cuda.synchronize()
 
+    @property
+    def recordings(self) -> int | None:
+        """How many sizes of steps run as a CUDA graph; None where the engine cannot be recorded, because it waits for
+        results while it runs."""
+        return sum(entry.executable is not None for entry in self._recordings.values()) if self._records else None
+
     def close(self) -> None:
         """Gives the memory back: graphs before their contexts, contexts before the engine."""
         self._cuda.synchronize()
-        for recording in self._recordings.values():
-            self._forget(recording)
-        self._recordings.clear()
+        self._forget_all()
         self._contexts.clear()
         self._engine = None
         self._runtime = None
@@ -198,24 +202,39 @@ class TensorRtRunner:
         self._recordings[key] = recording
         return recording
 
-    def _run_recurring(self, recording: _Recording) -> None:
-        """The first step of its shapes runs as it is, which TensorRT needs before a recording; the next is recorded."""
+    def _recurs(self, shapes: Shapes) -> bool:
+        """Whether shapes were met before, so that a context of their own pays."""
+        if not self._records or shapes in self._met:
+            return self._records
+        if len(self._met) >= MOST_REMEMBERED:
+            self._met.clear()
+        self._met.add(shapes)
+        return False
+
+    def _run_recurring(self, profile: str, shapes: Shapes) -> dict[str, tuple[int, ...]] | None:
+        """Runs a step that recurs; shapes of its results, None where it has not run because it cannot be recorded.
+
+        In a context of its own the first step runs as it is, which TensorRT needs before a recording; the next is
+        recorded.
+        """
+        recording = self._recording(profile, shapes)
+        sizes = self._reserve_results(recording.context)
         addresses = self._addresses()
-        if recording.addresses == addresses and recording.executable is not None:
-            self._cuda.launch(recording.executable)
-            return
-        seen = recording.addresses == addresses
-        if not seen:
-            self._set_addresses(recording.context)
+        if recording.addresses != addresses:
             self._drop_graph(recording)
+            self._set_addresses(recording.context)
+            self._execute(recording.context)
             recording.addresses = addresses
-        if seen and not recording.refused:
+            return sizes
+        if recording.executable is None:
             recording.executable = self._record(recording.context)
-            recording.refused = recording.executable is None
-            if recording.executable is not None:
-                self._cuda.launch(recording.executable)
-                return
-        self._execute(recording.context)
+        if recording.executable is None:
+            # What a failed recording leaves in a context is not known.
+            self._forget_all()
+            self._records = False
+            return None
+        self._cuda.launch(recording.executable)
+        return sizes
 
     def _record(self, context: Any) -> Any:
         """The graph of a step; None where the engine cannot be recorded."""
@@ -241,6 +260,13 @@ class TensorRtRunner:
         for name, words in self._words.items():
             if not context.set_input_shape(name, (self._pages, words)):
                 raise MlaTrtError(f"TensorRT does not take {self._pages} pages: {self._messages.take()}")
+        try:
+            unknown = context.infer_shapes()
+        except RuntimeError as error:
+            reason = self._messages.take() if self._messages.errors else " ".join(str(error).split())
+            raise MlaTrtError(f"TensorRT cannot tell the shapes of the step's results: {reason}") from None
+        if unknown:
+            raise MlaTrtError(f"TensorRT also needs the shapes of {', '.join(unknown)}")
 
     def _reserve_results(self, context: Any) -> dict[str, tuple[int, ...]]:
         """Shapes of the results, for which there is memory then."""
@@ -277,6 +303,11 @@ class TensorRtRunner:
     def _forget(self, recording: _Recording) -> None:
         self._drop_graph(recording)
         recording.context = None
+
+    def _forget_all(self) -> None:
+        for recording in self._recordings.values():
+            self._forget(recording)
+        self._recordings.clear()
 
 
 def _numpy_dtype(trt: Any, dtype: Any) -> np.dtype:

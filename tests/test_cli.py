@@ -184,7 +184,7 @@ def test_options_without_sense(refused: Callable[..., str], options: list[str]) 
 
 
 def test_help_has_examples() -> None:
-    for command in ("lower", "inspect", "verify", "run", "export"):
+    for command in ("lower", "inspect", "verify", "build", "run", "export"):
         text = subprocess.run(
             [sys.executable, "-m", "mla_trt", command, "--help"], capture_output=True, text=True, check=True
         ).stdout

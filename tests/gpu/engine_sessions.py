@@ -1,0 +1,216 @@
+"""Sessions recorded from an export, and their replay on an engine.
+
+A record is a folder: `model.onnx` (lowered, f32 rows), `sessions.json` (the steps) and `sessions.npz` (tokens, what the
+original gives, and what the lowered model gives on ONNX Runtime in each format). It needs neither the export nor the
+passes to be replayed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+ROOT = Path(__file__).resolve().parents[2]
+if importlib.util.find_spec("mla_trt") is None:
+    sys.path.insert(0, str(ROOT))
+import mla_trt  # noqa: E402
+
+if importlib.util.find_spec("mla_trt.plugins") is None:
+    mla_trt.__path__.append(str(ROOT))  # a bare source tree: parts of the package lie beside it
+
+from mla_trt.engine import Engine  # noqa: E402
+from mla_trt.engine_recorder import RecordingEngine  # noqa: E402
+from mla_trt.ops import retarget, strip_functions  # noqa: E402
+from mla_trt.session import Session  # noqa: E402
+from mla_trt.verification_cases import Case, Script, Step, run_step  # noqa: E402
+
+SPARE_PAGES = 6
+
+Rows = dict[str, dict[str, np.ndarray]]
+"""Results of each sequence by name, [n, ...]; NaN where there is none."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to build a lowered model.
+
+    Attributes:
+        name: names it in files and tables.
+        row_format, index_format: of its caches.
+        page_size: tokens in a page; small ones meet more borders.
+        dtype: of `mla-trt build`.
+        tolerance: what the engine's results may differ by from those on ONNX Runtime in the same format, relative to the
+            largest result.
+        outliers: share of the tokens that may differ by more: rounding makes a router or an indexer choose otherwise.
+    """
+
+    name: str
+    row_format: str
+    index_format: str
+    page_size: int
+    dtype: str
+    tolerance: float
+    outliers: float
+
+    def model(self, lowered: onnx.ModelProto) -> onnx.ModelProto:
+        """The lowered model over this variant's pages."""
+        return retarget(lowered, row_format=self.row_format, index_format=self.index_format, page_size=self.page_size)
+
+
+VARIANTS = {
+    variant.name: variant
+    for variant in (
+        Variant("f32", "f32", "f32", 4, "keep", 2e-4, 0.0),
+        Variant("fp8", "fp8", "fp8", 16, "keep", 3e-2, 0.2),
+        Variant("bf16", "bf16", "fp8", 32, "bf16", 5e-2, 0.3),
+    )
+}
+HALF_TOLERANCE, HALF_OUTLIERS = 1e-2, 0.1
+"""What replaces smaller ones where the export is half precision, which ONNX Runtime ran in float32."""
+
+
+@dataclass
+class Record:
+    """What a folder holds.
+
+    Attributes:
+        name: of the export.
+        model: the lowered model over f32 rows.
+        half: whether the export is half precision.
+        scripts: the sessions, with what the original gives.
+        given: by variant, what the lowered model gives on ONNX Runtime in each session.
+    """
+
+    name: str
+    model: onnx.ModelProto
+    half: bool
+    scripts: list[Script]
+    given: dict[str, list[Rows]]
+
+    def save(self, folder: Path) -> None:
+        """Writes the folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        bare = onnx.ModelProto()
+        bare.CopyFrom(self.model)
+        strip_functions(bare)  # most of a small model; whoever moves it to a variant's pages attaches them again
+        onnx.save(bare, folder / "model.onnx")
+        arrays: dict[str, np.ndarray] = {}
+        for index, script in enumerate(self.scripts):
+            for sequence, tokens in script.tokens.items():
+                arrays[f"{index}/tokens/{sequence}"] = tokens
+            _put(arrays, f"{index}/expected", script.expected)
+            for variant, rows in self.given.items():
+                _put(arrays, f"{index}/{variant}", rows[index])
+        np.savez_compressed(folder / "sessions.npz", **arrays)
+        cases = [asdict(script.case) for script in self.scripts]
+        data = {"name": self.name, "half": self.half, "variants": list(self.given), "cases": cases}
+        (folder / "sessions.json").write_text(json.dumps(data))
+
+    @classmethod
+    def load(cls, folder: Path) -> Record:
+        """Reads the folder."""
+        data = json.loads((folder / "sessions.json").read_text())
+        with np.load(folder / "sessions.npz") as file:
+            arrays = dict(file)
+        scripts, given = [], {variant: [] for variant in data["variants"]}
+        for index, case in enumerate(data["cases"]):
+            steps = tuple(
+                Step(**{key: _tuples(value) if isinstance(value, list) else value for key, value in step.items()})
+                for step in case["steps"]
+            )
+            tokens = {key.split("/")[2]: value for key, value in arrays.items() if key.startswith(f"{index}/tokens/")}
+            scripts.append(Script(Case(case["name"], steps), tokens, _get(arrays, f"{index}/expected")))
+            for variant in given:
+                given[variant].append(_get(arrays, f"{index}/{variant}"))
+        return cls(data["name"], onnx.load(folder / "model.onnx"), data["half"], scripts, given)
+
+
+def _put(arrays: dict[str, np.ndarray], prefix: str, rows: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+    for sequence, results in rows.items():
+        for name, values in results.items():
+            arrays[f"{prefix}/{sequence}/{name}"] = np.asarray(values, np.float32)
+
+
+def _get(arrays: Mapping[str, np.ndarray], prefix: str) -> Rows:
+    found: Rows = {}
+    for key, values in arrays.items():
+        if key.startswith(f"{prefix}/"):
+            sequence, name = key.removeprefix(f"{prefix}/").split("/", 1)
+            found.setdefault(sequence, {})[name] = values
+    return found
+
+
+def _tuples(value: list) -> tuple:
+    return tuple(_tuples(entry) if isinstance(entry, list) else entry for entry in value)
+
+
+def pages_needed(scripts: Sequence[Script], page_size: int) -> int:
+    """Pages of a pool that holds any one of the sessions, with some to spare."""
+    needed = [sum(-(-len(tokens) // page_size) for tokens in script.tokens.values()) for script in scripts]
+    return max(needed, default=0) + SPARE_PAGES
+
+
+def replay(engine: Engine, model: onnx.ModelProto, script: Script) -> Rows:
+    """Runs a session on an engine, with NaN in every page that no sequence holds.
+
+    Args:
+        engine: the engine.
+        model: the lowered model that it runs.
+        script: the session.
+
+    Returns:
+        the results.
+    """
+    recorder = RecordingEngine(engine)
+    session = Session(recorder)
+    numbers: dict[str, int] = {}
+    rows: Rows = {
+        sequence: {name: np.full(values.shape, np.nan) for name, values in results.items()}
+        for sequence, results in script.expected.items()
+    }
+    recorder.poison(tuple(range(engine.pages)))
+    for step, spans in script.case.spans():
+        for child, parent in step.forked:
+            numbers[child] = session.fork(numbers[parent])
+        for sequence in step.freed:
+            session.free(numbers.pop(sequence))
+        for sequence in spans:
+            if sequence not in numbers:
+                numbers[sequence] = session.create()
+        recorder.poison(session.free_pages)
+        batch = {numbers[name]: script.tokens[name][start:end] for name, (start, end) in spans.items()}
+        found = run_step(session, model, step, batch, spans)
+        for sequence, (start, end) in spans.items():
+            for name, values in found[numbers[sequence]].items():
+                if name in rows[sequence] and end > start:
+                    # NaN stands for tokens that a sequence did not get itself, as those of its parent.
+                    rows[sequence][name][end - len(values) : end] = np.where(np.isfinite(values), values, np.inf)
+    return rows
+
+
+def errors(script: Script, rows: Rows, reference: Rows | None = None) -> np.ndarray:
+    """The error of each token of a session, relative to the largest value that the original gives; infinite where a
+    result is not finite. Tokens of which one of the two has nothing are left out.
+
+    Args:
+        script: the session.
+        rows: results.
+        reference: what they are compared with; None: with the original's.
+    """
+    scales = script.scales()
+    found = []
+    for sequence, results in (script.expected if reference is None else reference).items():
+        for name, expected in results.items():
+            axes = tuple(range(1, expected.ndim))
+            given = np.asarray(rows[sequence][name], np.float64)
+            known = np.isfinite(expected).all(axis=axes) & ~np.isnan(given).any(axis=axes)
+            difference = np.abs(given[known] - expected[known]).max(axis=axes, initial=0.0) / max(scales[name], 1e-30)
+            found.append(np.where(np.isfinite(difference), difference, np.inf))
+    return np.concatenate(found) if found else np.zeros(0)

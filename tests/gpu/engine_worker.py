@@ -1,0 +1,100 @@
+"""Builds engines and replays recorded sessions on them: one case for each line of stdin, one JSON result for each on
+stdout. A process of its own, so that a crash costs one case.
+
+    python tests/gpu/engine_worker.py SCRATCH        a line: {"folder": "build/engines/NAME", "variant": "f32"}
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from engine_sessions import VARIANTS, Record, errors, pages_needed, replay
+
+from mla_trt.building import BuildOptions, build_file
+from mla_trt.engine_tensorrt import TensorRtEngine
+from mla_trt.metadata import LoweredMetadata
+
+RESULT = "RESULT "
+LONGEST = 256
+BUILD_LEVEL = 1
+
+
+def run_case(folder: Path, variant_name: str, scratch: Path) -> dict[str, Any]:
+    """Builds and replays one case; the result says how far it came."""
+    record = Record.load(folder)
+    variant = VARIANTS[variant_name]
+    result: dict[str, Any] = {"export": record.name, "variant": variant_name, "stage": "lower", "half": record.half}
+    start = time.monotonic()
+    engine: TensorRtEngine | None = None
+    try:
+        model = variant.model(record.model)
+        source = scratch / f"{record.name}.{variant_name}"
+        source.mkdir(exist_ok=True)
+        onnx.save(model, source / "model.onnx")
+        longest = LoweredMetadata.of(model).max_position or LONGEST
+        options = BuildOptions(
+            dtype=variant.dtype,
+            max_batch=8,
+            max_tokens=64,
+            max_length=min(longest, LONGEST),
+            optimization_level=BUILD_LEVEL,
+            timing_cache=scratch / "timing.cache",
+            workspace=1 << 30,
+        )
+        result["stage"] = "build"
+        path = scratch / f"{record.name}.{variant_name}.engine"
+        _, result["build_seconds"] = build_file(source, path, options)
+        result["stage"] = "load"
+        engine = TensorRtEngine.open(path, pages=pages_needed(record.scripts, variant.page_size))
+        result["stage"] = "run"
+        given = []
+        for script in record.scripts:
+            result["session"] = script.case.name
+            given.append(replay(engine, model, script))
+        result["graphs"] = engine.recordings
+        result["stage"] = "compare"
+        pairs = list(zip(record.scripts, given, strict=True))
+        found = np.concatenate([errors(script, rows) for script, rows in pairs])
+        on_cpu = zip(record.scripts, record.given[variant_name], strict=True)
+        formats = np.concatenate([errors(script, rows) for script, rows in on_cpu])
+        triples = zip(record.scripts, given, record.given[variant_name], strict=True)
+        between = np.concatenate([errors(script, rows, reference) for script, rows, reference in triples])
+        result |= {
+            "tokens": len(found),
+            "max_error": float(found.max(initial=0.0)),
+            "format_error": float(formats.max(initial=0.0)),
+            "between_median": float(np.median(between)) if len(between) else math.nan,
+            "between_max": float(between.max(initial=0.0)),
+            "between": [float(f"{value:.3g}") for value in between],
+            "worst_session": record.scripts[
+                int(np.argmax([errors(script, rows).max(initial=0.0) for script, rows in pairs]))
+            ].case.name,
+            "stage": "done",
+        }
+        path.unlink()
+    except Exception as error:  # whatever it is, the table says so
+        result["error"] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:800]
+    finally:
+        if engine is not None:
+            engine.close()
+    result["seconds"] = time.monotonic() - start
+    return result
+
+
+def main() -> None:
+    """Serves until stdin ends."""
+    scratch = Path(sys.argv[1])
+    for line in sys.stdin:
+        case = json.loads(line)
+        print(RESULT + json.dumps(run_case(Path(case["folder"]), case["variant"], scratch)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

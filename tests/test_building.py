@@ -1,0 +1,155 @@
+"""`mla-trt build` up to where a GPU is needed, and what it says of what TensorRT says."""
+
+from __future__ import annotations
+
+import io
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import onnx
+import pytest
+from rich.console import Console
+from small_models import Config, lowered
+from tensorrt_stand_in import with_known_axes
+
+from mla_trt.build_progress import shown
+from mla_trt.building import BuildOptions, build_file, default_timing_cache, make_monitor, parser_error
+from mla_trt.cli import main
+from mla_trt.cuda import Gpu, NoGpuError, find_gpu
+from mla_trt.errors import BadModelError, UsageError
+from mla_trt.metadata import LoweredMetadata
+
+EXAMPLE = Path(__file__).resolve().parent.parent / "models" / "examples" / "deepseek_v3__dynamo_op20__eager__dec.onnx"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with a lowered model."""
+    place = tmp_path / "lowered"
+    place.mkdir()
+    model = with_known_axes(lowered(Config()))
+    onnx.save(model, place / "model.onnx")
+    return place
+
+
+def has_gpu() -> bool:
+    try:
+        find_gpu()
+    except NoGpuError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--dtype", "fp16"], "--dtype is 'fp16': choose one of keep, bf16"),
+        (["--max-batch", "0"], "--max-batch is 0: it must be at least 1"),
+        (["--max-tokens", "3"], "--max-tokens is 3: a step of 16 sequences"),
+        (["--pages", "0"], "--pages is 0: this model's pools can have 1 to"),
+        (["--optimization-level", "6"], "--optimization-level is 6: it must be 0 to 5"),
+        (["--workspace", "many"], "--workspace is 'many'"),
+    ],
+)
+def test_options_without_sense(
+    folder: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    engine = folder.parent / "model.engine"
+    assert main(["build", str(folder), "-o", str(engine), *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
+    assert [path.name for path in folder.parent.iterdir()] == ["lowered"]
+
+
+def test_what_is_no_lowered_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    engine = str(tmp_path / "model.engine")
+    assert main(["build", str(tmp_path / "nowhere"), "-o", engine]) == 2
+    assert "does not exist" in capsys.readouterr().err
+    assert main(["build", str(EXAMPLE), "-o", engine]) == 2
+    assert "the model is not a lowered one" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(has_gpu(), reason="there is a GPU")
+def test_without_a_driver_there_is_one_line_and_nothing_written(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["build", str(folder), "-o", str(folder.parent / "model.engine")]) == 2
+    error = capsys.readouterr().err
+    assert "no NVIDIA driver on this machine" in error
+    assert len(error.strip().splitlines()) == 1
+    assert [path.name for path in folder.parent.iterdir()] == ["lowered"]
+
+
+def test_an_axis_of_unknown_meaning_is_named(folder: Path) -> None:
+    model = onnx.load(folder / "model.onnx")
+    model.graph.input[0].type.tensor_type.shape.dim[1].dim_param = "anything"
+    onnx.save(model, folder / "model.onnx")
+    with pytest.raises(BadModelError, match="the input 'input_ids' has an axis 'anything'"):
+        build_file(folder, folder.parent / "model.engine", BuildOptions())
+    with pytest.raises(UsageError, match="is a folder"):
+        build_file(folder, folder.parent, BuildOptions())
+
+
+def test_a_model_for_another_parser_is_refused(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    monkeypatch.setattr("mla_trt.building.find_gpu", lambda: Gpu("NVIDIA H200", "9.0", 1 << 37))
+    monkeypatch.setattr("mla_trt.building.load_tensorrt", lambda: SimpleNamespace(__version__="10.6.0"))
+    assert LoweredMetadata.of(onnx.load(folder / "model.onnx")).target == "onnx"
+    with pytest.raises(
+        BadModelError, match=r"lowered for 'onnx', and this is TensorRT 10\.6\.0: .*--target tensorrt-10\.6"
+    ):
+        build_file(folder, folder.parent / "model.engine", BuildOptions())
+
+
+@dataclass
+class ParserError:
+    """As TensorRT's."""
+
+    name: str
+    op: str
+    text: str
+
+    def node_name(self) -> str:
+        return self.name
+
+    def node_operator(self) -> str:
+        return self.op
+
+    def desc(self) -> str:
+        return self.text
+
+
+def test_a_parser_error_names_node_op_and_cause() -> None:
+    plain = ParserError("node_7", "Unique", "No importer\nregistered")
+    assert parser_error([plain]) == "TensorRT's parser does not take node 'node_7' (Unique): No importer registered"
+    plugin = ParserError("layer 0", "MlaAttention", "Plugin not found")
+    line = parser_error([plugin, plain])
+    assert "node 'layer 0' (MlaAttention): Plugin not found: the plugin library has no plugin MlaAttention" in line
+    assert line.endswith("(and 1 more)")
+    assert parser_error([ParserError("", "", "no file")]) == "TensorRT's parser does not take the model: no file"
+
+
+def test_phases_are_shown_within_each_other_and_can_be_cancelled() -> None:
+    text = io.StringIO()
+    cancelled = threading.Event()
+    trt = SimpleNamespace(IProgressMonitor=object)
+    with shown(Console(file=text, force_terminal=True, width=100)) as phases:
+        monitor = make_monitor(trt, phases, cancelled)
+        monitor.phase_start("Building Engine", None, 4)
+        monitor.phase_start("Timing", "Building Engine", 9)
+        assert monitor.step_complete("Timing", 2)
+        cancelled.set()
+        assert not monitor.step_complete("Timing", 3)
+        monitor.phase_finish("Timing")
+        monitor.phase_finish("Building Engine")
+        monitor.phase_finish("never begun")
+    assert "Building Engine" in text.getvalue()
+
+
+def test_times_are_kept_for_each_gpu_and_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    found = default_timing_cache(Gpu("NVIDIA H200", "9.0", 1), "10.6.0")
+    assert found == Path("/somewhere/mla-trt/timing-10.6.0-NVIDIA-H200.cache")
