@@ -1,8 +1,8 @@
 // Attention on tensor cores, for every GPU from SM80 on: bf16 products, f32 sums, R up to 512.
 //
 // A block has M rows (heads, or tokens x heads of one sequence) and walks over tiles of 64 keys. Keys lie in shared memory as
-// bf16 [64][W], W = latent padded to `rank_padded`, then rope padded to a multiple of 64; e4m3 codes become bf16 exactly, and the scale
-// of a row multiplies its scores and its weights instead. The latent part is the value too. Eight warps: for the scores they
+// bf16 [64][W], W = latent padded to `rank_padded`, then rope padded to 64; e4m3 codes become bf16 exactly, and the scale of a
+// row multiplies its scores and its weights instead. The latent part is the value too. Eight warps: for the scores they
 // share rows and keys, for the output each has all rows and an eighth of the latent. Two barriers separate scores, weights and
 // products; a third lets the next tile in, whose rows are copied while this one is at work. What finding a row needs (list
 // entry, page, scale) is fetched three, two and one tile ahead, so that nothing waits for it.
@@ -14,16 +14,16 @@ namespace {
 
 constexpr int threads = 256, warps = threads / warp_size;
 constexpr int tile = 64;
+constexpr int rope_padded = 64;
 constexpr int32_t masked = 0x7fffffff;
 
 // Where things lie in shared memory, in bytes.
 struct Shared {
-    int width;  // W
     int stages;  // tiles that are copied at a time: 1 or 2
     int tiles, raw, weights, positions, scales, limits, reduction, factors, total;
 
     Shared(int rows, int rank_padded, const KvLayout& layout, bool direct, int stage_count) : stages(stage_count) {
-        width = rank_padded + round_up(layout.rope, 64);
+        int const width = rank_padded + rope_padded;
         int const groups = rows == 16 ? warps : 2;
         tiles = rows * width * 2;
         raw = tiles + (direct ? stages : 1) * tile * width * 2;
@@ -150,7 +150,8 @@ __device__ void decode_sixteen(uint4 codes, bool scaled, float factor, uint4& lo
 
 // Copied rows to the tile of keys. `fast`: latent and rope divide into 16-byte pieces.
 template <int rank_padded>
-__device__ void convert(const KvLayout& layout, const uint8_t* raw, uint8_t* keys, int width, bool fast) {
+__device__ void convert(const KvLayout& layout, const uint8_t* raw, uint8_t* keys, bool fast) {
+    constexpr int width = rank_padded + rope_padded;
     bool const grouped = layout.format == row_format::fp8_ds_mla;
     if (fast) {
         constexpr int pieces = rank_padded / 16;
@@ -209,9 +210,9 @@ __device__ void convert(const KvLayout& layout, const uint8_t* raw, uint8_t* key
 
 // The rows' queries to shared memory, zero where there is no row and in the padding.
 template <int rows, int rank_padded>
-__device__ void load_queries(const Attend& work, const Item& item, uint8_t* query, int width, bool aligned) {
+__device__ void load_queries(const Attend& work, const Item& item, uint8_t* query, bool aligned) {
+    constexpr int width = rank_padded + rope_padded, units = width / 8;
     int const rank = work.layout.rank, rope = work.layout.rope;
-    int const units = width / 8;
     for (int i = threadIdx.x; i < rows * units; i += threads) {
         int const row = i / units, column = i % units * 8;
         int const flat = item.first_head + row;
@@ -231,12 +232,12 @@ __global__ void __launch_bounds__(threads, 1)
     constexpr int row_warps = rows / 16, key_warps = warps / row_warps;
     constexpr int key_tiles = tile / key_warps / 8;  // of 8 keys, for the scores of a warp
     constexpr int latent_tiles = rank_padded / warps / 8;  // of 8 columns, for the output of a warp
+    constexpr int width = rank_padded + rope_padded;
     extern __shared__ __align__(128) uint8_t memory[];
     __shared__ Item shared_item;
 
     int const warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
     int const g = lane / 4, t = lane % 4;
-    int const width = shared.width;
     if (warp == 0) {
         Item const found = work.indices == nullptr ? find_item(work, rows) : list_item(work, rows);
         if (lane == 0) shared_item = found;
@@ -258,12 +259,12 @@ __global__ void __launch_bounds__(threads, 1)
     auto* reduction = reinterpret_cast<float*>(memory + shared.reduction);
     auto* factors = reinterpret_cast<float*>(memory + shared.factors);
 
-    if (work.layout.rank != rank_padded || work.layout.rope % 64 != 0) {  // the padding stays zero: nothing writes it again
+    if (work.layout.rank != rank_padded || work.layout.rope != rope_padded) {  // the padding stays zero: nothing writes it again
         for (int i = threadIdx.x; i < (shared.raw - shared.tiles) / 16; i += threads) {
             reinterpret_cast<uint4*>(tiles)[i] = make_uint4(0, 0, 0, 0);
         }
     }
-    load_queries<rows, rank_padded>(work, item, query, width, query_aligned);
+    load_queries<rows, rank_padded>(work, item, query, query_aligned);
     for (int row = threadIdx.x; row < rows; row += threads) {
         limits[row] =
             row < item.count ? last_key(work, item.first_token + (item.first_head + row) / work.heads) : -1;
@@ -336,6 +337,20 @@ __global__ void __launch_bounds__(threads, 1)
     };
 
     int const row_warp = warp / key_warps, key_warp = warp % key_warps;
+    // Where a lane's 16 bytes of an ldmatrix lie in a row's group of 128 bytes (`swizzled`, all rows of a lane being alike
+    // modulo 8): for 16 columns with the second half in lanes 16 to 31 (queries, weights, values), in every other eighth of
+    // the lanes (keys), and for 32 columns over the four eighths of 8 lanes (keys, few rows).
+    uint32_t by_halves[4], by_eighths[4], by_quarters[2], value_columns[latent_tiles / 2];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+        by_halves[j] = ((2 * j + lane / 16) ^ (lane & 7)) * 16;
+        by_eighths[j] = ((2 * j + lane / 8 % 2) ^ (lane & 7)) * 16;
+        if (j < 2) by_quarters[j] = ((4 * j + lane / 8) ^ (lane & 7)) * 16;
+    }
+#pragma unroll
+    for (int n = 0; n < latent_tiles / 2; ++n) {
+        value_columns[n] = swizzled(lane & 7, warp * (rank_padded / warps) + n * 16 + lane / 16 * 8, 0);
+    }
     int const own_rows[2] = {row_warp * 16 + g, row_warp * 16 + g + 8};
     int32_t const own_limits[2] = {limits[own_rows[0]], limits[own_rows[1]]};
     float const scale = work.softmax_scale * log2e;
@@ -359,7 +374,7 @@ __global__ void __launch_bounds__(threads, 1)
         if constexpr (direct) {
             keys += stage * tile * width * 2;
         } else {
-            convert<rank_padded>(work.layout, raw + stage * tile * work.layout.row_bytes, keys, width, fast);
+            convert<rank_padded>(work.layout, raw + stage * tile * work.layout.row_bytes, keys, fast);
             __syncthreads();
             if (more && shared.stages == 1) {
                 copy(0, 1 - slot, row);
@@ -367,37 +382,44 @@ __global__ void __launch_bounds__(threads, 1)
             }
         }
 
-        // scores of 16 rows and tile / key_warps keys
+        // scores of 16 rows and tile / key_warps keys; a group is 64 columns, 128 bytes
         float scores[key_tiles][4] = {};
         {
-            uint32_t const a_base = shared_address(query), b_base = shared_address(keys);
-            int const a_row = row_warp * 16 + lane % 16, a_column = lane / 16 * 8;
+            uint32_t const a_row = shared_address(query) + (row_warp * 16 + lane % 16) * width * 2;
+            uint32_t const keys_base = shared_address(keys);
             if constexpr (key_tiles == 1) {
                 float odd[4] = {};
-                int const b_row = key_warp * 8 + lane % 8, b_column = lane / 8 * 8;
-#pragma unroll 4
-                for (int k = 0; k < width; k += 32) {
-                    uint32_t a0[4], a1[4], b[4];
-                    ldmatrix_x4(a0, a_base + swizzled(a_row, k + a_column, width));
-                    ldmatrix_x4(a1, a_base + swizzled(a_row, k + 16 + a_column, width));
-                    ldmatrix_x4(b, b_base + swizzled(b_row, k + b_column, width));
-                    mma_bf16(scores[0], a0, b[0], b[1]);
-                    mma_bf16(odd, a1, b[2], b[3]);
+                uint32_t const b_row = keys_base + (key_warp * 8 + lane % 8) * width * 2;
+#pragma unroll
+                for (int group = 0; group < width / 64; ++group) {
+#pragma unroll
+                    for (int j = 0; j < 2; ++j) {
+                        uint32_t a0[4], a1[4], b[4];
+                        ldmatrix_x4(a0, a_row + by_halves[2 * j] + group * 128);
+                        ldmatrix_x4(a1, a_row + by_halves[2 * j + 1] + group * 128);
+                        ldmatrix_x4(b, b_row + by_quarters[j] + group * 128);
+                        mma_bf16(scores[0], a0, b[0], b[1]);
+                        mma_bf16(odd, a1, b[2], b[3]);
+                    }
                 }
 #pragma unroll
                 for (int i = 0; i < 4; ++i) scores[0][i] += odd[i];
             } else {
-                int const b_row = key_warp * (tile / key_warps) + lane % 8 + lane / 16 * 8, b_column = lane / 8 % 2 * 8;
-#pragma unroll 4
-                for (int k = 0; k < width; k += 16) {
-                    uint32_t a[4];
-                    ldmatrix_x4(a, a_base + swizzled(a_row, k + a_column, width));
+                uint32_t const b_row =
+                    keys_base + (key_warp * (tile / key_warps) + lane % 8 + lane / 16 * 8) * width * 2;
 #pragma unroll
-                    for (int n = 0; n < key_tiles / 2; ++n) {
-                        uint32_t b[4];
-                        ldmatrix_x4(b, b_base + swizzled(b_row + n * 16, k + b_column, width));
-                        mma_bf16(scores[2 * n], a, b[0], b[1]);
-                        mma_bf16(scores[2 * n + 1], a, b[2], b[3]);
+                for (int group = 0; group < width / 64; ++group) {
+#pragma unroll
+                    for (int j = 0; j < 4; ++j) {
+                        uint32_t a[4];
+                        ldmatrix_x4(a, a_row + by_halves[j] + group * 128);
+#pragma unroll
+                        for (int n = 0; n < key_tiles / 2; ++n) {
+                            uint32_t b[4];
+                            ldmatrix_x4(b, b_row + by_eighths[j] + group * 128 + n * 16 * width * 2);
+                            mma_bf16(scores[2 * n], a, b[0], b[1]);
+                            mma_bf16(scores[2 * n + 1], a, b[2], b[3]);
+                        }
                     }
                 }
             }
@@ -471,19 +493,17 @@ __global__ void __launch_bounds__(threads, 1)
                     }
                 }
             }
-            uint32_t const a_base = shared_address(weights), b_base = shared_address(keys);
-            int const b_row = lane % 16, b_column = warp * (rank_padded / warps) + lane / 16 * 8;
+            uint32_t const a_row = shared_address(weights) + lane % 16 * tile * 2;
+            uint32_t const b_row = shared_address(keys) + lane % 16 * width * 2;
 #pragma unroll
-            for (int k = 0; k < tile; k += 16) {
+            for (int k = 0; k < tile / 16; ++k) {
                 uint32_t a[row_warps][4];
 #pragma unroll
-                for (int m = 0; m < row_warps; ++m) {
-                    ldmatrix_x4(a[m], a_base + swizzled(m * 16 + lane % 16, k + lane / 16 * 8, tile));
-                }
+                for (int m = 0; m < row_warps; ++m) ldmatrix_x4(a[m], a_row + by_halves[k] + m * 16 * tile * 2);
 #pragma unroll
                 for (int n = 0; n < latent_tiles / 2; ++n) {
                     uint32_t b[4];
-                    ldmatrix_x4_transposed(b, b_base + swizzled(k + b_row, b_column + n * 16, width));
+                    ldmatrix_x4_transposed(b, b_row + value_columns[n] + k * 16 * width * 2);
 #pragma unroll
                     for (int m = 0; m < row_warps; ++m) {
                         mma_bf16(sums[m][2 * n], a[m], b[0], b[1]);
@@ -612,7 +632,7 @@ int launch_rank(const Attend& work, const Partials& partials, const Device& devi
 }  // namespace
 
 bool attend_takes_tensor_cores(const Attend& work, const Device& device) {
-    return work.layout.format != row_format::f32 && work.layout.rank <= 512 &&
+    return work.layout.format != row_format::f32 && work.layout.rank <= 512 && work.layout.rope <= rope_padded &&
            shared_bytes(work.layout, 16, 1) + static_shared_bytes <= device.shared_bytes;
 }
 

@@ -203,7 +203,8 @@ int attend_all_absorbed(Call& call, Layer& layer) {
 int run_layer(Call& call, Layer& layer, const MlaTensor& cache, const MlaTensor& cache_out, const MlaTensor& page_copies) {
     if (int status = update_pool(call, cache, cache_out, page_copies)) return status;
     layer.append.query = layer.query.from(layer.nope);
-    int64_t const tokens = call.dims.T, few = few_new_tokens * call.dims.B;
+    // of absorbed tokens at most; without sequences there are still outputs to zero
+    int64_t const tokens = call.dims.T, few = few_new_tokens * (call.dims.B > 0 ? call.dims.B : 1);
     bool const may_mix = !has_lists(call) && !is_exact(layer) && !layer.quantized_activations && layer.w_uk->rank >= 0 &&
                          layer.w_uv->rank >= 0;
     size_t const mark = call.workspace.mark();
