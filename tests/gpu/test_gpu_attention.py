@@ -258,17 +258,22 @@ def _branch(
 def _check_branch(inputs: dict[str, Array], attributes: dict[str, Any], **options: Any) -> dict[str, Array]:
     """The mean error is that of bf16, and no value is off by more than a moved code of the attended latent explains.
 
-    The output of attention is quantised before W_UV: its last bits decide roundings, each of 2^-4 of one value.
+    The output of attention is quantised before W_UV: its last bits decide roundings, each of 2^-4 of one value, and two at
+    most of those that make the largest output.
     """
     found = run_op("MlaDecodeBranchFp8", inputs, **options, **attributes)
     expected = decode_branch(inputs, attributes)
     compare_exactly("kv_cache_out", found["kv_cache_out"], expected["kv_cache_out"])
-    compare("output", found["output"], expected["output"], 2**-4)
+    compare("output", found["output"], expected["output"], 2**-3)
     if expected["output"].any():
         spread = np.abs(expected["output"]).mean(keepdims=True)
         mean = np.abs(found["output"].astype(np.float64) - expected["output"]).mean(keepdims=True)
         compare(
-            "mean error of the output (of the mean output)", mean / spread, np.zeros_like(mean), 2e-2, absolute=True
+            "mean error of the output (of the mean output)",
+            mean / np.maximum(spread, 1e-30),
+            np.zeros_like(mean),
+            2e-2,
+            absolute=True,
         )
     return found
 
