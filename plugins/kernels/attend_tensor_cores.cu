@@ -154,18 +154,34 @@ __device__ void convert(const KvLayout& layout, const uint8_t* raw, uint8_t* key
     constexpr int width = rank_padded + rope_padded;
     bool const grouped = layout.format == row_format::fp8_ds_mla;
     if (fast) {
-        constexpr int pieces = rank_padded / 16;
-#pragma unroll 4
-        for (int i = threadIdx.x; i < tile * pieces; i += threads) {
-            int const line = i / pieces, column = i % pieces * 16;
-            if (column >= layout.rank) continue;
-            const uint8_t* row = raw + line * layout.row_bytes;
-            float factor = 1.0f;
-            if (grouped) factor = *reinterpret_cast<const float*>(row + layout.rank + 4 * (column / scale_group));
-            uint4 low, high;
-            decode_sixteen(*reinterpret_cast<const uint4*>(row + column), grouped, factor, low, high);
-            *reinterpret_cast<uint4*>(keys + swizzled(line, column, width)) = low;
-            *reinterpret_cast<uint4*>(keys + swizzled(line, column + 8, width)) = high;
+        // read in batches: the compiler cannot know that a row that is written is none that is still to be read
+        constexpr int pieces = rank_padded / 16, batch = 4, rounds = tile * pieces / threads / batch;
+        static_assert(tile * pieces % (threads * batch) == 0);
+#pragma unroll
+        for (int round = 0; round < rounds; ++round) {
+            uint4 codes[batch];
+            float factors[batch];
+#pragma unroll
+            for (int i = 0; i < batch; ++i) {
+                int const item = threadIdx.x + (round * batch + i) * threads;
+                int const column = item % pieces * 16;
+                const uint8_t* row = raw + item / pieces * layout.row_bytes;
+                bool const there = column < layout.rank;
+                codes[i] = there ? *reinterpret_cast<const uint4*>(row + column) : make_uint4(0, 0, 0, 0);
+                factors[i] = 1.0f;
+                if (grouped && there) {
+                    factors[i] = *reinterpret_cast<const float*>(row + layout.rank + 4 * (column / scale_group));
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < batch; ++i) {
+                int const item = threadIdx.x + (round * batch + i) * threads;
+                int const line = item / pieces, column = item % pieces * 16;
+                uint4 low, high;
+                decode_sixteen(codes[i], grouped, factors[i], low, high);
+                *reinterpret_cast<uint4*>(keys + swizzled(line, column, width)) = low;
+                *reinterpret_cast<uint4*>(keys + swizzled(line, column + 8, width)) = high;
+            }
         }
         bool const flat = layout.format == row_format::fp8_flat;
         int const step = flat ? 16 : 8;
@@ -407,20 +423,34 @@ __global__ void __launch_bounds__(threads, 1)
             } else {
                 uint32_t const b_row =
                     keys_base + (key_warp * (tile / key_warps) + lane % 8 + lane / 16 * 8) * width * 2;
+                // fragments are read one step ahead, and even and odd steps have sums of their own: nothing waits for what
+                // was just begun
+                constexpr int steps = width / 16, pairs = key_tiles / 2;
+                float odd[key_tiles][4] = {};
+                uint32_t a[2][4], b[2][pairs][4];
+                auto load = [&](int step) {
+                    int const group = step / 4 * 128, j = step % 4;
+                    ldmatrix_x4(a[step % 2], a_row + by_halves[j] + group);
 #pragma unroll
-                for (int group = 0; group < width / 64; ++group) {
-#pragma unroll
-                    for (int j = 0; j < 4; ++j) {
-                        uint32_t a[4];
-                        ldmatrix_x4(a, a_row + by_halves[j] + group * 128);
-#pragma unroll
-                        for (int n = 0; n < key_tiles / 2; ++n) {
-                            uint32_t b[4];
-                            ldmatrix_x4(b, b_row + by_eighths[j] + group * 128 + n * 16 * width * 2);
-                            mma_bf16(scores[2 * n], a, b[0], b[1]);
-                            mma_bf16(scores[2 * n + 1], a, b[2], b[3]);
-                        }
+                    for (int n = 0; n < pairs; ++n) {
+                        ldmatrix_x4(b[step % 2][n], b_row + by_eighths[j] + group + n * 16 * width * 2);
                     }
+                };
+                load(0);
+#pragma unroll
+                for (int step = 0; step < steps; ++step) {
+                    if (step + 1 < steps) load(step + 1);
+                    auto& sums_of_step = step % 2 == 0 ? scores : odd;
+#pragma unroll
+                    for (int n = 0; n < pairs; ++n) {
+                        mma_bf16(sums_of_step[2 * n], a[step % 2], b[step % 2][n][0], b[step % 2][n][1]);
+                        mma_bf16(sums_of_step[2 * n + 1], a[step % 2], b[step % 2][n][2], b[step % 2][n][3]);
+                    }
+                }
+#pragma unroll
+                for (int n = 0; n < key_tiles; ++n) {
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) scores[n][i] += odd[n][i];
                 }
             }
         }
@@ -495,20 +525,25 @@ __global__ void __launch_bounds__(threads, 1)
             }
             uint32_t const a_row = shared_address(weights) + lane % 16 * tile * 2;
             uint32_t const b_row = shared_address(keys) + lane % 16 * width * 2;
+            constexpr int pairs = latent_tiles / 2, steps = tile / 16 * pairs;
+            uint32_t a[row_warps][4], b[2][4];
+            auto load = [&](int step) {
+                int const k = step / pairs, n = step % pairs;
+                ldmatrix_x4_transposed(b[step % 2], b_row + value_columns[n] + k * 16 * width * 2);
+            };
+            load(0);
 #pragma unroll
-            for (int k = 0; k < tile / 16; ++k) {
-                uint32_t a[row_warps][4];
+            for (int step = 0; step < steps; ++step) {
+                int const k = step / pairs, n = step % pairs;
+                if (n == 0) {
 #pragma unroll
-                for (int m = 0; m < row_warps; ++m) ldmatrix_x4(a[m], a_row + by_halves[k] + m * 16 * tile * 2);
+                    for (int m = 0; m < row_warps; ++m) ldmatrix_x4(a[m], a_row + by_halves[k] + m * 16 * tile * 2);
+                }
+                if (step + 1 < steps) load(step + 1);
 #pragma unroll
-                for (int n = 0; n < latent_tiles / 2; ++n) {
-                    uint32_t b[4];
-                    ldmatrix_x4_transposed(b, b_row + value_columns[n] + k * 16 * width * 2);
-#pragma unroll
-                    for (int m = 0; m < row_warps; ++m) {
-                        mma_bf16(sums[m][2 * n], a[m], b[0], b[1]);
-                        mma_bf16(sums[m][2 * n + 1], a[m], b[2], b[3]);
-                    }
+                for (int m = 0; m < row_warps; ++m) {
+                    mma_bf16(sums[m][2 * n], a[m], b[step % 2][0], b[step % 2][1]);
+                    mma_bf16(sums[m][2 * n + 1], a[m], b[step % 2][2], b[step % 2][3]);
                 }
             }
         }
