@@ -80,8 +80,11 @@ struct Shape {
     }
 };
 
-__device__ inline bool served(const PrefillArguments& a, const Sequence& sequence) {
-    return sequence.tokens >= max(a.min_new_tokens, 1);
+// Whether the kernel attends for a sequence. Its first and last tokens must know that they are its own: garbage, on which
+// builders time, then costs no time.
+__device__ inline bool served(const PrefillArguments& a, const Sequence& sequence, int64_t index) {
+    return sequence.tokens >= max(a.min_new_tokens, 1) && a.step.token_sequence[sequence.first] == index &&
+           a.step.token_sequence[sequence.first + sequence.tokens - 1] == index;
 }
 
 // The index i with starts[i] <= item < starts[i + 1].
@@ -115,7 +118,7 @@ template <int threads>
 __device__ bool anything_served(const PrefillArguments& a) {
     bool found = false;
     for (int64_t i = threadIdx.x; i < a.step.sequences; i += threads) {
-        found |= served(a, sequence_at(a.step, a.layout.page_size, i));
+        found |= served(a, sequence_at(a.step, a.layout.page_size, i), i);
     }
     return __syncthreads_or(found);
 }
@@ -130,7 +133,7 @@ __device__ void make_starts(const Plan& plan) {
     int64_t const end = min(first + count, a.step.sequences);
     auto const tiles = [&](int64_t i) {
         Sequence const sequence = sequence_at(a.step, a.layout.page_size, i);
-        if (!served(a, sequence)) return make_int2(0, 0);
+        if (!served(a, sequence, i)) return make_int2(0, 0);
         // one tile where there is no key either: its queries get their zeros like all others
         return make_int2(ceil_div(sequence.tokens, S::rows), max(ceil_div(sequence.keys, key_tile), 1));
     };
@@ -167,31 +170,56 @@ __device__ void make_starts(const Plan& plan) {
     }
 }
 
+// A weight_tile x weight_tile part of a matrix [rows, columns] to shared memory, zeros where it reaches beyond the matrix.
+template <int threads, typename T>
+__device__ void load_weight_tile(float* tile, const T* matrix, float scale, int rows, int columns, int row0, int column0) {
+    int const x = threadIdx.x % weight_tile, column = column0 + x;
+#pragma unroll 8
+    for (int y = threadIdx.x / weight_tile; y < weight_tile; y += threads / weight_tile) {
+        bool const inside = row0 + y < rows && column < columns;
+        tile[y * weight_tile_stride + x] =
+            inside ? static_cast<float>(matrix[static_cast<int64_t>(row0 + y) * columns + column]) * scale : 0.0f;
+    }
+}
+
+template <int threads>
+__device__ void load_weight_tile(float* tile, const BlockScaledWeight& weight, int head, int rows, int columns, int row0,
+                                 int column0) {
+    int64_t const start = static_cast<int64_t>(head) * rows * columns;
+    float scale = 1.0f;  // one for all: a weight_tile divides a scale's block
+    if (weight.scale != nullptr) {
+        int64_t const block_row = static_cast<int64_t>(head) * ceil_div(rows, scale_group) + row0 / scale_group;
+        scale = weight.scale[block_row * ceil_div(columns, scale_group) + column0 / scale_group];
+    }
+    auto const load = [&](auto const* data) {
+        load_weight_tile<threads>(tile, data + start, scale, rows, columns, row0, column0);
+    };
+    switch (weight.type) {
+        case MLA_FLOAT: return load(static_cast<const float*>(weight.data));
+        case MLA_FLOAT16: return load(static_cast<const __half*>(weight.data));
+        case MLA_BFLOAT16: return load(static_cast<const __nv_bfloat16*>(weight.data));
+        default: return load(static_cast<const __nv_fp8_e4m3*>(weight.data));
+    }
+}
+
 // Weights of all heads to bf16 [H, nope + value, rank], the latent values innermost, zeros in what was added.
 template <int threads>
 __device__ void convert_weights(const Plan& plan, float* tile) {
     const PrefillArguments& a = plan.arguments;
     int const rank = a.layout.rank;
-    int const across = plan.rank / weight_tile;
-    int const nope_tiles = ceil_div(plan.nope, weight_tile) * across;
-    int const head_tiles = nope_tiles + ceil_div(plan.value, weight_tile) * across;
+    int const across = ceil_div(rank, weight_tile);
+    int const nope_tiles = ceil_div(a.nope, weight_tile) * across;
+    int const head_tiles = nope_tiles + ceil_div(a.value, weight_tile) * across;
     for (int64_t job = blockIdx.x; job < static_cast<int64_t>(a.heads) * head_tiles; job += gridDim.x) {
         int const head = static_cast<int>(job / head_tiles), number = static_cast<int>(job % head_tiles);
         bool const keys = number < nope_tiles;
         int const local = keys ? number : number - nope_tiles;
         int const row0 = local / across * weight_tile, r0 = local % across * weight_tile;
         __syncthreads();
-        for (int i = threadIdx.x; i < weight_tile * weight_tile; i += threads) {
-            int const y = i / weight_tile, x = i % weight_tile;
-            float value = 0.0f;
-            if (keys) {  // [r, n]
-                if (r0 + y < rank && row0 + x < a.nope) {
-                    value = weight_value(a.w_uk, head, rank, a.nope, r0 + y, row0 + x);
-                }
-            } else if (row0 + y < a.value && r0 + x < rank) {  // [v, r]
-                value = weight_value(a.w_uv, head, a.value, rank, row0 + y, r0 + x);
-            }
-            tile[y * weight_tile_stride + x] = value;
+        if (keys) {
+            load_weight_tile<threads>(tile, a.w_uk, head, rank, a.nope, r0, row0);
+        } else {
+            load_weight_tile<threads>(tile, a.w_uv, head, a.value, rank, row0, r0);
         }
         __syncthreads();
         int const rows = keys ? plan.nope : plan.value;
@@ -604,7 +632,7 @@ __device__ __noinline__ void attend_unit(const Plan& plan, uint8_t* shared, cons
                     for (int i = 0; i < 4; ++i) scores[m][n][i] = 0.0f;
                 }
             }
-#pragma unroll 2
+#pragma unroll 4
             for (int k = 0; k < steps; ++k) {
                 uint32_t q[S::row_tiles][4];
                 uint32_t const q_offset = ((2 * k + a_unit) ^ swizzle) << 4, k_offset = ((2 * k + b_unit) ^ swizzle) << 4;
