@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mla_trt import __version__
+from mla_trt.bench_options import add_bench_arguments
 from mla_trt.errors import MlaTrtError, UsageError
 
 log = logging.getLogger("mla_trt")
@@ -51,6 +52,13 @@ exit status: 0 done; 2 bad input or usage, no GPU, or TensorRT refuses the model
   mla-trt run model.engine --prompt-ids 1,5,9
 
 A folder that 'mla-trt lower' wrote runs on ONNX Runtime, an engine that 'mla-trt build' wrote on TensorRT.""",
+    "bench": """examples:
+  mla-trt bench kernels -o results
+  mla-trt bench kernels --cases '^decode-fp8' --no-peers
+
+Needs a GPU and the kernel library (mla-trt plugins build --kernels-only). Peers run where flash_mla, flash_mla_vllm, deep_gemm
+and torch are importable.
+exit status: 0 done; 2 nothing to measure with; 4 a kernel was refused or wrong (it has no figure).""",
     "export": """examples:
   mla-trt export deepseek-v3 -o model.onnx
   mla-trt export deepseek-v3.2 -o model.onnx --attention eager --opset 23
@@ -250,6 +258,9 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument(
         "--jobs", type=int, metavar="N", help="sources compiled at a time (default: this machine's cores)"
     )
+
+    bench = _command(commands, "bench", _bench, "measure the kernels on this machine's GPU, beside other people's")
+    add_bench_arguments(bench)
     return parser
 
 
@@ -464,6 +475,12 @@ def _build_plugins(options: argparse.Namespace) -> int:
         tensorrt = "" if library.tensorrt is None else f", TensorRT {library.tensorrt}"
         print(f"written: {library.path} ({', '.join(library.architectures)}{tensorrt})")
     return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from mla_trt.bench import run
+
+    return run(options)
 
 
 def print_report(console: Console, report: dict[str, Any]) -> None:

@@ -1,0 +1,299 @@
+"""What `mla-trt bench kernels` measures: one op on one shape, what its inputs hold, and what it must do and move.
+
+Shapes are DeepSeek-V3's: rank 512, rope 64, pages of 64 tokens. Floating-point operations of attention are
+2 * heads * (query, key) pairs * (576 + 512) absorbed and * (192 + 128) expanded; bytes are those of the cache rows that
+are read and of the other inputs and outputs, each once.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from onnx import TensorProto
+
+from mla_trt.formats import IndexLayout, KvLayout, PageLayout, ceil_div
+from mla_trt.ops import OPS
+
+Array = npt.NDArray[Any]
+
+RANK, ROPE, NOPE, VALUE, PAGE = 512, 64, 128, 128, 64
+INDEX_HEADS, INDEX_DIM, TOP_K = 64, 128, 2048
+SCALE = (NOPE + ROPE) ** -0.5
+
+
+@dataclass(frozen=True)
+class Random:
+    """A tensor of normal values of a spread; e4m3 weights take any code that is a number."""
+
+    shape: tuple[int, ...]
+    dtype: int = TensorProto.BFLOAT16
+    spread: float = 1.0
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Pages whose rows hold normal values."""
+
+    layout: PageLayout
+    pages: int
+
+
+Content = Random | Pool | Array
+
+
+@dataclass(frozen=True)
+class Case:
+    """One benchmark.
+
+    Attributes:
+        op_type, attributes, inputs: the call. Arrays are taken as they are.
+        flops, bytes: the least that it must do and move.
+        precision: whose matrix units bound it, "bf16" or "fp8".
+        tolerance: of the relative error (Frobenius) of sampled tokens; of a selection, the share of other keys.
+        peer: name and arguments of a function of :mod:`mla_trt.bench_peers`.
+    """
+
+    op_type: str
+    attributes: Mapping[str, Any]
+    inputs: Mapping[str, Content]
+    flops: float
+    bytes: float
+    precision: str = "bf16"
+    tolerance: float = 1e-2
+    peer: tuple[str, Mapping[str, Any]] | None = None
+    checked: tuple[str, ...] = field(default=("output",))
+
+
+def _step(rng: np.random.Generator, batch: int, new: int, keys: int) -> tuple[dict[str, Array], int]:
+    """The step of ``batch`` sequences of ``keys`` tokens each, ``new`` of them new; and the pages that they lie on."""
+    columns = ceil_div(keys, PAGE)
+    inputs: dict[str, Array] = {
+        "query_offsets": np.arange(0, batch * new + 1, new, dtype=np.int32),
+        "cache_lengths": np.full(batch, keys - new, np.int32),
+    }
+    plan = OPS["MlaPlan"]
+    tokens = {"tokens": np.zeros(batch * new, np.int64)}
+    inputs |= plan.reference(plan.complete({"page_size": PAGE}, ""), {**tokens, **inputs})
+    inputs["block_table"] = rng.permutation(batch * columns).reshape(batch, columns).astype(np.int32)
+    return inputs, batch * columns
+
+
+def _layout(row_format: str) -> KvLayout:
+    return KvLayout(page_size=PAGE, row_format=row_format, kv_lora_rank=RANK, qk_rope_head_dim=ROPE, kv_scale=2.0**-6)
+
+
+def _row_bytes(pages: PageLayout) -> int:
+    return pages.row_bytes + (4 if pages.has_page_scales else 0)
+
+
+def _kv_attributes(pages: KvLayout) -> dict[str, Any]:
+    return {
+        "kv_lora_rank": RANK,
+        "qk_rope_head_dim": ROPE,
+        "page_size": PAGE,
+        "row_format": pages.row_format,
+        "kv_scale": pages.kv_scale,
+    }
+
+
+def decoding(row_format: str, batch: int, heads: int, keys: int, new: int = 1) -> Case:
+    """Dense decode. Peers: FlashMLA over bf16 rows, vLLM's fork of it over fp8_flat rows of the same length."""
+    step, pages = _step(np.random.default_rng(0), batch, new, keys)
+    layout, tokens = _layout(row_format), batch * new
+    peer = "flash_mla_dense" if row_format == "bf16" else "vllm_flash_mla_dense_fp8"
+    return Case(
+        "MlaDecoding",
+        {**_kv_attributes(layout), "softmax_scale": SCALE},
+        {"query": Random((tokens, heads, RANK + ROPE)), **step, "kv_cache": Pool(layout, pages)},
+        flops=2.0 * tokens * heads * keys * (2 * RANK + ROPE),
+        bytes=batch * keys * _row_bytes(layout) + 2.0 * tokens * heads * (2 * RANK + ROPE),
+        peer=(peer, {"batch": batch, "heads": heads, "keys": keys, "new": new}),
+    )
+
+
+def _lists(rng: np.random.Generator, tokens: int, keys: int) -> Array:
+    """TOP_K different keys for each token, ascending; the tokens draw from 64 lists."""
+    lists = [np.sort(rng.permutation(keys)[:TOP_K]) for _ in range(min(tokens, 64))]
+    return np.stack([lists[token % len(lists)] for token in range(tokens)]).astype(np.int32)
+
+
+def sparse_decoding(row_format: str, batch: int, heads: int, keys: int = 32768) -> Case:
+    """Decode over 2048 selected keys of each sequence. Peer: FlashMLA over fp8_ds_mla rows."""
+    rng = np.random.default_rng(0)
+    step, pages = _step(rng, batch, 1, keys)
+    layout = _layout(row_format)
+    return Case(
+        "MlaDecoding",
+        {**_kv_attributes(layout), "softmax_scale": SCALE},
+        {
+            "query": Random((batch, heads, RANK + ROPE)),
+            **step,
+            "kv_cache": Pool(layout, pages),
+            "indices": _lists(rng, batch, keys),
+        },
+        flops=2.0 * batch * heads * TOP_K * (2 * RANK + ROPE),
+        bytes=batch * TOP_K * (_row_bytes(layout) + 4) + 2.0 * batch * heads * (2 * RANK + ROPE),
+        peer=("flash_mla_sparse_decode", {"batch": batch, "heads": heads, "keys": keys}),
+    )
+
+
+def sparse_prefill(heads: int, tokens: int = 4096, keys: int = 32768) -> Case:
+    """Many tokens, each over 2048 selected keys, bf16 rows. Peer: FlashMLA."""
+    rng = np.random.default_rng(0)
+    step, pages = _step(rng, 1, tokens, keys)
+    layout = _layout("bf16")
+    return Case(
+        "MlaPrefillSparse",
+        {**_kv_attributes(layout), "softmax_scale": SCALE},
+        {
+            "query": Random((tokens, heads, RANK + ROPE)),
+            **step,
+            "kv_cache": Pool(layout, pages),
+            "indices": _lists(rng, tokens, keys - tokens),
+        },
+        flops=2.0 * tokens * heads * TOP_K * (2 * RANK + ROPE),
+        bytes=keys * _row_bytes(layout) + 2.0 * tokens * heads * (2 * RANK + ROPE) + 4.0 * tokens * TOP_K,
+        peer=("flash_mla_sparse_prefill", {"tokens": tokens, "heads": heads, "keys": keys}),
+    )
+
+
+def prefill(batch: int, tokens: int, heads: int = 128) -> Case:
+    """Causal attention of whole prompts. Peer: cuDNN over keys and values that are already expanded."""
+    step, pages = _step(np.random.default_rng(0), batch, tokens, tokens)
+    layout, count = _layout("bf16"), batch * tokens
+    weights = 2 * heads * RANK * NOPE
+    return Case(
+        "MlaPrefill",
+        {**_kv_attributes(layout), "softmax_scale": SCALE},
+        {
+            "query": Random((count, heads, NOPE + ROPE)),
+            **step,
+            "kv_cache": Pool(layout, pages),
+            "w_uk": Random((heads, RANK, NOPE), spread=RANK**-0.5),
+            "w_uv": Random((heads, VALUE, RANK), spread=RANK**-0.5),
+        },
+        flops=2.0 * heads * batch * (tokens * (tokens + 1) / 2) * (NOPE + ROPE + VALUE),
+        bytes=count * _row_bytes(layout) + 2.0 * (weights + count * heads * (NOPE + ROPE + VALUE)),
+        peer=("cudnn_prefill", {"batch": batch, "heads": heads, "tokens": tokens}),
+    )
+
+
+def indexer(batch: int, new: int, keys: int) -> Case:
+    """Index scores and selection. Peer: DeepGEMM's scores alone."""
+    step, pages = _step(np.random.default_rng(0), batch, new, keys)
+    del step["schedule"]
+    layout, tokens = IndexLayout(page_size=PAGE, index_format="fp8", index_head_dim=INDEX_DIM), batch * new
+    pairs = batch * sum(range(keys - new + 1, keys + 1))
+    decode = {"batch": batch, "keys": keys}
+    prompt = {"tokens": tokens, "keys": keys}
+    return Case(
+        "MlaIndexer",
+        {"index_head_dim": INDEX_DIM, "index_rope_dim": ROPE, "top_k": TOP_K, "page_size": PAGE},
+        {
+            "index_query": Random((tokens, INDEX_HEADS, INDEX_DIM)),
+            "index_key": Random((tokens, INDEX_DIM)),
+            "index_weights": Random((tokens, INDEX_HEADS), TensorProto.FLOAT),
+            "index_cos": Random((tokens, ROPE // 2), TensorProto.FLOAT, 0.5),
+            "index_sin": Random((tokens, ROPE // 2), TensorProto.FLOAT, 0.5),
+            **step,
+            "indexer_cache": Pool(layout, pages),
+        },
+        flops=2.0 * pairs * INDEX_HEADS * INDEX_DIM,
+        bytes=batch * keys * _row_bytes(layout) + tokens * (2.0 * INDEX_HEADS * INDEX_DIM + 4.0 * TOP_K),
+        precision="fp8",
+        tolerance=2e-3,
+        peer=("deep_gemm_paged_logits", decode) if new == 1 else ("deep_gemm_logits", prompt),
+        checked=("indices",),
+    )
+
+
+def _new_latents(tokens: int) -> dict[str, Content]:
+    return {
+        "latent": Random((tokens, RANK)),
+        "rope_key": Random((tokens, ROPE)),
+        "norm_weight": Random((RANK,)),
+        "cos": Random((tokens, ROPE // 2), TensorProto.FLOAT, 0.5),
+        "sin": Random((tokens, ROPE // 2), TensorProto.FLOAT, 0.5),
+    }
+
+
+def append(row_format: str, batch: int, new: int, heads: int = 128) -> Case:
+    """Rope, norm, quantisation and the cache rows of new tokens."""
+    step, pages = _step(np.random.default_rng(0), batch, new, 1000 + new)
+    layout, tokens = _layout(row_format), batch * new
+    places = {name: step[name] for name in ("token_sequence", "positions", "block_table")}
+    return Case(
+        "MlaFusedRopeRmsNormQuantization",
+        _kv_attributes(layout),
+        {
+            "query_rope": Random((tokens, heads, ROPE)),
+            **_new_latents(tokens),
+            **places,
+            "kv_cache": Pool(layout, pages),
+        },
+        flops=0,
+        bytes=tokens * (2.0 * (2 * heads * ROPE + RANK + ROPE) + 4 * ROPE + _row_bytes(layout)),
+        tolerance=2e-2,
+        checked=("query_rope_out", "kv_cache_out"),
+    )
+
+
+def decode_branch(tokens: int, heads: int = 128) -> Case:
+    """FP8 W_UK and W_UV products around attention over one key, so that the products are what is timed."""
+    step, pages = _step(np.random.default_rng(0), tokens, 1, 1)
+    layout = _layout("fp8")
+    blocks = {"w_uk_scale": (heads, RANK // 128, NOPE // 128), "w_uv_scale": (heads, VALUE // 128, RANK // 128)}
+    activations = heads * (NOPE + ROPE + VALUE)
+    return Case(
+        "MlaDecodeBranchFp8",
+        {**_kv_attributes(layout), "softmax_scale": SCALE},
+        {
+            "query": Random((tokens, heads, NOPE + ROPE)),
+            **_new_latents(tokens),
+            "w_uk": Random((heads, RANK, NOPE), TensorProto.FLOAT8E4M3FN),
+            "w_uv": Random((heads, VALUE, RANK), TensorProto.FLOAT8E4M3FN),
+            **{name: np.full(shape, 2.0**-9, np.float32) for name, shape in blocks.items()},
+            **step,
+            "kv_cache": Pool(layout, pages),
+        },
+        flops=2.0 * tokens * heads * RANK * (NOPE + VALUE),
+        bytes=heads * RANK * (NOPE + VALUE) + 2.0 * tokens * (activations + RANK + ROPE),
+        tolerance=5e-2,
+    )
+
+
+def _cases() -> dict[str, Callable[[], Case]]:
+    cases: dict[str, Callable[[], Case]] = {}
+    shapes = ((128, 128, 4096), (128, 128, 16384), (32, 128, 32768), (128, 64, 4096), (64, 16, 16384), (1, 128, 32768))
+    for row_format in ("bf16", "fp8"):
+        for batch, heads, keys in shapes:
+            name = f"decode-{row_format}-b{batch}-h{heads}-{keys // 1024}k"
+            cases[name] = functools.partial(decoding, row_format, batch, heads, keys)
+        cases[f"decode-{row_format}-b128-h128-4k-2tokens"] = functools.partial(decoding, row_format, 128, 128, 4096, 2)
+    for row_format in ("fp8", "fp8_ds_mla"):
+        for batch, heads in ((128, 128), (128, 64), (1, 128)):
+            name = f"decode-sparse-{row_format}-b{batch}-h{heads}"
+            cases[name] = functools.partial(sparse_decoding, row_format, batch, heads)
+    for heads in (128, 64):
+        cases[f"prefill-sparse-4k-h{heads}"] = functools.partial(sparse_prefill, heads)
+    cases["prefill-8k"] = functools.partial(prefill, 1, 8192)
+    cases["prefill-16k"] = functools.partial(prefill, 1, 16384)
+    cases["prefill-b4-2k"] = functools.partial(prefill, 4, 2048)
+    for keys in (32768, 131072):
+        cases[f"index-decode-b64-{keys // 1024}k"] = functools.partial(indexer, 64, 1, keys)
+    cases["index-prefill-4k-32k"] = functools.partial(indexer, 1, 4096, 32768)
+    for row_format in ("bf16", "fp8"):
+        for new in (1, 32):
+            cases[f"append-{row_format}-{128 * new}"] = functools.partial(append, row_format, 128, new)
+    for tokens in (1, 8, 128):
+        cases[f"branch-fp8-{tokens}"] = functools.partial(decode_branch, tokens)
+    return cases
+
+
+CASES = _cases()
+"""Names and makers of the cases."""

@@ -1,0 +1,191 @@
+"""The kernels' benchmark without a GPU: its checks against references, its tables and its cases."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from onnx import TensorProto, helper
+
+from mla_trt import bench, bench_cases
+from mla_trt.bench import Ceilings, Result
+from mla_trt.cli import main
+from mla_trt.ops import OPS
+from mla_trt.ops.schema import Attributes
+from mla_trt.plugins.kernel_library import DeviceTensor
+
+Array = npt.NDArray[Any]
+
+
+class HostMemory:
+    """`mla_trt.plugins.device.Memory`, on the host; its address is its number."""
+
+    made: list[HostMemory]
+
+    def __init__(self, size: int) -> None:
+        self.size, self.content = size, np.zeros(size, np.uint8)
+        self.address = len(self.made)
+        self.made.append(self)
+
+    def fill(self, byte: int) -> None:
+        self.content[:] = byte
+
+    def write(self, values: Array, start: int = 0) -> None:
+        content = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+        self.content[start : start + len(content)] = content
+
+    def read(self, start: int = 0, size: int | None = None) -> Array:
+        return self.content[start : self.size if size is None else start + size].copy()
+
+    def copy(self, source: int, start: int, size: int) -> None:
+        self.content[start : start + size] = self.made[source].content[:size]
+
+    def close(self) -> None:
+        pass
+
+
+class ReferenceLibrary:
+    """A kernel library that runs the ops' references."""
+
+    def call(
+        self,
+        op_type: str,
+        attributes: Attributes,
+        inputs: Mapping[str, DeviceTensor],
+        outputs: Mapping[str, DeviceTensor],
+    ) -> ReferenceCall:
+        return ReferenceCall(op_type, attributes, inputs, outputs)
+
+
+class ReferenceCall:
+    def __init__(self, op_type: str, attributes: Attributes, inputs: Any, outputs: Any) -> None:
+        self.op_type, self.attributes, self.inputs, self.outputs = op_type, attributes, inputs, outputs
+
+    def workspace_bytes(self) -> int:
+        return 0
+
+    def enqueue(self, *_: Any) -> None:
+        given = {}
+        for name, tensor in self.inputs.items():
+            dtype = helper.tensor_dtype_to_np_dtype(tensor.dtype)
+            given[name] = HostMemory.made[tensor.address].read().view(dtype).reshape(tensor.shape)
+        results = OPS[self.op_type].reference(self.attributes, given)
+        for name, tensor in self.outputs.items():
+            dtype = helper.tensor_dtype_to_np_dtype(tensor.dtype)
+            HostMemory.made[tensor.address].write(results[name].astype(dtype))
+
+
+class AnyStream:
+    handle = 0
+
+
+@pytest.fixture(autouse=True)
+def _on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    HostMemory.made = []
+    monkeypatch.setattr(bench, "Memory", HostMemory)
+    for name, value in {"INDEX_HEADS": 4, "TOP_K": 24}.items():
+        monkeypatch.setattr(bench_cases, name, value)
+
+
+SMALL = {
+    "decoding": lambda: bench_cases.decoding("fp8", 2, 3, 128),
+    "speculative decoding": lambda: bench_cases.decoding("bf16", 2, 4, 128, 2),
+    "sparse decoding": lambda: bench_cases.sparse_decoding("fp8_ds_mla", 2, 4, 128),
+    "sparse prefill": lambda: bench_cases.sparse_prefill(2, 6, 128),
+    "prefill": lambda: bench_cases.prefill(2, 4, 2),
+    "index decode": lambda: bench_cases.indexer(2, 1, 128),
+    "index prompt": lambda: bench_cases.indexer(1, 6, 128),
+    "append": lambda: bench_cases.append("fp8", 2, 3, 4),
+    "decode branch": lambda: bench_cases.decode_branch(3, 4),
+}
+
+
+@pytest.mark.parametrize("make", SMALL.values(), ids=SMALL.keys())
+def test_a_token_is_checked_against_the_reference_of_that_token(make: Any) -> None:
+    case = make()
+    data = bench._Set(ReferenceLibrary(), case, 0)  # type: ignore[arg-type]
+    checker = bench._Checker(case, data)
+    tokens = range(len(checker.positions))
+    assert min(checker.error(token) for token in tokens) > 0.4  # nothing has run
+    data.enqueue(AnyStream())  # type: ignore[arg-type]
+    assert max(checker.error(token) for token in tokens) <= case.tolerance / 2
+    for name in case.checked:  # and it is this token's part of the output that is looked at
+        memory = data.memory[name]
+        row = memory.size // len(tokens) if not name.startswith("kv_cache") else memory.size
+        memory.content[-row:] = 0
+        assert checker.error(tokens[-1]) > case.tolerance
+
+
+def test_every_case_can_be_made_and_moves_no_less_than_it_says() -> None:
+    for name, make in bench_cases.CASES.items():
+        if "128k" in name or "16k" in name or "32k" in name:
+            continue  # as the shorter ones, and slow
+        case = make()
+        kinds = {name: bench._kind(content) for name, content in case.inputs.items()}
+        op = OPS[case.op_type]
+        op.complete(case.attributes, name)
+        assert {formal.name for formal in op.inputs if not formal.optional} <= set(kinds), name
+        assert case.bytes > 0
+        assert all(isinstance(dim, int) and dim > 0 for kind in kinds.values() for dim in kind.shape), name
+
+
+def test_content_repeats_through_large_tensors() -> None:
+    rng = np.random.default_rng(0)
+    memory = bench._filled(rng, bench_cases.Random((3, 700_001), TensorProto.FLOAT))
+    values = memory.read().view(np.float32)
+    np.testing.assert_array_equal(values[bench.DISTINCT :], values[: len(values) - bench.DISTINCT])
+    assert 0.99 < values.std() < 1.01
+    weights = bench._filled(rng, bench_cases.Random((2, 512, 128), TensorProto.FLOAT8E4M3FN)).read()
+    assert not (weights & 0x7F == 0x7F).any()  # no NaN
+
+
+CEILINGS = Ceilings("NVIDIA H200", 4.29e12, 7.5e14, None)
+RESULTS = [
+    Result("decode-a", 1e-3, 100.0, 0.01, 650.0, 2.7, 0.9, "FlashMLA", 110.0, 1.1),
+    Result("decode-b", 1e-3, 50.0, 0.01, 650.0, 2.7, 0.9, peer_note="flash_mla: No module named 'flash_mla'"),
+    Result("decode-c", 0.5, note="wrong: error 5.0e-01 > 1e-02"),
+]
+
+
+def test_a_wrong_kernel_has_no_figure() -> None:
+    rows = bench.markdown(CEILINGS, RESULTS).splitlines()
+    assert rows[0].startswith("NVIDIA H200: copy 4.29 TB/s, matrix product bf16 750 TFLOP/s, fp8 not measured.")
+    assert rows[4] == "| decode-a | 100.0 | 1.0% | 650 | 2.70 | 90% | 1.0e-03 | FlashMLA | 110.0 | 1.10 |"
+    assert rows[5].endswith("| flash_mla: No module named 'flash_mla' |  |  |")
+    assert rows[6].startswith("| decode-c | wrong: error 5.0e-01 > 1e-02 |")
+    assert len({row.count("|") for row in rows[2:]}) == 1
+
+
+def test_results_are_written(tmp_path: Any) -> None:
+    bench.write_results(tmp_path / "results", "0.1.0 sm_90a", CEILINGS, RESULTS)
+    content = json.loads((tmp_path / "results" / "bench.json").read_text())
+    assert content["build"] == "0.1.0 sm_90a"
+    assert [result["ratio"] for result in content["results"]] == [1.1, None, None]
+    assert (tmp_path / "results" / "bench.md").read_text() == bench.markdown(CEILINGS, RESULTS)
+
+
+def test_the_ratio_and_the_ceiling() -> None:
+    case = bench_cases.Case("MlaDecoding", {}, {}, flops=7.5e14 * 1e-4, bytes=1.0)
+    result = bench._result("x", case, CEILINGS, 0.0, [200.0, 198.0, 230.0], "FlashMLA", [300.0], "")
+    assert result.us == 200.0
+    assert result.of_ceiling == pytest.approx(0.5)
+    assert result.ratio == pytest.approx(1.5)
+    assert result.spread == pytest.approx(0.16)
+
+
+def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "kernels", "--list", "--cases", "^append"]) == 0
+    assert capsys.readouterr().out.split() == [
+        "append-bf16-128",
+        "append-bf16-4096",
+        "append-fp8-128",
+        "append-fp8-4096",
+    ]
+    assert main(["bench", "kernels", "--cases", "nothing like it"]) == 2
+    assert "--list shows them" in capsys.readouterr().err
+    assert main(["bench", "kernels", "--cases", "("]) == 2
+    assert "not a regular expression" in capsys.readouterr().err
