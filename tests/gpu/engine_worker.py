@@ -20,6 +20,7 @@ from engine_sessions import VARIANTS, Record, errors, pages_needed, replay
 from mla_trt.building import BuildOptions, build_file
 from mla_trt.engine_tensorrt import TensorRtEngine
 from mla_trt.metadata import LoweredMetadata
+from mla_trt.selection import top_k
 
 RESULT = "RESULT "
 LONGEST = 256
@@ -31,6 +32,7 @@ def run_case(folder: Path, variant_name: str, scratch: Path) -> dict[str, Any]:
     record = Record.load(folder)
     variant = VARIANTS[variant_name]
     result: dict[str, Any] = {"export": record.name, "variant": variant_name, "stage": "lower", "half": record.half}
+    result["sparse"] = top_k(record.model) is not None
     start = time.monotonic()
     engine: TensorRtEngine | None = None
     try:

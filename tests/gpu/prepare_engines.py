@@ -3,7 +3,8 @@ lowered model on ONNX Runtime. Needs no GPU.
 
     python tests/gpu/prepare_engines.py EXPORTS -o build/engines [--only NAME ...]
 
-Exports that cannot be lowered are listed with the reason in OUT/skipped.json. What is there already stays.
+Exports that cannot be lowered are listed with the reason in OUT/skipped.json. What is there already stays. All of it is
+packed into OUT.tar.xz for another machine.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from engine_sessions import VARIANTS, Record, errors, pages_needed, replay
+from engine_sessions import VARIANTS, Record, errors, pack, pages_needed, replay
 
 from mla_trt.engine_onnxruntime import OnnxRuntimeEngine, embedded_vocabulary
 from mla_trt.errors import MlaTrtError
@@ -25,7 +26,19 @@ from mla_trt.metadata import LoweredMetadata
 from mla_trt.original import OriginalModel
 from mla_trt.selection import top_k
 from mla_trt.verification import LEAST_BOUND, LONGEST_SELECTION, _lowered_in_float32
-from mla_trt.verification_cases import cases_for, script_for
+from mla_trt.verification_cases import Case, Step, cases_for, script_for
+
+LONG_PROMPTS = Case(
+    "long prompts",
+    (
+        Step(new=(("a", 19), ("b", 11))),
+        Step(new=(("b", 1), ("a", 1)), pad_tokens=1),
+        Step(new=(("a", 10), ("b", 9)), pad_columns=1),
+        Step(new=(("c", 20), ("b", 1), ("a", 1))),
+        Step(new=(("c", 1), ("a", 1), ("b", 1))),
+    ),
+)
+"""What verification lacks: steps with so many new tokens of a sequence that engines take them for prefill."""
 
 
 def record(path: Path, seed: int) -> Record:
@@ -48,6 +61,8 @@ def record(path: Path, seed: int) -> Record:
     limits = export.find_limits(max(LEAST_BOUND, (exceeded or 0) + LEAST_BOUND // 2))
     vocabulary = embedded_vocabulary(model, metadata.token_input) or export.count_ids(limits)
     cases = cases_for(packed=metadata.packed, top_k=exceeded, limits=limits)
+    if metadata.packed and not limits.made:
+        cases.append(LONG_PROMPTS)
     scripts = [
         script_for(case, export, limits, vocabulary=vocabulary, seed=seed + index) for index, case in enumerate(cases)
     ]
@@ -95,6 +110,7 @@ def main() -> int:
         }
         shown = ", ".join(f"{name} {error:.2g}" for name, error in worst.items())
         print(f"{path.stem}: {time.monotonic() - start:.1f} s, {shown}", flush=True)
+    print(f"packed: {pack(options.output)}")
     return 0
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from engine_sessions import ROOT
+from engine_sessions import ROOT, records_folder
 
-RECORDS = Path(os.environ.get("MLA_TRT_ENGINES", ROOT / "build" / "engines"))
+RECORDS = records_folder()
 RECORD = "packed2d_gemm_mm__dynamo_op20__hand__dec"  # takes embeddings
 SECONDS = 180
 

@@ -3,9 +3,10 @@
     python tests/gpu/prepare_engines.py EXPORTS -o build/engines       # once, without a GPU
     python -m pytest tests/gpu/test_engines.py                         # with one
 
-$MLA_TRT_ENGINES names the folder of the records (default: build/engines), $MLA_TRT_VARIANTS the variants (default: f32,
-fp8,bf16), $MLA_TRT_WORKERS the processes, $MLA_TRT_SECONDS the time after which no case is begun any more. The table
-is written to $OUT/engines.md (default: build/engines.md), everything that was measured to engines.json beside it.
+$MLA_TRT_ENGINES names the folder of the records (default: build/engines; its archive build/engines.tar.xz will do),
+$MLA_TRT_VARIANTS the variants (default: f32,fp8,bf16), $MLA_TRT_WORKERS the processes, $MLA_TRT_SECONDS the time after
+which no case is begun any more. The table is written to $OUT/engines.md (default: build/engines.md), everything that
+was measured to engines.json beside it.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_sessions import HALF_OUTLIERS, HALF_TOLERANCE, ROOT, VARIANTS
+from engine_sessions import HALF_OUTLIERS, HALF_TOLERANCE, ROOT, VARIANTS, records_folder
 
-RECORDS = Path(os.environ.get("MLA_TRT_ENGINES", ROOT / "build" / "engines"))
+RECORDS = records_folder()
 OUT = Path(os.environ.get("OUT", ROOT / "build"))
 CHOSEN = os.environ.get("MLA_TRT_VARIANTS", ",".join(VARIANTS)).split(",")
 WORKERS = int(os.environ.get("MLA_TRT_WORKERS", max(1, min(8, (os.cpu_count() or 1) // 2))))
@@ -146,7 +147,8 @@ def failure(result: Result) -> str | None:
         where = f" in '{result['session']}'" if result["stage"] == "run" and "session" in result else ""
         return f"{result['stage']}{where}: {result.get('error', 'no reason')}"
     variant = VARIANTS[result["variant"]]
-    tolerance, outliers = variant.tolerance, variant.outliers
+    tolerance = variant.tolerance
+    outliers = variant.sparse_outliers if result["sparse"] else variant.outliers
     if result["half"]:
         tolerance, outliers = max(tolerance, HALF_TOLERANCE), max(outliers, HALF_OUTLIERS)
     between = result["between"]
@@ -221,18 +223,21 @@ def test_a_case_fails_where_it_ended_or_where_tokens_differ() -> None:
         "variant": "fp8",
         "stage": "done",
         "half": False,
+        "sparse": False,
         "build_seconds": 2.0,
         "tokens": 10,
         "max_error": 0.5,
         "format_error": 0.6,
-        "between": [0.01] * 8 + [0.5] * 2,
+        "between": [0.01] * 9 + [0.5],
         "between_median": 0.01,
         "between_max": 0.5,
         "worst_session": "s",
         "graphs": 2,
     }
     assert failure(done) is None
-    assert "3 of 10 tokens differ" in str(failure(done | {"between": [0.01] * 7 + [0.5] * 3}))
+    two = done | {"between": [0.01] * 8 + [0.5] * 2}
+    assert "2 of 10 tokens differ" in str(failure(two))
+    assert failure(two | {"sparse": True}) is None
     assert "1 of 10 tokens differ" in str(failure(done | {"variant": "f32", "between": [1e-6] * 9 + [1e-3]}))
     assert "not finite in 's'" in str(failure(done | {"max_error": math.inf}))
     assert failure({"stage": "build", "error": "no", "variant": "f32"}) == "build: no"
