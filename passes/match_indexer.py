@@ -304,7 +304,7 @@ def _top_k(probe: Probe, node: gs.Node) -> int:
     fixed = ("P" if cache else "S") in probe.interface.fixed
     for cached in () if fixed else FAR if cache else FAR[1:]:
         sizes = Sizes(1, probe.sizes.new, cached) if cache else Sizes(1, cached, 0)
-        far = Probe(probe.graph, probe.interface, probe.data, sizes, probe.base_dir)
+        far = probe.of_sizes(sizes)
         try:
             count = int(np.asarray(far.known(node.inputs[1])).reshape(-1)[0])
         except ProbeError:

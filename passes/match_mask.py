@@ -77,7 +77,7 @@ def check_far_mask(probe: Probe, softmax: gs.Node, selection: gs.Tensor | None) 
 def _check_longest(probe: Probe, softmax: gs.Node, selection: gs.Tensor | None, cases: list[Sizes]) -> None:
     """Checks the first case that the export takes."""
     for sizes in cases:
-        far = Probe(probe.graph, probe.interface, probe.data, sizes, probe.base_dir)
+        far = probe.of_sizes(sizes)
         try:
             if int(np.prod(far.shape(softmax.inputs[0]))) > MAX_SCORES:
                 continue

@@ -54,7 +54,7 @@ def drop_old_caches(graph: gs.Graph, probe: Probe) -> None:
 def keep_all_tokens(graph: gs.Graph, probe: Probe, emitter: Emitter) -> int:
     """Removes what picks one token's row before the results; returns how many such nodes there were."""
     removed = 0
-    for node in topological(graph.nodes):
+    for node in list(graph.nodes):
         if (
             node.op not in ("Gather", "Slice", "GatherND")
             or node.domain
