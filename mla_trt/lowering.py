@@ -328,6 +328,7 @@ def lower(
         tokens = next(tensor for tensor in graph.inputs if tensor.name == found.interface.tokens.name)
         cache_format = CacheFormat(options.kv_format, options.index_format, options.page_size, options.kv_scale)
         results = [tensor for tensor in graph.outputs if tensor.name in found.interface.results]
+        pack.check_results(results, found.probes)
         lowerer = Lowerer(
             emitter, found.probes, tokens, cache_format, fp8_weights=options.weights == "fp8", weight_file=weight_file
         )
