@@ -93,6 +93,7 @@ def load_model(path: Path) -> LoadedModel:
         if external_file(tensor) is not None and _is_small(tensor):
             load_tensor(tensor, model.base_dir)
     _check_names(proto)
+    _check_domains(proto)
     return model
 
 
@@ -195,3 +196,13 @@ def _check_names(proto: onnx.ModelProto) -> None:
     for value in proto.graph.output:
         if value.name not in made and value.name not in known:
             raise BadModelError(f"the output '{value.name}' is made by no node")
+
+
+def _check_domains(proto: onnx.ModelProto) -> None:
+    """The opsets stand behind the graph, so that a file may be cut short between two of them."""
+    imported = {entry.domain for entry in proto.opset_import} | {"", "ai.onnx"}
+    for node in proto.graph.node:
+        if node.domain not in imported:
+            raise BadModelError(
+                f"node '{node.name}' ({node.op_type}) is of the domain '{node.domain}', of which no opset is imported: is the file complete?"
+            )

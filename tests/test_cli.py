@@ -95,6 +95,14 @@ def test_truncated_file(refused: Callable[..., str], tmp_path: Path, share: floa
     refused(file)
 
 
+def test_a_file_cut_between_its_opsets(refused: Callable[..., str], tmp_path: Path) -> None:
+    model = onnx.load(EXAMPLES / "deepseek_v3__dynamo_op20__sdpa__dec__post_ort_extended.onnx")
+    kept = [entry for entry in model.opset_import if entry.domain != "com.microsoft"]
+    del model.opset_import[:]
+    model.opset_import.extend(kept)
+    assert "is the file complete?" in refused(_save(model, tmp_path))
+
+
 def test_missing_and_short_external_data(refused: Callable[..., str], tmp_path: Path) -> None:
     file = tmp_path / "model.onnx"
     onnx.save_model(onnx.load(EXAMPLE), str(file), save_as_external_data=True, location="weights.bin", size_threshold=0)
