@@ -3,7 +3,9 @@
 Writes each graph with sparse weights, lowers it in a process of its own without verification, and prints a Markdown
 table:
 
-    python benchmarks/lower_full_size.py --layers 1 4 16 61 --output results
+    python benchmarks/lower_full_size.py --layers 1 4 16 61 --output benchmarks/results
+
+CPU seconds are those of the process, and tell its own time from that which it waits for others on a busy machine.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import resource
 import shlex
 import sys
 import tempfile
@@ -42,6 +45,7 @@ class Measurement:
         nodes: nodes of the graph.
         lowered_nodes: nodes of the lowered graph; None where there is none.
         seconds: wall-clock time of the whole command.
+        cpu_seconds: processor time of the command, of the system on its behalf too.
         peak_gigabytes: its largest resident set.
         exit_status: of the command.
     """
@@ -52,6 +56,7 @@ class Measurement:
     nodes: int
     lowered_nodes: int | None
     seconds: float
+    cpu_seconds: float
     peak_gigabytes: float
     exit_status: int
 
@@ -64,11 +69,21 @@ def measure(kind: str, layers: int, command: str, directory: Path, dtype: str, r
     lowered = directory / "lowered"
     words = [word.format(model=written.path, output=lowered) for word in shlex.split(command)]
     started = time.perf_counter()
-    exit_status, peak = _run(words, log)
+    exit_status, usage = _run(words, log)
     seconds = time.perf_counter() - started
     result = lowered / "model.onnx"
     nodes = _in_own_process(_count_nodes, result) if result.exists() else None
-    return Measurement(kind, layers, written.weight_bytes / 1e9, written.nodes, nodes, seconds, peak / 1e9, exit_status)
+    return Measurement(
+        kind,
+        layers,
+        written.weight_bytes / 1e9,
+        written.nodes,
+        nodes,
+        seconds,
+        usage.ru_utime + usage.ru_stime,
+        usage.ru_maxrss * KIBIBYTE / 1e9,
+        exit_status,
+    )
 
 
 def _in_own_process(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
@@ -82,20 +97,20 @@ def _count_nodes(path: Path) -> int:
     return len(onnx.load(path, load_external_data=False).graph.node)
 
 
-def _run(words: list[str], log: Path) -> tuple[int, int]:
-    """Exit status and peak resident bytes of a command, whose output goes to a file."""
+def _run(words: list[str], log: Path) -> tuple[int, resource.struct_rusage]:
+    """Exit status and resource usage of a command, whose output goes to a file."""
     with log.open("ab") as stream:
         actions = [(os.POSIX_SPAWN_DUP2, stream.fileno(), 1), (os.POSIX_SPAWN_DUP2, stream.fileno(), 2)]
         process = os.posix_spawnp(words[0], words, os.environ, file_actions=actions)
         _, status, usage = os.wait4(process, 0)
-    return os.waitstatus_to_exitcode(status), usage.ru_maxrss * KIBIBYTE
+    return os.waitstatus_to_exitcode(status), usage
 
 
 def markdown(measurements: Sequence[Measurement]) -> str:
     """The table of all measurements."""
     lines = [
-        "| model | layers | weights, GB | nodes | lowered nodes | seconds | peak memory, GB |",
-        "|---|---|---|---|---|---|---|",
+        "| model | layers | weights, GB | nodes | lowered nodes | seconds | CPU seconds | peak memory, GB |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for m in measurements:
         lowered = (
@@ -108,6 +123,7 @@ def markdown(measurements: Sequence[Measurement]) -> str:
             m.nodes,
             lowered,
             f"{m.seconds:.1f}",
+            f"{m.cpu_seconds:.1f}",
             f"{m.peak_gigabytes:.2f}",
         )
         lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,12 +10,19 @@ from pathlib import Path
 import google.protobuf.message
 import numpy as np
 import onnx
-from onnx import TensorProto
+from onnx import TensorProto, helper
 from onnx.external_data_helper import load_external_data_for_tensor
 
 from mla_trt.errors import BadModelError
 
 SMALL_TENSOR = 4096  # elements
+PACKED_BITS = {  # of the types that numpy keeps in whole bytes
+    TensorProto.UINT4: 4,
+    TensorProto.INT4: 4,
+    TensorProto.FLOAT4E2M1: 4,
+    TensorProto.UINT2: 2,
+    TensorProto.INT2: 2,
+}
 
 
 @dataclass(frozen=True)
@@ -72,7 +80,7 @@ def load_model(path: Path) -> LoadedModel:
     if path.is_dir():
         raise BadModelError(f"'{path}' is a folder: give the .onnx file in it")
     try:
-        proto = onnx.load(str(path), load_external_data=False)
+        proto = onnx.load(str(path), format="protobuf", load_external_data=False)
     except (google.protobuf.message.DecodeError, ValueError, OSError) as error:
         raise BadModelError(
             f"'{path}' cannot be read as an ONNX model (damaged, cut short, or another format): {error}"
@@ -85,6 +93,7 @@ def load_model(path: Path) -> LoadedModel:
         if external_file(tensor) is not None and _is_small(tensor):
             load_tensor(tensor, model.base_dir)
     _check_names(proto)
+    _check_domains(proto)
     return model
 
 
@@ -142,12 +151,32 @@ def _check_external(model: LoadedModel) -> None:
             if not file.resolve().is_relative_to(model.base_dir.resolve()):
                 raise BadModelError(f"the weights of '{tensor.name}' are in '{location}', outside the model's folder")
             sizes[location] = file.stat().st_size
-        facts = {entry.key: entry.value for entry in tensor.external_data}
-        end = int(facts.get("offset", 0)) + int(facts.get("length", 0))
+        end = _external_end(tensor)
         if end > sizes[location]:
             raise BadModelError(
                 f"'{location}' is cut short: '{tensor.name}' ends at byte {end}, the file at {sizes[location]}"
             )
+
+
+def _external_end(tensor: TensorProto) -> int:
+    """Where a tensor's data ends in its file."""
+    facts = {entry.key: entry.value for entry in tensor.external_data}
+    try:
+        needed = _byte_count(tensor)
+        offset, length = int(facts.get("offset", 0)), int(facts.get("length", needed))
+    except (KeyError, ValueError):
+        offset = length = needed = -1
+    if offset < 0 or length != needed:
+        raise BadModelError(
+            f"the weights of '{tensor.name}' cannot be found: its type, shape {list(tensor.dims)} and place {facts} do not fit together"
+        )
+    return offset + length
+
+
+def _byte_count(tensor: TensorProto) -> int:
+    """Bytes of a tensor's data; types of fewer than eight bits are packed."""
+    bits = PACKED_BITS.get(tensor.data_type) or 8 * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    return -(-math.prod(tensor.dims) * bits // 8)
 
 
 def _check_names(proto: onnx.ModelProto) -> None:
@@ -167,3 +196,13 @@ def _check_names(proto: onnx.ModelProto) -> None:
     for value in proto.graph.output:
         if value.name not in made and value.name not in known:
             raise BadModelError(f"the output '{value.name}' is made by no node")
+
+
+def _check_domains(proto: onnx.ModelProto) -> None:
+    """The opsets stand behind the graph, so that a file may be cut short between two of them."""
+    imported = {entry.domain for entry in proto.opset_import} | {"", "ai.onnx"}
+    for node in proto.graph.node:
+        if node.domain not in imported:
+            raise BadModelError(
+                f"node '{node.name}' ({node.op_type}) is of the domain '{node.domain}', of which no opset is imported: is the file complete?"
+            )

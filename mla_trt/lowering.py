@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import time
@@ -27,7 +28,7 @@ from mla_trt.passes.attention_core import NoMatch, find_softmaxes, read_core, un
 from mla_trt.passes.graph import OPSET, Emitter, Names, topological
 from mla_trt.passes.identify_inputs import data_dependent, identify_inputs, static_size
 from mla_trt.passes.inline_branches import inline_branches
-from mla_trt.passes.legalize import illegal_nodes, legalize
+from mla_trt.passes.legalize import IllegalNode, illegal_nodes, legalize
 from mla_trt.passes.lower import CacheFormat, Lowerer
 from mla_trt.passes.match_indexer import IndexerMatch, SelectsAllKeys, match_indexer
 from mla_trt.passes.match_latent import NormOverCache
@@ -138,6 +139,19 @@ class _Stages:
         log.info("%s: %d changed, %.2f s", name, entry.changed, entry.seconds)
 
 
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Pauses Python's cyclic garbage collector, which would go through all of a graph's objects again and again: they stay to the end."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@_without_collector()
 def inspect(
     model: onnx.ModelProto,
     base_dir: Path | None = None,
@@ -277,6 +291,7 @@ def _read(probe: Probe, node: gs.Node) -> MlaMatch:
         return match_mla(probe, read_core(probe, node), found.norm)
 
 
+@_without_collector()
 def lower(
     model: onnx.ModelProto,
     options: LowerOptions,
@@ -313,6 +328,7 @@ def lower(
         tokens = next(tensor for tensor in graph.inputs if tensor.name == found.interface.tokens.name)
         cache_format = CacheFormat(options.kv_format, options.index_format, options.page_size, options.kv_scale)
         results = [tensor for tensor in graph.outputs if tensor.name in found.interface.results]
+        pack.check_results(results, found.probes)
         lowerer = Lowerer(
             emitter, found.probes, tokens, cache_format, fp8_weights=options.weights == "fp8", weight_file=weight_file
         )
@@ -340,12 +356,22 @@ def lower(
         token_axes = _pack_tokens(tokens, found.interface, lowerer.layout)
     with stages.run("legalize") as changed:
         changed[0] = legalize(graph, options.target, base_dir, weight_file, report.notes)
-        for node in illegal_nodes(graph, options.target):
-            report.notes.append(f"node '{node.name}' ({node.op}) may be refused by {options.target}: {node.reason}")
+        report.notes.extend(_refusal_notes(illegal_nodes(graph, options.target), options.target))
     with stages.run("export") as changed:
         lowered = _export(graph, lowerer, found, options, token_axes)
         changed[0] = len(lowered.graph.node)
     return Lowered(lowered, found.interface, report, ROUNDED_ACTIVATIONS in report.assumptions, layer_plan)
+
+
+def _refusal_notes(nodes: list[IllegalNode], target: str) -> list[str]:
+    """One sentence for each op and reason: what is wrong in one expert is wrong in all."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for node in nodes:
+        groups.setdefault((node.op, node.reason), []).append(node.name)
+    return [
+        f"node '{names[0]}' ({op}){f' and {len(names) - 1} more like it' if len(names) > 1 else ''} may be refused by {target}: {reason}"
+        for (op, reason), names in groups.items()
+    ]
 
 
 def check_lowerable(found: Inspection, options: LowerOptions) -> None:
@@ -381,9 +407,11 @@ def _pack_tokens(tokens: gs.Tensor, interface: ModelInterface, layout: str) -> l
 def _export(
     graph: gs.Graph, lowerer: Lowerer, found: Inspection, options: LowerOptions, token_axes: list[int | str]
 ) -> onnx.ModelProto:
-    for tensor in graph.tensors().values():
-        if isinstance(tensor, gs.Variable) and not any(tensor is item for item in (*graph.inputs, *graph.outputs)):
-            tensor.shape = None
+    results = {id(tensor) for tensor in graph.outputs}
+    for node in graph.nodes:
+        for tensor in node.outputs:
+            if id(tensor) not in results:
+                tensor.shape = None
     for tensor in graph.outputs:
         if tensor.name in found.interface.results:
             tensor.shape = _result_shape(tensor.shape, token_axes, "B" if options.logits == "last" else "T")

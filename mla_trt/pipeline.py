@@ -50,7 +50,7 @@ def lower_file(
     check_writable(output)
     progress("load")
     loaded = load_model(path)
-    if output.resolve() == loaded.path.parent.resolve() and loaded.path.name == "model.onnx":
+    if (output / "model.onnx").exists() and (output / "model.onnx").samefile(path):
         raise UsageError(f"the model would be written over the export itself: choose another folder than '{output}'")
     layers = verify and _is_larger(loaded, verify_memory)
     with folder_written_whole(output) as draft:

@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,31 +26,64 @@ COPY_CHUNK = 1 << 30
 
 @contextmanager
 def folder_written_whole(folder: Path) -> Iterator[Path]:
-    """Gives a fresh folder beside `folder`; on success its files replace those of the same names there, on failure nothing is left.
+    """Gives a fresh folder inside `folder`; on success its files replace those of the same names in `folder`, on failure all is as it was.
+
+    The draft is inside because a folder may be a mount, and files are moved within one file system only.
 
     Raises:
         UsageError: the folder cannot be written, or the disk is full.
     """
+    made: list[Path] = []
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        if folder.exists() and not folder.is_dir():
-            raise UsageError(f"'{folder}' is a file: give a folder to write to")
-        if folder.exists() and not os.access(folder, os.W_OK):
-            raise UsageError(f"'{folder}' cannot be written: choose another folder or change its permissions")
-        draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        for place in reversed([place for place in (folder, *folder.parents) if not place.exists()]):
+            place.mkdir()
+            made.append(place)
+        draft = Path(tempfile.mkdtemp(prefix=".mla-trt-", dir=folder))
     except OSError as error:
+        _remove_folders(made)
         raise UsageError(f"'{folder}' cannot be written: {error.strerror or error}") from None
     try:
         yield draft
-        folder.mkdir(exist_ok=True)
-        for file in sorted(path for path in draft.rglob("*") if path.is_file()):
-            target = folder / file.relative_to(draft)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(file, target)
+        _move_files(draft, folder)
+        made.clear()
     except OSError as error:
-        raise UsageError(f"'{folder}' cannot be written: {error.strerror or error}; nothing was left there") from None
+        place = Path(error.filename) if isinstance(error.filename, str) else folder
+        what = f"'{folder}' cannot be written" if place.is_relative_to(folder) else f"'{place}' cannot be used"
+        raise UsageError(f"{what}: {error.strerror or error}; nothing was written") from None
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+        _remove_folders(made)
+
+
+def _remove_folders(made: list[Path]) -> None:
+    for place in reversed(made):
+        with suppress(OSError):
+            place.rmdir()
+
+
+def _move_files(draft: Path, folder: Path) -> None:
+    """Moves all files of a draft to the same places in a folder; if one cannot be moved, those that were there come back."""
+    files = sorted(path for path in draft.rglob("*") if path.is_file())
+    replaced = Path(tempfile.mkdtemp(dir=draft))
+    with ExitStack() as undo:
+        for number, file in enumerate(files):
+            target = folder / file.relative_to(draft)
+            if target.is_dir():
+                raise UsageError(f"'{target}' is a folder, where a file must be written: choose another folder")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            old = replaced / str(number)
+            undo.callback(_put_back, old if target.exists() else None, target)
+            if target.exists():
+                os.replace(target, old)
+            os.replace(file, target)
+        undo.pop_all()
+
+
+def _put_back(old: Path | None, target: Path) -> None:
+    if old is None:
+        target.unlink(missing_ok=True)
+    elif old.exists():
+        os.replace(old, target)
 
 
 def check_writable(folder: Path) -> None:

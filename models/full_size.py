@@ -62,7 +62,7 @@ def write_full_size(
         layers: number of layers; None for all.
         experts: number of routed experts in a layer; None for all.
         dtype: `"float32"`, `"float16"` or `"bfloat16"`.
-        size: `"full"` with sparse weights, which are zeros; `"small"` with random ones, to be run.
+        size: `"full"` with sparse weights, which are zeros but for norms; `"small"` with random ones, to be run.
         routing: how experts get their tokens, `"gather"` or `"mask"`.
         seed: of the random weights.
 

@@ -41,16 +41,21 @@ class RandomWeights:
     def weight(self, name: str, shape: tuple[int, ...], dtype: int, *, norm: bool = False) -> TensorProto:
         """Random values of a size that keeps activations near 1."""
         if norm:
-            values = self._random.uniform(0.5, 1.5, shape)
-        else:
-            scale = 1.0 if len(shape) == 1 else math.sqrt(1.0 / shape[0])
-            values = self._random.standard_normal(shape) * scale
+            return numpy_helper.from_array(norm_weight(self._random, shape, dtype), name)
+        scale = 1.0 if len(shape) == 1 else math.sqrt(1.0 / shape[0])
+        values = self._random.standard_normal(shape) * scale
         return numpy_helper.from_array(values.astype(NUMPY_TYPES[dtype]), name)
+
+
+def norm_weight(random: np.random.Generator, shape: tuple[int, ...], dtype: int) -> np.ndarray:
+    """Random values around 1."""
+    return random.uniform(0.5, 1.5, shape).astype(NUMPY_TYPES[dtype])
 
 
 @dataclass
 class SparseWeights:
-    """Weights as external data in sparse files: they have their full sizes, read as zeros and take no space on disk.
+    """Weights as external data in sparse files: they have their full sizes, read as zeros and take no space on disk. Only norms have
+    values, because a norm by zeros leaves nothing of what comes before it.
 
     One file is used where the file system allows one of that size, else as many as it takes.
 
@@ -66,12 +71,14 @@ class SparseWeights:
     largest_file: int = 0
     total: int = 0
     _sizes: list[int] = field(default_factory=lambda: [0])
+    _norms: list[tuple[int, int, np.ndarray]] = field(default_factory=list)  # file, offset, values
 
     def __post_init__(self) -> None:
+        self._random = np.random.default_rng(0)
         self.largest_file = self.largest_file or largest_file(self.directory)
 
     def weight(self, name: str, shape: tuple[int, ...], dtype: int, *, norm: bool = False) -> TensorProto:
-        """The place of one weight. `norm` makes no difference: all are zeros."""
+        """The place of one weight, which is zeros unless it is a norm's."""
         length = math.prod(shape) * NUMPY_TYPES[dtype].itemsize
         if length > self.largest_file:
             raise UsageError(
@@ -83,6 +90,8 @@ class SparseWeights:
             offset = 0
         self._sizes[-1] = offset + length
         self.total += length
+        if norm:
+            self._norms.append((len(self._sizes) - 1, offset, norm_weight(self._random, shape, dtype)))
         tensor = TensorProto(name=name, data_type=dtype, dims=shape, data_location=TensorProto.EXTERNAL)
         place = {"location": self._file_name(len(self._sizes) - 1), "offset": str(offset), "length": str(length)}
         tensor.external_data.extend(onnx.StringStringEntryProto(key=key, value=value) for key, value in place.items())
@@ -95,6 +104,10 @@ class SparseWeights:
             path.unlink(missing_ok=True)
             path.touch()
             os.truncate(path, size)
+        for index, offset, values in self._norms:
+            with paths[index].open("r+b") as file:
+                file.seek(offset)
+                file.write(values.tobytes())
         return paths
 
     def _file_name(self, index: int) -> str:

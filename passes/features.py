@@ -11,7 +11,7 @@ from onnx import helper
 
 from mla_trt.passes.attention_core import NoMatch
 from mla_trt.passes.contraction import Contraction, contraction
-from mla_trt.passes.graph import producer
+from mla_trt.passes.graph import constant_value, producer
 from mla_trt.passes.probe import ONE, ZERO, Linear, Probe, Term
 
 
@@ -54,7 +54,9 @@ class UpProjection:
 
     def weights(self, probe: Probe) -> np.ndarray:
         """The weights [H, outputs, R]: in the export's type, or float32 where they are scaled."""
-        operand = probe.known(self.operand)
+        # A constant is read as it is stored: in float32 it would be as large again, once for each layer.
+        stored = isinstance(self.operand, gs.Constant)
+        operand = constant_value(self.operand, probe.base_dir) if stored else probe.known(self.operand)
         array = (self.view.right_array if self.right else self.view.left_array)(operand)
         result = array[self.group, self.column, self.summed]
         if not np.allclose(self.factor, 1, rtol=1e-9):

@@ -119,12 +119,24 @@ def outer_inputs(node: gs.Node) -> list[gs.Tensor]:
     """Inputs of a node and the outer tensors that its subgraphs read."""
     tensors = [tensor for tensor in node.inputs if not is_empty(tensor)]
     for graph in subgraphs(node):
-        made = {id(tensor) for inner in graph.nodes for tensor in inner.outputs}
-        made |= {id(tensor) for tensor in graph.inputs}
-        for inner in graph.nodes:
-            tensors.extend(tensor for tensor in outer_inputs(inner) if id(tensor) not in made)
-        tensors.extend(tensor for tensor in graph.outputs if id(tensor) not in made)
+        tensors += _captured(graph)
     return tensors
+
+
+def _captured(graph: gs.Graph) -> list[gs.Tensor]:
+    """Tensors from outside that a subgraph reads."""
+    made = {id(tensor) for inner in graph.nodes for tensor in inner.outputs}
+    made |= {id(tensor) for tensor in graph.inputs}
+    tensors = [tensor for inner in graph.nodes for tensor in outer_inputs(inner) if id(tensor) not in made]
+    return tensors + [tensor for tensor in graph.outputs if id(tensor) not in made]
+
+
+def _makers(node: gs.Node) -> list[gs.Node]:
+    """The nodes that a node reads from."""
+    found = [tensor.inputs[0] for tensor in node.inputs if tensor.inputs]
+    for graph in subgraphs(node):
+        found += [tensor.inputs[0] for tensor in _captured(graph) if tensor.inputs]
+    return found
 
 
 def remove_dead_nodes(graph: gs.Graph) -> int:
@@ -132,51 +144,64 @@ def remove_dead_nodes(graph: gs.Graph) -> int:
 
     graphsurgeon's own `cleanup` is quadratic in the consumers of one tensor.
     """
-    alive: set[int] = set()
-    stack = list(graph.outputs)
+    stack = [tensor.inputs[0] for tensor in graph.outputs if tensor.inputs]
+    alive = {id(node) for node in stack}
     while stack:
-        node = producer(stack.pop())
-        if node is None or id(node) in alive:
-            continue
-        alive.add(id(node))
-        stack.extend(outer_inputs(node))
+        for maker in _makers(stack.pop()):
+            if id(maker) not in alive:
+                alive.add(id(maker))
+                stack.append(maker)
     dead = [node for node in graph.nodes if id(node) not in alive]
-    for node in dead:
-        node.inputs.clear()
-        node.outputs.clear()
     if dead:
+        _disconnect(dead)
         graph.nodes[:] = [node for node in graph.nodes if id(node) in alive]
     return len(dead)
 
 
+def _disconnect(nodes: list[gs.Node]) -> None:
+    """Empties the inputs and outputs of nodes, in time linear in their tensors' consumers.
+
+    graphsurgeon's lists look a node up in the consumers of each of its inputs; here, a tensor's consumers are gone through once.
+    """
+    gone = {id(node) for node in nodes}
+    ends = {id(tensor.outputs): tensor.outputs for node in nodes for tensor in node.inputs}
+    ends |= {id(tensor.inputs): tensor.inputs for node in nodes for tensor in node.outputs}
+    for end in ends.values():
+        list.__setitem__(end, slice(None), [node for node in end if id(node) not in gone])
+    for node in nodes:
+        list.clear(node.inputs)
+        list.clear(node.outputs)
+
+
 def topological(nodes: Iterable[gs.Node]) -> list[gs.Node]:
-    """Nodes ordered so that each follows those it reads from.
+    """Nodes ordered so that each follows those it reads from; what is in order already stays as it is.
 
     Raises:
         BadModelError: the graph has a cycle.
     """
     nodes = list(nodes)
-    known = {id(node) for node in nodes}
-    waiting: dict[int, int] = {}
-    followers: dict[int, list[gs.Node]] = {}
-    for node in nodes:
-        makers = {id(maker) for tensor in outer_inputs(node) if (maker := producer(tensor)) is not None}
-        makers &= known
-        waiting[id(node)] = len(makers)
-        for maker in makers:
-            followers.setdefault(maker, []).append(node)
-    ready = [node for node in reversed(nodes) if not waiting[id(node)]]
+    waiting = {id(node) for node in nodes}  # neither in the result nor on the way to it
+    begun: set[int] = set()
     ordered = []
-    while ready:
-        node = ready.pop()
-        ordered.append(node)
-        for follower in reversed(followers.get(id(node), [])):
-            waiting[id(follower)] -= 1
-            if not waiting[id(follower)]:
-                ready.append(follower)
-    if len(ordered) != len(nodes):
-        stuck = next(node for node in nodes if waiting[id(node)])
-        raise BadModelError(f"the graph has a cycle through node '{stuck.name or stuck.op}'")
+    for first in nodes:
+        stack = [first]
+        while stack:
+            node = stack[-1]
+            key = id(node)
+            if key in waiting:
+                waiting.remove(key)
+                begun.add(key)
+                for maker in _makers(node):
+                    if id(maker) in begun:
+                        raise BadModelError(f"the graph has a cycle through node '{maker.name or maker.op}'")
+                    if id(maker) in waiting:
+                        stack.append(maker)
+                if stack[-1] is not node:
+                    continue
+            stack.pop()
+            if key in begun:
+                begun.remove(key)
+                ordered.append(node)
     return ordered
 
 
@@ -184,7 +209,11 @@ class Names:
     """Unique names for new tensors and nodes."""
 
     def __init__(self, graph: gs.Graph) -> None:
-        self._taken = set(graph.tensors().keys()) | {node.name for node in graph.nodes}
+        self._taken = {tensor.name for tensor in (*graph.inputs, *graph.outputs)}
+        for node in graph.nodes:
+            self._taken.add(node.name)
+            self._taken.update(tensor.name for tensor in node.inputs)
+            self._taken.update(tensor.name for tensor in node.outputs)
 
     def new(self, wish: str) -> str:
         """`wish`, or `wish` with a number where it is taken."""

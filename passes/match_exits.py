@@ -12,9 +12,10 @@ import onnx_graphsurgeon as gs
 from mla_trt.passes.attention_core import AttentionCore, NoMatch
 from mla_trt.passes.contraction import contraction, operands
 from mla_trt.passes.features import UpProjection
-from mla_trt.passes.graph import producer
+from mla_trt.passes.graph import from_constants, is_empty, producer
 from mla_trt.passes.match_latent import Latent
-from mla_trt.passes.probe import Probe
+from mla_trt.passes.match_mask import far_cases
+from mla_trt.passes.probe import Probe, ProbeError
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,35 @@ def _only_moves(probe: Probe, node: gs.Node, start: gs.Tensor) -> bool:
         len(linear.terms) == 1
         and bool((linear.terms[0].codes >= 2).all())
         and np.allclose(linear.terms[0].coefficients, 1)
+        and _lets_pass(probe, node)
     )
+
+
+def _lets_pass(probe: Probe, node: gs.Node) -> bool:
+    """Whether what chooses or scales the result by positions or masks (a guard of rows that see no key) leaves it alone in long contexts and
+    prompts too."""
+    guards = [item for item in node.inputs if not is_empty(item) and probe.is_known(item) and not from_constants(item)]
+    if node.op == "Where":
+        guards = [item for item in guards if item is node.inputs[0]]
+    elif node.op not in ("Mul", "Div"):
+        return True
+    for guard in guards:
+        passing = probe.known(guard).reshape(-1)[0]
+        for cases in far_cases(probe):
+            values = next(
+                (values for sizes in cases if (values := _known(probe.of_sizes(sizes), guard)) is not None), None
+            )
+            if values is not None and not np.allclose(values, passing):
+                return False
+    return True
+
+
+def _known(probe: Probe, tensor: gs.Tensor) -> np.ndarray | None:
+    """A tensor's values; None where the export does not take a case of these sizes."""
+    try:
+        return probe.known(tensor)
+    except ProbeError:
+        return None
 
 
 def _read_w_uv(

@@ -9,7 +9,7 @@ import onnx_graphsurgeon as gs
 
 from mla_trt import interface as roles
 from mla_trt.passes.attention_core import HIDDEN_SCORE, NoMatch, ScorePart, read_part, sort_terms
-from mla_trt.passes.contraction import contraction
+from mla_trt.passes.contraction import Contraction, contraction
 from mla_trt.passes.features import Features, locate, projected_by, single_term, take
 from mla_trt.passes.graph import producer
 from mla_trt.passes.match_cache import check_cached_rows
@@ -91,10 +91,10 @@ def match_indexer(probe: Probe, selection: gs.Tensor) -> IndexerMatch:
     part = read_part(probe, node, number, flat, factor, visible)
     weights, rectified = _weights_and_scores(probe, part, node)
     token_order = np.arange(tokens).reshape(probe.batch, new)
-    product_node, query, key, scale = _query_and_key(probe, rectified, token_order, cached, node)
-    query, key, turned, hadamard, sources = _undo_transform(probe, query, key, list(product_node.inputs))
+    view, query, key, scale = _query_and_key(probe, rectified, token_order, cached, node)
+    query, key, turned, hadamard, sources = _undo_transform(probe, query, key, [view.left, view.right])
     return _read_parts(
-        probe, node, product_node, weights, query, key, scale * turned, part.scale, hadamard, sources, top_k
+        probe, node, view.node, weights, query, key, scale * turned, part.scale, hadamard, sources, top_k
     )
 
 
@@ -111,8 +111,8 @@ def _weights_and_scores(probe: Probe, part: ScorePart, node: gs.Node) -> tuple[L
 
 def _query_and_key(
     probe: Probe, rectified: Linear, token_order: np.ndarray, cached: int, node: gs.Node
-) -> tuple[gs.Node, Linear, Linear, float]:
-    """Behind the ReLU: queries [rows, Hi, width], keys of the new tokens [B, S, width] and the factor of their product."""
+) -> tuple[Contraction, Linear, Linear, float]:
+    """Behind the ReLU: the product, its queries [rows, Hi, width] and keys of the new tokens [B, S, width], and its factor."""
     term = single_term(rectified, "the index scores", node)
     numbers, flat = probe.owners(term.codes)
     relu = producer(probe.owner(int(numbers.reshape(-1)[0])))
@@ -139,8 +139,7 @@ def _query_and_key(
             break
     else:
         raise NoMatch("the index scores are not laid out as queries by keys", product_node)
-    tensors = (product_node.inputs[0], product_node.inputs[1])
-    left_linear, right_linear = view.left_linear(probe.linear(tensors[0])), view.right_linear(probe.linear(tensors[1]))
+    left_linear, right_linear = view.left_linear(probe.linear(view.left)), view.right_linear(probe.linear(view.right))
     query_side, key_side = (left_linear, right_linear) if query_left else (right_linear, left_linear)
     query = take(query_side, (group[:, 0], row_index[:, 0]))
     first_rows = token_order[:, 0]
@@ -152,7 +151,7 @@ def _query_and_key(
     every = take(key_side, (group[first_rows, :, :1].swapaxes(1, 2), key_index[first_rows, :, :1].swapaxes(1, 2)))
     columns = np.arange(group.shape[1])
     check_cached_rows(probe, every, columns[:cached], columns[cached:], token_order, product_node)
-    return product_node, query, keys, float(factors.reshape(-1)[0])
+    return view, query, keys, float(factors.reshape(-1)[0])
 
 
 def _undo_transform(
@@ -304,7 +303,7 @@ def _top_k(probe: Probe, node: gs.Node) -> int:
     fixed = ("P" if cache else "S") in probe.interface.fixed
     for cached in () if fixed else FAR if cache else FAR[1:]:
         sizes = Sizes(1, probe.sizes.new, cached) if cache else Sizes(1, cached, 0)
-        far = Probe(probe.graph, probe.interface, probe.data, sizes, probe.base_dir)
+        far = probe.of_sizes(sizes)
         try:
             count = int(np.asarray(far.known(node.inputs[1])).reshape(-1)[0])
         except ProbeError:

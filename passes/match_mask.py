@@ -61,23 +61,26 @@ def check_far_mask(probe: Probe, softmax: gs.Node, selection: gs.Tensor | None) 
     frontier = _mask_tensors(probe, softmax)
     if not frontier or frontier in probe.masks_checked:
         return
+    for cases in far_cases(probe):
+        _check_longest(probe, softmax, selection, cases)
+    probe.masks_checked.add(frontier)
+
+
+def far_cases(probe: Probe) -> list[list[Sizes]]:
+    """Long contexts and long prompts, each from the longest to the shortest: of each list, the first that the export takes is to be tried."""
     fixed = probe.interface.fixed
     batch = fixed.get("B", 1)
     contexts = [Sizes(batch, fixed.get("S", 1), length) for length in FAR_CACHED]
     prompts = [Sizes(batch, length, 0) for length in FAR_NEW]
-    if probe.interface.by_role(roles.CACHE) and "P" not in fixed:
-        _check_longest(probe, softmax, selection, contexts)
-        if "S" not in fixed:
-            _check_longest(probe, softmax, selection, prompts)
-    elif not probe.interface.by_role(roles.CACHE) and "S" not in fixed:
-        _check_longest(probe, softmax, selection, prompts)
-    probe.masks_checked.add(frontier)
+    if probe.interface.by_role(roles.CACHE):
+        return [] if "P" in fixed else [contexts] if "S" in fixed else [contexts, prompts]
+    return [] if "S" in fixed else [prompts]
 
 
 def _check_longest(probe: Probe, softmax: gs.Node, selection: gs.Tensor | None, cases: list[Sizes]) -> None:
     """Checks the first case that the export takes."""
     for sizes in cases:
-        far = Probe(probe.graph, probe.interface, probe.data, sizes, probe.base_dir)
+        far = probe.of_sizes(sizes)
         try:
             if int(np.prod(far.shape(softmax.inputs[0]))) > MAX_SCORES:
                 continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -20,6 +21,7 @@ from mla_trt.passes.graph import (
     replace_uses,
     topological,
 )
+from mla_trt.passes.identify_inputs import static_size
 from mla_trt.passes.positions import BY_SEQUENCE, UNPACKED, CannotRebuild, PackedPositions, packed_sizes
 from mla_trt.passes.probe import Probe, ProbeError
 
@@ -51,10 +53,33 @@ def drop_old_caches(graph: gs.Graph, probe: Probe) -> None:
     remove_dead_nodes(graph)
 
 
+def check_results(results: list[gs.Tensor], probes: list[Probe]) -> None:
+    """Refuses results that packed tokens cannot have, such as scores, which have a row for each pair of tokens.
+
+    Logits, whose shape tells that they are rows, are not looked at: their size on a case costs a pass through all layers.
+
+    Raises:
+        NoMlaError: a result's size is no multiple of the number of tokens or sequences.
+    """
+    for tensor in results:
+        if tensor.shape is not None and len(tensor.shape) in (2, 3) and static_size(tensor.shape[-1]) is not None:
+            continue
+        try:
+            sizes = [math.prod(probe.shape(tensor)) for probe in probes]
+        except ProbeError:
+            continue
+        tokens = {Fraction(size, probe.batch * probe.sizes.new) for size, probe in zip(sizes, probes, strict=True)}
+        sequences = {Fraction(size, probe.batch) for size, probe in zip(sizes, probes, strict=True)}
+        if len(tokens) > 1 and len(sequences) > 1:
+            raise NoMlaError(
+                f"the result '{tensor.name}' does not have one row of a fixed size for each token: export the model without it"
+            )
+
+
 def keep_all_tokens(graph: gs.Graph, probe: Probe, emitter: Emitter) -> int:
     """Removes what picks one token's row before the results; returns how many such nodes there were."""
     removed = 0
-    for node in topological(graph.nodes):
+    for node in list(graph.nodes):
         if (
             node.op not in ("Gather", "Slice", "GatherND")
             or node.domain
@@ -186,6 +211,11 @@ def rebuild_side_tensors(graph: gs.Graph, probe: Probe, packed: PackedPositions,
                         f"node '{node.name}' ({node.op}) outside the attention uses '{item.name}', which packed tokens do not have: {error}"
                     ) from None
                 changed += 1
+    for tensor in graph.outputs:
+        if id(tensor) in tainted:
+            raise NoMlaError(
+                f"the result '{tensor.name}' is made from positions or masks alone, which packed tokens do not have: export the model without it"
+            )
     return changed
 
 

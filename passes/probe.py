@@ -54,7 +54,7 @@ class Linear:
     terms: tuple[Term, ...]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Sizes:
     """Sizes of a case: `sequences` B, `new` S, `cached` P."""
 
@@ -195,6 +195,7 @@ class Probe:
         self._failures: dict[tuple[str, int], ProbeError] = {}
         self._start_atoms()
         self._kernels: dict[int, Callable[..., tuple[np.ndarray, ...]]] = {}
+        self._others: dict[Sizes, Probe] = {}
         self._matrices: dict[int, tuple[np.ndarray, bool] | None] = {}
         self.selections: dict[int, np.ndarray] = {}
         self.masks_checked: set[frozenset[int]] = set()
@@ -212,6 +213,15 @@ class Probe:
         self._next_code = 2
 
     # -- the case ------------------------------------------------------------------------------------------------
+
+    def of_sizes(self, sizes: Sizes) -> Probe:
+        """The same graph on a case of other sizes, without values: of what was asked before, only shapes are remembered, so that each layer
+        costs what the first one does."""
+        if sizes not in self._others:
+            self._others[sizes] = Probe(self.graph, self.interface, self.data, sizes, self.base_dir)
+        other = self._others[sizes]
+        other.forget_values()
+        return other
 
     def axis_size(self, axis: str | int) -> int:
         if isinstance(axis, int):
@@ -538,9 +548,10 @@ class Probe:
         moved = [size for index, size in enumerate(shape) if index != axis]
         visible_to_all = max(min(self.sizes.cached + 1, keys), 1)
         lists = np.empty((math.prod(moved), count), np.int64)
-        for row in lists:
-            row[:1] = generator.integers(visible_to_all)  # no row may be left without a key
-            row[1:] = generator.permutation(np.setdiff1d(np.arange(keys), row[:1]))[: count - 1]
+        if count:
+            lists[:, 0] = generator.integers(visible_to_all, size=len(lists))  # no row may be left without a key
+            others = _distinct(generator, len(lists), count - 1, keys - 1)
+            lists[:, 1:] = others + (others >= lists[:, :1])
         lists = np.moveaxis(lists.reshape([*moved, count]), -1, axis).astype(np.int64)
         self.selections[id(tensor)] = lists
         self.selection_tensors[id(tensor)] = tensor
@@ -738,10 +749,29 @@ class Probe:
         for tensor in tensors:
             self._values.pop(id(tensor), None)
 
+    def forget_values(self) -> None:
+        """Drops the values of all tensors but the graph's inputs, and what was read off them; shapes stay."""
+        inputs = {id(tensor) for tensor in self.graph.inputs}
+        self._values = {key: value for key, value in self._values.items() if key in inputs}
+        self.selections.clear()
+        self.selection_tensors.clear()
+        self.forget_data()
+
     def forget_data(self) -> None:
         """Drops all atoms, which one layer needs and the next does not; what was read off them before has no meaning any more."""
         self._values = {key: value for key, value in self._values.items() if isinstance(value, np.ndarray)}
         self._start_atoms()
+
+
+def _distinct(generator: np.random.Generator, rows: int, count: int, limit: int) -> np.ndarray:
+    """Random numbers below `limit`, int64 [rows, count], no two of a row equal (Floyd's algorithm)."""
+    chosen = np.full((rows, count), -1, np.int64)
+    for column in range(count):
+        last = limit - count + column
+        number = generator.integers(last + 1, size=rows)
+        taken = (chosen == number[:, None]).any(axis=1)
+        chosen[:, column] = np.where(taken, last, number)
+    return chosen
 
 
 def widen(array: np.ndarray) -> np.ndarray:

@@ -23,6 +23,7 @@ def simplify(graph: gs.Graph) -> int:
     """Simplifies the graph in place; returns how many nodes went."""
     before = len(graph.nodes)
     _lift_constants(graph)
+    remove_dead_nodes(graph)
     names = Names(graph)
     for rule in (
         _split_sequences,
@@ -36,8 +37,8 @@ def simplify(graph: gs.Graph) -> int:
         _shifted_softmax,
         _drop_row_guards,
     ):
-        rule(graph, names)
-        remove_dead_nodes(graph)
+        if rule(graph, names):
+            remove_dead_nodes(graph)
     return before - len(graph.nodes)
 
 
@@ -62,8 +63,12 @@ def _lift_constants(graph: gs.Graph) -> None:
     graph.nodes[:] = [node for node in graph.nodes if node.op != "Constant" or node.outputs]
 
 
-def _split_sequences(graph: gs.Graph, names: Names) -> None:
+# Rules return how many nodes they changed.
+
+
+def _split_sequences(graph: gs.Graph, names: Names) -> int:
     """SplitToSequence and SequenceAt with constants are a Split."""
+    changed = 0
     for node in [node for node in graph.nodes if node.op == "SplitToSequence"]:
         readers = [reader for reader in node.outputs[0].outputs if reader.op == "SequenceAt"]
         if len(readers) != len(node.outputs[0].outputs):
@@ -91,10 +96,13 @@ def _split_sequences(graph: gs.Graph, names: Names) -> None:
             outputs,
         )
         graph.nodes.append(split)
+        changed += 1
+    return changed
 
 
-def _cast_by_type(graph: gs.Graph, names: Names) -> None:
+def _cast_by_type(graph: gs.Graph, names: Names) -> int:
     """CastLike is a Cast wherever the type is known."""
+    changed = 0
     for node in graph.nodes:
         if node.op == "CastLike" and node.inputs[1].dtype is not None:
             dtype = node.inputs[1].dtype
@@ -104,9 +112,12 @@ def _cast_by_type(graph: gs.Graph, names: Names) -> None:
             )
             node.outputs[0].dtype = dtype
             del node.inputs[1]
+            changed += 1
+    return changed
 
 
-def _drop_identities(graph: gs.Graph, names: Names) -> None:
+def _drop_identities(graph: gs.Graph, names: Names) -> int:
+    changed = 0
     inputs = {id(tensor) for tensor in graph.inputs}
     outputs = {id(tensor) for tensor in graph.outputs}
     for node in graph.nodes:
@@ -123,16 +134,21 @@ def _drop_identities(graph: gs.Graph, names: Names) -> None:
         ):
             continue
         replace_uses(graph, node.outputs[0], node.inputs[0])
+        changed += 1
+    return changed
 
 
-def _einsum_as_transpose(graph: gs.Graph, names: Names) -> None:
+def _einsum_as_transpose(graph: gs.Graph, names: Names) -> int:
     """An Einsum of one operand that keeps every axis is a Transpose."""
+    changed = 0
     for node in graph.nodes:
         if node.op != "Einsum" or len(node.inputs) != 1:
             continue
         left, _, right = str(node.attrs["equation"]).replace(" ", "").partition("->")
         if left.isalpha() and len(set(left)) == len(left) and sorted(left) == sorted(right):
             node.op, node.attrs = "Transpose", {"perm": [left.index(letter) for letter in right]}
+            changed += 1
+    return changed
 
 
 def _is_reduction(tensor: gs.Tensor, op: str, of: gs.Tensor) -> int | None:
@@ -151,8 +167,9 @@ def _is_reduction(tensor: gs.Tensor, op: str, of: gs.Tensor) -> int | None:
     return int(values.reshape(-1)[0]) if values is not None and values.size == 1 else None
 
 
-def _explicit_softmax(graph: gs.Graph, names: Names) -> None:
+def _explicit_softmax(graph: gs.Graph, names: Names) -> int:
     """Exp(x) divided by ReduceSum(Exp(x)), or multiplied with its reciprocal, is Softmax(x), and so is Exp(LogSoftmax(x))."""
+    changed = 0
     for node in [node for node in graph.nodes if node.op in ("Div", "Mul", "Exp")]:
         if node.op == "Exp":
             exponential, axis = node, None
@@ -170,6 +187,8 @@ def _explicit_softmax(graph: gs.Graph, names: Names) -> None:
             gs.Node("Softmax", names.new(f"{node.name}/Softmax"), {"axis": axis}, [exponential.inputs[0]], [output])
         )
         replace_uses(graph, node.outputs[0], output)
+        changed += 1
+    return changed
 
 
 def _normalised(node: gs.Node) -> tuple[gs.Node | None, int | None]:
@@ -185,9 +204,10 @@ def _normalised(node: gs.Node) -> tuple[gs.Node | None, int | None]:
     return None, None
 
 
-def _einsum_as_matmul(graph: gs.Graph, names: Names) -> None:
+def _einsum_as_matmul(graph: gs.Graph, names: Names) -> int:
     """An Einsum that multiplies the last two axes is a MatMul, with a turned operand perhaps: its ellipses may stand for different numbers of
     axes only there."""
+    changed = 0
     for node in [node for node in graph.nodes if node.op == "Einsum" and len(node.inputs) == 2]:
         equation = node.attrs["equation"]
         text = (equation.decode() if isinstance(equation, bytes) else str(equation)).replace(" ", "")
@@ -210,14 +230,17 @@ def _einsum_as_matmul(graph: gs.Graph, names: Names) -> None:
             )
             node.inputs[index] = output
         node.op, node.attrs = "MatMul", {}
+        changed += 1
+    return changed
 
 
-def _merge(graph: gs.Graph, names: Names) -> None:
-    merge_equal(graph)
+def _merge(graph: gs.Graph, names: Names) -> int:
+    return merge_equal(graph)
 
 
-def _shifted_softmax(graph: gs.Graph, names: Names) -> None:
+def _shifted_softmax(graph: gs.Graph, names: Names) -> int:
     """Softmax(x - ReduceMax(x)) is Softmax(x)."""
+    changed = 0
     for node in graph.nodes:
         if node.op != "Softmax":
             continue
@@ -228,16 +251,21 @@ def _shifted_softmax(graph: gs.Graph, names: Names) -> None:
             and _is_reduction(shift.inputs[1], "ReduceMax", shift.inputs[0]) is not None
         ):
             node.inputs[0] = shift.inputs[0]
+            changed += 1
+    return changed
 
 
-def _shapes_behind_casts(graph: gs.Graph, names: Names) -> None:
+def _shapes_behind_casts(graph: gs.Graph, names: Names) -> int:
     """The shape of a cast tensor is that of the tensor itself, which may be an input that only its shape is wanted of."""
+    changed = 0
     for node in graph.nodes:
         if node.op == "Shape":
             cast = producer(node.inputs[0])
             while cast is not None and cast.op == "Cast":
                 node.inputs[0] = cast.inputs[0]
                 cast = producer(node.inputs[0])
+                changed += 1
+    return changed
 
 
 _ROW_TESTS = (
@@ -246,8 +274,9 @@ _ROW_TESTS = (
 )  # fmt: skip
 
 
-def _drop_row_guards(graph: gs.Graph, names: Names) -> None:
+def _drop_row_guards(graph: gs.Graph, names: Names) -> int:
     """Where(test of x, Softmax(x), 0) blanks rows in which every score is hidden; the fused ops answer those with 0 anyway."""
+    changed = 0
     for node in graph.nodes:
         if node.op != "Where":
             continue
@@ -259,7 +288,9 @@ def _drop_row_guards(graph: gs.Graph, names: Names) -> None:
                 continue
             if _tests_only(node.inputs[0], softmax.inputs[0]):
                 replace_uses(graph, node.outputs[0], probabilities)
+                changed += 1
                 break
+    return changed
 
 
 def _is_zero(tensor: gs.Tensor) -> bool:

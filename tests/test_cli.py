@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -73,6 +76,13 @@ def test_not_an_onnx_file(refused: Callable[..., str], tmp_path: Path) -> None:
     assert "cannot be read as an ONNX model" in refused(file) or "no complete ONNX model" in refused(file)
 
 
+@pytest.mark.parametrize("name", ["model.json", "model.onnxtxt", "model.textproto"])
+def test_a_text_file_by_whatever_name(refused: Callable[..., str], tmp_path: Path, name: str) -> None:
+    file = tmp_path / name
+    file.write_text('{"architectures": ["DeepseekV3ForCausalLM"]}')
+    assert "cannot be read as an ONNX model" in refused(file)
+
+
 def test_missing_file(refused: Callable[..., str], tmp_path: Path) -> None:
     assert "does not exist" in refused(tmp_path / "nowhere.onnx")
 
@@ -85,6 +95,14 @@ def test_truncated_file(refused: Callable[..., str], tmp_path: Path, share: floa
     refused(file)
 
 
+def test_a_file_cut_between_its_opsets(refused: Callable[..., str], tmp_path: Path) -> None:
+    model = onnx.load(EXAMPLES / "deepseek_v3__dynamo_op20__sdpa__dec__post_ort_extended.onnx")
+    kept = [entry for entry in model.opset_import if entry.domain != "com.microsoft"]
+    del model.opset_import[:]
+    model.opset_import.extend(kept)
+    assert "is the file complete?" in refused(_save(model, tmp_path))
+
+
 def test_missing_and_short_external_data(refused: Callable[..., str], tmp_path: Path) -> None:
     file = tmp_path / "model.onnx"
     onnx.save_model(onnx.load(EXAMPLE), str(file), save_as_external_data=True, location="weights.bin", size_threshold=0)
@@ -93,6 +111,34 @@ def test_missing_and_short_external_data(refused: Callable[..., str], tmp_path: 
     assert "cut short" in refused(file)
     weights.unlink()
     assert "weights.bin" in refused(file)
+
+
+@pytest.mark.parametrize(
+    ("place", "reason"),
+    [
+        ({"location": "../weights.bin"}, "outside the model's folder"),
+        ({"location": "weights.bin", "offset": "next"}, "do not fit together"),
+        ({"location": "weights.bin", "offset": "-64"}, "do not fit together"),
+        ({"location": "weights.bin", "length": "12"}, "do not fit together"),
+        ({"location": "weights.bin", "offset": "1000"}, "cut short"),  # without a length, its type and shape tell
+    ],
+)
+def test_external_data_in_impossible_places(
+    refused: Callable[..., str], tmp_path: Path, place: dict[str, str], reason: str
+) -> None:
+    model = onnx.load(EXAMPLE)
+    tensor = next(tensor for tensor in model.graph.initializer if list(tensor.dims) == [48, 160])
+    (tmp_path / "weights.bin").write_bytes(tensor.raw_data)
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in place.items():
+        entry = tensor.external_data.add()
+        entry.key, entry.value = key, value
+    (tmp_path / "below").mkdir()
+    if place["location"] == "weights.bin":
+        (tmp_path / "weights.bin").rename(tmp_path / "below" / "weights.bin")
+    onnx.save(model, tmp_path / "below" / "model.onnx")
+    assert reason in refused(tmp_path / "below" / "model.onnx")
 
 
 def test_external_data_is_lowered_like_inline_data(tmp_path: Path) -> None:
@@ -156,16 +202,84 @@ def test_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFix
     assert file.read_text() == ""
 
 
+def raises(error: BaseException) -> Callable[..., None]:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    return fail
+
+
 def test_full_disk_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("mla_trt.pipeline.write_json", fail)
-    assert main(["lower", str(EXAMPLE), "-o", str(tmp_path / "out"), "--no-verify"]) == 2
+    monkeypatch.setattr("mla_trt.pipeline.write_json", raises(OSError(28, "No space left on device")))
+    assert main(["lower", str(EXAMPLE), "-o", str(tmp_path / "new" / "out"), "--no-verify"]) == 2
     assert "No space left" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("step", ["lower", "verify_models", "write_model", "write_json"])
+def test_an_interrupt_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], step: str
+) -> None:
+    monkeypatch.setattr(f"mla_trt.pipeline.{step}", raises(KeyboardInterrupt()))
+    options = [] if step == "verify_models" else ["--no-verify"]
+    assert main(["lower", str(EXAMPLE), "-o", str(tmp_path / "new" / "out"), *options]) == 130
+    assert capsys.readouterr().err == "mla-trt: interrupted; nothing was written\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_refused_model_leaves_no_new_folders(tmp_path: Path) -> None:
+    model = EXAMPLES / "deepseek_v4__dynamo_op20__eager__pre.onnx"
+    assert main(["lower", str(model), "-o", str(tmp_path / "a" / "b" / "c")]) == 3
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_folder_on_another_file_system(tmp_path: Path) -> None:
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or memory.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("no second file system here")
+    with tempfile.TemporaryDirectory(dir=memory) as elsewhere:
+        (tmp_path / "out").symlink_to(elsewhere)
+        assert main(["lower", str(EXAMPLE), "-o", str(tmp_path / "out"), "--no-verify", "--quiet"]) == 0
+        assert {"model.onnx", "report.json"} <= {file.name for file in Path(elsewhere).iterdir()}
+
+
+def test_a_folder_where_a_file_must_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out" / "report.json").mkdir(parents=True)
+    assert main(["lower", str(EXAMPLE), "-o", str(tmp_path / "out"), "--no-verify"]) == 2
+    assert "is a folder" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["report.json"]
+
+
+def test_a_model_that_is_there_survives_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "out"
+    arguments = ["lower", str(EXAMPLE), "-o", str(output), "--no-verify", "--quiet"]
+    assert main(arguments) == 0
+    before = {file: file.read_bytes() for file in output.iterdir()}
+    move = os.replace
+
+    def fail_at_the_last(source: Path, target: Path) -> None:
+        if target == output / "report.json" and source.name == target.name:
+            raise OSError(5, "Input/output error")
+        move(source, target)
+
+    monkeypatch.setattr("mla_trt.writing.os.replace", fail_at_the_last)
+    assert main([*arguments, "--kv-format", "bf16"]) == 2
+    assert {file: file.read_bytes() for file in output.iterdir()} == before
+    monkeypatch.undo()
+    assert main([*arguments, "--kv-format", "bf16"]) == 0
+    assert (output / "model.onnx").read_bytes() != before[output / "model.onnx"]
+
+
+def test_an_export_is_not_written_over_by_whatever_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copy(EXAMPLE, tmp_path / "model.onnx")
+    (tmp_path / "links").mkdir()
+    link = tmp_path / "links" / "export.onnx"
+    link.symlink_to("../model.onnx")
+    assert main(["lower", str(link), "-o", str(tmp_path), "--no-verify"]) == 2
+    assert "over the export itself" in capsys.readouterr().err
+    assert (tmp_path / "model.onnx").read_bytes() == EXAMPLE.read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import onnx
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -169,6 +170,35 @@ def test_an_attention_without_rope_leaves_its_indexer_with_one() -> None:
     for use in list(editor.uses[keys.output[0]]):
         editor.rewire(use, keys.input[0])
     assert lowered(editor.finish()) == Outcome(0, "")
+
+
+def test_index_scores_may_be_multiplied_by_hand() -> None:
+    """Queries and keys of the indexer are those that Mul multiplies, not what ReduceSum is given."""
+    editor = Editor(load("deepseek_v32__dynamo_op20__eager__dec"), seed=0)
+    for relu in editor.nodes("Relu"):
+        product = editor.producers[relu.input[0]]
+        while product.op_type != "MatMul":
+            product = editor.producers[product.input[0]]
+        queries = editor.emit("Unsqueeze", product.input[0], editor.constant([-1], np.int64))
+        keys = editor.emit("Unsqueeze", product.input[1], editor.constant([-3], np.int64))
+        products = editor.emit("Mul", queries, keys)
+        editor.replace(product, editor.emit("ReduceSum", products, editor.constant([-2], np.int64), keepdims=0))
+    assert lowered(editor.finish()) == Outcome(0, "")
+
+
+def test_a_guard_that_blanks_first_tokens_is_no_guard() -> None:
+    """A first token sees itself; that a row sees nothing, which the lowered attention answers with 0 by itself, is another condition."""
+    editor = Editor(load("deepseek_v3__dynamo_op20__eager__dec"), seed=0)
+    for softmax in editor.nodes("Softmax")[:2]:
+        (use,) = [use for use in editor.uses[softmax.output[0]] if use.node.op_type == "MatMul"]
+        first = editor.emit("LessOrEqual", "position_ids", editor.constant(0, np.int64))
+        first = editor.emit("Unsqueeze", first, editor.constant([1, 3], np.int64))
+        readers = list(editor.uses[use.node.output[0]])
+        guarded = editor.emit("Where", first, editor.constant(np.float32(0)), use.node.output[0])
+        for reader in readers:
+            editor.rewire(reader, guarded)
+    outcome = lowered(editor.finish())
+    assert outcome.status == 0 or "outside the attention uses" in outcome.reason
 
 
 def assert_is_reason(reason: str, status: int) -> None:

@@ -18,6 +18,7 @@ import onnxruntime
 import pytest
 
 from mla_trt.errors import UsageError
+from mla_trt.lowering import LowerOptions
 from mla_trt.models import export as export_module
 from mla_trt.models.configs import CLASS_DEFAULTS, CONFIGS, ModelConfig, get_config
 from mla_trt.models.decoder import inverse_frequencies
@@ -25,6 +26,7 @@ from mla_trt.models.export import ExportSettings, export
 from mla_trt.models.full_size import KINDS, main, write_full_size
 from mla_trt.models.graph_writer import SCOPES_KEY
 from mla_trt.models.weights import SparseWeights, largest_file
+from mla_trt.pipeline import lower_file
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "models" / "examples"
@@ -290,9 +292,30 @@ def test_full_size_weights_take_no_space(tmp_path: Path) -> None:
 def test_a_full_size_graph_reads_from_its_sparse_file(tmp_path: Path) -> None:
     written = write_full_size("deepseek-v3", tmp_path / "model.onnx", layers=1)
     model = onnx.load(written.path, load_external_data=False)
-    smallest = min((t for t in model.graph.initializer if t.external_data), key=lambda t: np.prod(t.dims))
-    onnx.external_data_helper.load_external_data_for_tensor(smallest, str(tmp_path))
-    assert not onnx.numpy_helper.to_array(smallest).astype(np.float32).any()
+    weights = [tensor for tensor in model.graph.initializer if tensor.external_data]
+    norm = next(tensor for tensor in weights if tensor.name.endswith("kv_a_layernorm.weight"))
+    values = onnx.numpy_helper.to_array(norm, str(tmp_path)).astype(np.float32)
+    assert values.min() >= 0.5
+    assert values.max() <= 1.5
+    projection = min((tensor for tensor in weights if len(tensor.dims) == 2), key=lambda tensor: np.prod(tensor.dims))
+    assert not onnx.numpy_helper.to_array(projection, str(tmp_path)).astype(np.float32).any()
+
+
+@pytest.mark.parametrize("kind", ["deepseek-v3", "deepseek-v3.2"])
+def test_a_full_size_graph_is_lowered(kind: str, tmp_path: Path) -> None:
+    written = write_full_size(kind, tmp_path / "model.onnx", layers=2)
+    report = lower_file(written.path, tmp_path / "lowered", LowerOptions(), verify=False)
+    assert [(layer.matched, layer.num_heads, layer.kv_lora_rank) for layer in report.layers] == [(True, 128, 512)] * 2
+    model = onnx.load(tmp_path / "lowered" / "model.onnx", load_external_data=False)
+    weights = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    assert weights["mla_attention.1.w_uk"] == (128, 512, 128)
+    assert weights["mla_attention.1.w_uv"] == (128, 128, 512)
+
+
+def test_what_is_wrong_in_every_expert_is_said_once(tmp_path: Path) -> None:
+    written = write_full_size("deepseek-v3", tmp_path / "model.onnx", size="small", dtype="float32")
+    report = lower_file(written.path, tmp_path / "lowered", LowerOptions(), verify=False)
+    assert len(report.notes) == len({note.split(": ", 1)[1] for note in report.notes}), report.notes
 
 
 def test_weights_go_on_in_another_file_when_one_is_full(tmp_path: Path) -> None:
@@ -357,6 +380,7 @@ def test_the_benchmark_measures_any_command(tmp_path: Path) -> None:
     assert result["exit_status"] == 0
     assert result["lowered_nodes"] == result["nodes"] > 100
     assert result["peak_gigabytes"] > 0
+    assert result["cpu_seconds"] > 0
 
 
 # Packaging.

@@ -116,6 +116,23 @@ def test_probabilities_and_values_in_each_others_place() -> None:
     assert refusal(editor)
 
 
+def as_result(editor: Editor, name: str, shape: list[str]) -> None:
+    result = editor.emit("Cast", name, to=TensorProto.FLOAT)
+    editor.graph.output.append(helper.make_tensor_value_info(result, TensorProto.FLOAT, shape))
+
+
+def test_scores_as_a_result() -> None:
+    editor = edit(DENSE)
+    as_result(editor, editor.producers[editor.nodes("Softmax")[0].input[0]].input[0], ["b", "h", "s", "t"])
+    assert "does not have one row of a fixed size for each token" in refusal(editor)
+
+
+def test_positions_as_a_result() -> None:
+    editor = edit(DENSE)
+    as_result(editor, "position_ids", ["b", "s"])
+    assert "made from positions or masks alone" in refusal(editor)
+
+
 # -- models that contradict themselves -----------------------------------------------------------------------------
 
 
