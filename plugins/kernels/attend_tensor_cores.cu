@@ -155,7 +155,7 @@ __device__ void convert(const KvLayout& layout, const uint8_t* raw, uint8_t* key
     bool const grouped = layout.format == row_format::fp8_ds_mla;
     if (fast) {
         // read in batches: the compiler cannot know that a row that is written is none that is still to be read
-        constexpr int pieces = rank_padded / 16, batch = 4, rounds = tile * pieces / threads / batch;
+        constexpr int pieces = rank_padded / 16, batch = rank_padded < 256 ? 2 : 4, rounds = tile * pieces / threads / batch;
         static_assert(tile * pieces % (threads * batch) == 0);
 #pragma unroll
         for (int round = 0; round < rounds; ++round) {
