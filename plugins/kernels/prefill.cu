@@ -24,15 +24,6 @@ using Middle = Shape<2, 4, 128, 2>;
 using DeepSeek = Shape<2, 4, 128, 2, 128, 64>;
 using Wide = Shape<1, 8, 256, 1>;
 
-// Whether rows of a view can be read or written `values` elements at once.
-template <typename Pointer>
-bool vectors_fit(const HeadView<Pointer>& view, int64_t values) {
-    int64_t const bytes = std::min<int64_t>(values * element_bytes(view.type), 16);
-    int64_t const element = element_bytes(view.type);
-    return reinterpret_cast<uintptr_t>(view.data) % bytes == 0 && view.token_stride * element % bytes == 0 &&
-           view.head_stride * element % bytes == 0;
-}
-
 // Sizes and scratch memory. No size shrinks when a shape grows, so that memory for the largest shapes serves all.
 Plan make_plan(const PrefillArguments& a, Workspace& workspace) {
     int64_t const tokens = a.step.tokens, sequences = a.step.sequences, heads = std::max(a.heads, 1);
@@ -44,9 +35,13 @@ Plan make_plan(const PrefillArguments& a, Workspace& workspace) {
     plan.rank = round_up(a.layout.rank, prefill_tensor::expand_depth);
     plan.key_stride = round_up(plan.nope + plan.rope, 64);
     plan.value_slices = std::max(ceil_div(plan.value, Wide::width), 1);
-    plan.nope_vectors = vectors_fit(a.query_nope, 8);
-    plan.rope_vectors = vectors_fit(a.query_rope, 8);
-    plan.output_pairs = a.value % 2 == 0 && vectors_fit(a.output, 2);
+    auto const in_vectors = [](const HeadView<const void*>& view) {
+        return aligned_for_eight(view.data, view.token_stride, view.head_stride, view.type);
+    };
+    plan.nope_vectors = in_vectors(a.query_nope);
+    plan.rope_vectors = in_vectors(a.query_rope);
+    plan.output_pairs = reinterpret_cast<uintptr_t>(a.output.data) % 4 == 0 && a.value % 2 == 0 &&
+                        a.output.token_stride % 2 == 0 && a.output.head_stride % 2 == 0;
 
     // heads of a group: as many as the memory for states takes
     int64_t const head_state_bytes = tokens * (4 * plan.value + 8 * plan.value_slices);

@@ -407,36 +407,6 @@ __device__ __noinline__ void expand(const Plan& plan, uint8_t* shared, int32_t h
     }
 }
 
-// Values d..d+7 of a head's query as bf16, signs changed by the mask; zeros past `width`.
-__device__ inline uint4 query_vector(const HeadView<const void*>& view, bool vectors, int64_t start, int32_t d,
-                                     int32_t width, uint32_t signs) {
-    uint4 packed;
-    if (vectors && d + 8 <= width && view.type == MLA_BFLOAT16) {
-        packed = *reinterpret_cast<const uint4*>(static_cast<const __nv_bfloat16*>(view.data) + start + d);
-    } else if (vectors && d + 8 <= width && view.type == MLA_FLOAT16) {
-        uint4 const halves = *reinterpret_cast<const uint4*>(static_cast<const __half*>(view.data) + start + d);
-        auto const convert = [](const uint32_t& bits) {
-            float2 const pair = __half22float2(reinterpret_cast<const __half2&>(bits));
-            return pack(pair.x, pair.y);
-        };
-        packed = make_uint4(convert(halves.x), convert(halves.y), convert(halves.z), convert(halves.w));
-    } else if (vectors && d + 8 <= width && view.type == MLA_FLOAT) {
-        const float4* const source = reinterpret_cast<const float4*>(static_cast<const float*>(view.data) + start + d);
-        float4 const low = source[0], high = source[1];
-        packed = make_uint4(pack(low.x, low.y), pack(low.z, low.w), pack(high.x, high.y), pack(high.z, high.w));
-    } else {
-        float values[8];
-        for (int i = 0; i < 8; ++i) values[i] = d + i < width ? load_float(view.data, view.type, start + d + i) : 0.0f;
-        packed = make_uint4(pack(values[0], values[1]), pack(values[2], values[3]), pack(values[4], values[5]),
-                            pack(values[6], values[7]));
-    }
-    packed.x ^= signs;
-    packed.y ^= signs;
-    packed.z ^= signs;
-    packed.w ^= signs;
-    return packed;
-}
-
 // Two neighbouring values of the output, of which `room` at most are there.
 __device__ inline void store_pair(const HeadView<void*>& view, bool pairs, int64_t index, float left, float right,
                                   int32_t room) {
@@ -567,11 +537,14 @@ __device__ __noinline__ void attend_unit(const Plan& plan, uint8_t* shared, cons
         for (int u = load_unit; u < nope_units + rope_units; u += 8) {
             uint4 values = make_uint4(0, 0, 0, 0);
             if (real && u < nope_units) {
-                values = query_vector(a.query_nope, plan.nope_vectors, nope_start, u * 8, a.nope, signs);
+                values = load_eight(a.query_nope.data, a.query_nope.type, nope_start + u * 8, a.nope - u * 8,
+                                    plan.nope_vectors);
             } else if (real) {
-                values = query_vector(a.query_rope, plan.rope_vectors, rope_start, (u - nope_units) * 8, a.layout.rope,
-                                      signs);
+                int const d = (u - nope_units) * 8;
+                values = load_eight(a.query_rope.data, a.query_rope.type, rope_start + d, a.layout.rope - d,
+                                    plan.rope_vectors);
             }
+            values = make_uint4(values.x ^ signs, values.y ^ signs, values.z ^ signs, values.w ^ signs);
             *reinterpret_cast<uint4*>(queries + row * row_bytes + ((u ^ (row % 8)) << 4)) = values;
         }
     }

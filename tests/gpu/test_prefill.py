@@ -14,7 +14,7 @@ from mla_trt.formats import ROW_FORMATS, KvLayout
 
 PRECISE = 3e-6  # f32 on plain cores
 PRODUCTS = 1.5e-2  # of bf16 queries, keys, weights and values, relative to the largest output
-LSE = 2e-2  # absolute, of scores of a few units
+LSE = 5e-3  # of the largest, 4 at least: scores are sums of such products
 
 # H, Dn, Dr, Dv, R
 SMALL = (3, 24, 16, 20, 32)
@@ -79,7 +79,9 @@ def _compare(inputs: dict[str, Any], attributes: dict[str, Any]) -> dict[str, Ar
     found, expected = run_op("MlaPrefill", inputs, **attributes), reference("MlaPrefill", inputs, **attributes)
     precise = attributes["row_format"] == "f32" and inputs["query"].dtype == np.float32
     compare("output", found["output"], expected["output"], PRECISE if precise else PRODUCTS)
-    compare("lse", found["lse"], expected["lse"], 10 * PRECISE if precise else LSE, absolute=True)
+    finite = np.abs(expected["lse"][np.isfinite(expected["lse"])])
+    tolerance = max(4.0, float(finite.max(initial=0.0))) * (PRECISE if precise else LSE)
+    compare("lse", found["lse"], expected["lse"], tolerance, absolute=True)
     padding = inputs["token_sequence"] < 0
     assert (found["output"][padding] == 0).all()
     return found
@@ -117,6 +119,7 @@ def test_weights(row_format: str, weights: str, dimensions: str) -> None:
     inputs, attributes = _case(rng, make_step(rng, [20, 1], [50, 2]), row_format, DIMENSIONS[dimensions])
     if weights == "e4m3":
         inputs["w_uk"], inputs["w_uk_scale"] = e4m3_weight(rng, heads, rank, nope)
+        inputs["w_uk_scale"] *= np.float32(6 * rank**-0.5)  # scores of a few units
         inputs["w_uv"], inputs["w_uv_scale"] = e4m3_weight(rng, heads, value, rank)
     else:
         types = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
@@ -213,7 +216,7 @@ def _vectorised(
 def test_long_prompts(heads: int, new: int, cached: int) -> None:
     """Keys of several chunks, so that units keep their state in between; the last has two groups of heads."""
     rng = np.random.default_rng(11)
-    step = make_step(rng, [new], [cached])
+    step = make_step(rng, [new], [cached], page_size=64)
     inputs, attributes = _case(rng, step, "fp8", (heads, 128, 64, 128, 512), ml_dtypes.bfloat16)
     layout = KvLayout(64, "fp8", 512, 64, 0.01)
     latent, rope = layout.read(inputs["kv_cache"], *step.places(0, range(new + cached)))
