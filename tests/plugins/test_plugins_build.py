@@ -104,6 +104,23 @@ def test_warnings_are_shown_at_every_build(sources: Path, caplog: pytest.LogCapt
         assert any("warned.cu" in message and "unused" in message for message in caplog.messages)
 
 
+def test_source_that_changes_while_it_is_compiled_is_not_kept(sources: Path, monkeypatch: pytest.MonkeyPatch):
+    compile_it = builder._run
+    before = (sources / "ops.cu").read_text()
+
+    def edit_meanwhile(command: list[str], failure: str) -> str:
+        said = compile_it(command, failure)
+        (sources / "ops.cu").write_text(before + "// edited\n")
+        return said
+
+    with monkeypatch.context() as patch:
+        patch.setattr(builder, "_run", edit_meanwhile)
+        with pytest.raises(PluginLibraryError, match=r"ops\.cu or what it includes changed while it was compiled"):
+            run_build()
+    (sources / "ops.cu").write_text(before)
+    assert "ops.cu" in run_build()
+
+
 def test_op_that_nothing_defines_does_not_link(sources: Path):
     text = (sources / "ops.cu").read_text()
     (sources / "ops.cu").write_text(text.replace("int run_plan", "int run_nothing"))
