@@ -57,6 +57,7 @@ class BuildOptions:
 @dataclass(frozen=True)
 class _Unit:
     source: Path
+    content: str  # a digest of the source and what it includes
     command: list[str]  # without the compiler and the output
     object: Path
 
@@ -145,14 +146,19 @@ def _code_flags(architectures: Sequence[str]) -> list[str]:
 
 def _unit(nvcc: Nvcc, source: Path, flags: list[str], objects: Path, headers: TensorRtHeaders | None = None) -> _Unit:
     """Where files lie does not go into the object's name: copies of the source tree share the cache."""
+    content = _content(source)
+    facts = (nvcc.version, *flags, headers.version_text if headers is not None else "", content)
+    key = hashlib.sha256("\0".join(facts).encode()).hexdigest()[:20]
+    folders = [f"-I{KERNELS}", *(headers.flags() if headers is not None else [])]
+    target = objects / f"{source.parent.name}-{source.stem}-{key}.o"
+    return _Unit(source, content, [*flags, *folders, "-c", str(source)], target)
+
+
+def _content(source: Path) -> str:
     digest = hashlib.sha256()
-    for text in (nvcc.version, *flags, headers.version_text if headers is not None else ""):
-        digest.update(text.encode() + b"\0")
     for path in sorted(_closure(source), key=lambda path: path.name):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    target = objects / f"{source.parent.name}-{source.stem}-{digest.hexdigest()[:20]}.o"
-    folders = [f"-I{KERNELS}", *(headers.flags() if headers is not None else [])]
-    return _Unit(source, [*flags, *folders, "-c", str(source)], target)
+    return digest.hexdigest()
 
 
 def _closure(source: Path) -> set[Path]:
@@ -195,6 +201,10 @@ def _compile(nvcc: Nvcc, unit: _Unit, threads: int) -> None:
         made = Path(folder) / unit.object.name
         command = [str(nvcc.path), *unit.command, f"--threads={threads}", "-o", str(made)]
         messages = _run(command, f"{unit.source.name} does not compile")
+        if _content(unit.source) != unit.content:
+            raise PluginLibraryError(
+                f"{unit.source.name} or what it includes changed while it was compiled: build again"
+            )
         text = made.with_suffix(".txt")
         text.write_text(messages)
         os.replace(text, unit.messages)

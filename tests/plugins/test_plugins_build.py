@@ -45,7 +45,7 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("api.cpp", "api.h", "call.h", "layout.h", "op_table.h"):
         shutil.copy(builder.KERNELS / name, folder / name)
     ops = "\n".join(f"int {name}(Call&) {{ return MLA_OK; }}" for name in RUNS)
-    (folder / "ops.cu").write_text(OPS % ops)
+    (folder / "ops.cpp").write_text(OPS % ops)
     monkeypatch.setattr(builder, "KERNELS", folder)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return folder
@@ -64,16 +64,16 @@ def run_build(options: BuildOptions | None = None) -> list[str]:
 def test_only_what_changed_is_compiled_again(sources: Path):
     (sources / "extra.h").write_text("constexpr int extra = 1;\n")
     (sources / "more.cu").write_text('#include "extra.h"\nint more() { return extra; }\n')
-    assert sorted(run_build()) == ["api.cpp", "more.cu", "ops.cu"]
+    assert sorted(run_build()) == ["api.cpp", "more.cu", "ops.cpp"]
     assert run_build() == []
-    os.utime(sources / "ops.cu")
+    os.utime(sources / "ops.cpp")
     assert run_build() == []
     (sources / "extra.h").write_text("constexpr int extra = 2;\n")
     assert run_build() == ["more.cu"]
     (sources / "extra.h").write_text("constexpr int extra = 1;\n")
     assert run_build() == []
     (sources / "call.h").write_text((sources / "call.h").read_text() + "\n")
-    assert sorted(run_build()) == ["api.cpp", "ops.cu"]
+    assert sorted(run_build()) == ["api.cpp", "ops.cpp"]
 
 
 def test_libraries_of_other_architectures_are_told_apart(sources: Path):
@@ -104,9 +104,26 @@ def test_warnings_are_shown_at_every_build(sources: Path, caplog: pytest.LogCapt
         assert any("warned.cu" in message and "unused" in message for message in caplog.messages)
 
 
+def test_source_that_changes_while_it_is_compiled_is_not_kept(sources: Path, monkeypatch: pytest.MonkeyPatch):
+    compile_it = builder._run
+    before = (sources / "ops.cpp").read_text()
+
+    def edit_meanwhile(command: list[str], failure: str) -> str:
+        said = compile_it(command, failure)
+        (sources / "ops.cpp").write_text(before + "// edited\n")
+        return said
+
+    with monkeypatch.context() as patch:
+        patch.setattr(builder, "_run", edit_meanwhile)
+        with pytest.raises(PluginLibraryError, match=r"ops\.cpp or what it includes changed while it was compiled"):
+            run_build()
+    (sources / "ops.cpp").write_text(before)
+    assert "ops.cpp" in run_build()
+
+
 def test_op_that_nothing_defines_does_not_link(sources: Path):
-    text = (sources / "ops.cu").read_text()
-    (sources / "ops.cu").write_text(text.replace("int run_plan", "int run_nothing"))
+    text = (sources / "ops.cpp").read_text()
+    (sources / "ops.cpp").write_text(text.replace("int run_plan", "int run_nothing"))
     with pytest.raises(PluginLibraryError, match=r"does not link: .*run_plan"):
         run_build()
 
