@@ -56,6 +56,23 @@ def kv_attributes(pages: KvLayout) -> dict[str, Any]:
     return {name: getattr(pages, name) for name in names}
 
 
+def long_pool(rng: np.random.Generator, step: Step, pages: KvLayout, mean: float = 0.0, spread: float = 1.0) -> Array:
+    """Rows of all tokens among set bits. Full pages repeat 127 of them: rows of many keys take long to encode."""
+    page, slot = np.divmod(np.arange(127 * pages.page_size), pages.page_size)
+    latent = mean + spread * rng.standard_normal((len(page), pages.kv_lora_rank), np.float32)
+    rope = spread * rng.standard_normal((len(page), pages.qk_rope_head_dim), np.float32)
+    distinct = pages.empty(127)
+    pages.write(distinct, page, slot, latent, rope)
+    pool = np.full((step.pages, pages.page_words), -1, np.int32)
+    lengths = step.inputs["cache_lengths"] + np.diff(step.inputs["query_offsets"])
+    for sequence, length in enumerate(lengths.tolist()):
+        full, rest = divmod(length, pages.page_size)
+        pool[step.inputs["block_table"][sequence, :full]] = distinct[np.arange(full) % 127]
+        tail = full * pages.page_size + np.arange(rest)
+        pages.write(pool, *step.places(sequence, tail), latent[:rest], rope[:rest])
+    return pool
+
+
 def decoding_case(
     rng: np.random.Generator,
     step: Step,
@@ -63,11 +80,18 @@ def decoding_case(
     heads: int,
     dtype: str = "f32",
     scale: float | None = None,
+    pool: Array | None = None,
 ) -> tuple[dict[str, Array], dict[str, Any]]:
-    """Inputs and attributes of MlaDecoding. ``scale``: of the softmax (None: scores of spread 1)."""
+    """Inputs and attributes of MlaDecoding.
+
+    Args:
+        scale: of the softmax (None: scores of spread 1).
+        pool: the pages (None: random rows among garbage).
+    """
     query = rng.standard_normal((step.tokens, heads, pages.width), np.float32).astype(HALF_TYPES[dtype])
     query[step.inputs["token_sequence"] < 0] = np.nan  # padding may hold anything
-    inputs = {"query": query, **step.inputs, "kv_cache": latent_pool(rng, pages, step, with_new=True)}
+    cache = latent_pool(rng, pages, step, with_new=True) if pool is None else pool
+    inputs = {"query": query, **step.inputs, "kv_cache": cache}
     softmax_scale = pages.width**-0.5 if scale is None else scale
     return inputs, {**kv_attributes(pages), "softmax_scale": softmax_scale}
 

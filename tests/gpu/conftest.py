@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
 import os
 import sys
@@ -14,31 +13,8 @@ from typing import Any
 import pytest
 
 TESTS = Path(__file__).resolve().parent.parent
-ROOT = TESTS.parent
-sys.path.insert(0, str(TESTS / "ops"))  # op_harness
+sys.path[:0] = [str(TESTS / "ops"), str(TESTS.parent)]  # op_harness; mla_trt, where it is not installed
 
-
-def _find_package() -> None:
-    """Make ``mla_trt`` importable on a machine where only the source tree is: its parts lie beside it there."""
-    if importlib.util.find_spec("mla_trt") is None:
-        sys.path.insert(0, str(ROOT))
-    import mla_trt
-
-    for part in ("passes", "plugins", "models"):
-        if importlib.util.find_spec(f"mla_trt.{part}") is None:
-            location = ROOT / part
-            spec = importlib.util.spec_from_file_location(
-                f"mla_trt.{part}", location / "__init__.py", submodule_search_locations=[str(location)]
-            )
-            assert spec is not None
-            assert spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[spec.name] = module
-            spec.loader.exec_module(module)
-            setattr(mla_trt, part, module)
-
-
-_find_package()
 
 import harness  # noqa: E402
 
