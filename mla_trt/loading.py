@@ -16,7 +16,7 @@ from onnx.external_data_helper import load_external_data_for_tensor
 from mla_trt.errors import BadModelError
 
 SMALL_TENSOR = 4096  # elements
-PACKED_BITS = {  # of the types that numpy keeps in whole bytes
+PACKED_BITS: dict[int, int] = {  # of the types that numpy keeps in whole bytes
     TensorProto.UINT4: 4,
     TensorProto.INT4: 4,
     TensorProto.FLOAT4E2M1: 4,
