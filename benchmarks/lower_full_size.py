@@ -14,6 +14,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import platform
 import resource
 import shlex
 import sys
@@ -130,8 +131,15 @@ def markdown(measurements: Sequence[Measurement]) -> str:
     return "\n".join(lines)
 
 
+def page(measurements: Sequence[Measurement], arguments: Sequence[str]) -> str:
+    """The table with the command that made it and the machine."""
+    command = shlex.join(["python", "benchmarks/lower_full_size.py", *arguments])
+    return f"    {command}\n\nOn {os.cpu_count()} cores ({platform.machine()}), without verification.\n\n{markdown(measurements)}\n"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. The exit status is 1 when a lowering failed."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["deepseek-v3", "deepseek-v3.2"])
     parser.add_argument("--layers", nargs="+", type=int, default=[1, 4, 16, 61])
@@ -161,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     table = markdown(measurements)
     print(table)
     if options.output:
-        (options.output / "lower_full_size.md").write_text(table + "\n", encoding="utf-8")
+        (options.output / "lower_full_size.md").write_text(page(measurements, arguments), encoding="utf-8")
         results = [asdict(measurement) for measurement in measurements]
         (options.output / "lower_full_size.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     failed = [measurement for measurement in measurements if measurement.exit_status]

@@ -16,7 +16,7 @@ from onnx.external_data_helper import load_external_data_for_tensor
 from mla_trt.errors import BadModelError
 
 SMALL_TENSOR = 4096  # elements
-PACKED_BITS = {  # of the types that numpy keeps in whole bytes
+PACKED_BITS: dict[int, int] = {  # of the types that numpy keeps in whole bytes
     TensorProto.UINT4: 4,
     TensorProto.INT4: 4,
     TensorProto.FLOAT4E2M1: 4,
@@ -185,6 +185,9 @@ def _check_names(proto: onnx.ModelProto) -> None:
     known |= {tensor.values.name for tensor in proto.graph.sparse_initializer}
     made = {value.name for value in proto.graph.input}
     for node in proto.graph.node:
+        # Protobuf gives bytes for what is no UTF-8.
+        if not all(isinstance(text, str) for text in (node.name, node.op_type, node.domain, *node.output)):
+            raise BadModelError(f"the name of a node is damaged: {node.name!r} ({node.op_type!r})")
         for name in node.output:
             if name and name in made:
                 raise BadModelError(f"the tensor '{name}' is made twice (node '{node.name}')")

@@ -139,6 +139,15 @@ def take(linear: Linear, index: tuple[np.ndarray | slice | int, ...]) -> Linear:
     return Linear(tuple(kept[0].codes.shape), tuple(kept))
 
 
+def near(values: np.ndarray, expected: np.ndarray, *, rtol: float, atol: float) -> bool:
+    """As `numpy.allclose` for finite numbers, with a third of its temporary arrays: rotations of all heads are millions of numbers."""
+    error = np.subtract(values, expected)
+    allowed = np.abs(expected)
+    allowed *= rtol
+    allowed += atol
+    return bool((np.abs(error, out=error) <= allowed).all())
+
+
 def is_input(probe: Probe, number: int) -> bool:
     return number > 0 and producer(probe.owner(number)) is None
 

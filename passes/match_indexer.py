@@ -10,7 +10,7 @@ import onnx_graphsurgeon as gs
 from mla_trt import interface as roles
 from mla_trt.passes.attention_core import HIDDEN_SCORE, NoMatch, ScorePart, read_part, sort_terms
 from mla_trt.passes.contraction import Contraction, contraction
-from mla_trt.passes.features import Features, locate, projected_by, single_term, take
+from mla_trt.passes.features import Features, locate, near, projected_by, single_term, take
 from mla_trt.passes.graph import producer
 from mla_trt.passes.match_cache import check_cached_rows
 from mla_trt.passes.match_rope import Rotation, collect_factors, read_rotation, rotation_matrix
@@ -255,7 +255,7 @@ def _read_parts(
     reference = np.tile(matrix, (batch, 1, 1))[:, None]
     ratios = (query_matrix * reference).sum(axis=(2, 3)) / (reference**2).sum(axis=(2, 3))
     tolerance = 1e-6 * np.abs(reference).max()
-    if not np.allclose(query_matrix, ratios[:, :, None, None] * reference, rtol=1e-4, atol=tolerance):
+    if not near(query_matrix, ratios[:, :, None, None] * reference, rtol=1e-4, atol=tolerance):
         raise NoMatch("index queries and index keys are rotated differently", product_node)
     if not np.allclose(ratios, ratios[0, 0], rtol=1e-5) or ratios[0, 0] <= 0:
         raise NoMatch("the index queries are scaled differently from token to token", product_node)

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from mla_trt.passes.attention_core import NoMatch, ScorePart
-from mla_trt.passes.features import Features, locate, refuse_constants, take
+from mla_trt.passes.features import Features, locate, near, refuse_constants, take
 from mla_trt.passes.graph import producer
 from mla_trt.passes.match_latent import Latent
 from mla_trt.passes.probe import ZERO, Linear, Probe
@@ -117,9 +117,7 @@ def read_rope(
     if not energy.all():
         raise NoMatch("the rope part of the keys is multiplied by zero", node)
     ratio = (query_matrix * reference).sum(axis=(-1, -2)) / energy
-    if not np.allclose(
-        query_matrix, ratio[..., None, None] * reference, rtol=1e-4, atol=1e-6 * np.abs(reference).max()
-    ):
+    if not near(query_matrix, ratio[..., None, None] * reference, rtol=1e-4, atol=1e-6 * np.abs(reference).max()):
         raise NoMatch("queries and keys are rotated differently", node)
     token_scale = ratio * part.scale[rows]
     head_scale = token_scale / token_scale[:, :, :1]

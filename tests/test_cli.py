@@ -103,6 +103,15 @@ def test_a_file_cut_between_its_opsets(refused: Callable[..., str], tmp_path: Pa
     assert "is the file complete?" in refused(_save(model, tmp_path))
 
 
+def test_a_damaged_name(refused: Callable[..., str], tmp_path: Path) -> None:
+    data = EXAMPLE.read_bytes()
+    name = next(node.name for node in onnx.load(EXAMPLE).graph.node if node.op_type == "Softmax").encode()
+    (tmp_path / "model.onnx").write_bytes(
+        data.replace(b"\x1a" + bytes([len(name)]) + name, b"\x1a" + bytes([len(name)]) + b"\xf7" * len(name), 1)
+    )
+    assert "damaged" in refused(tmp_path / "model.onnx")
+
+
 def test_missing_and_short_external_data(refused: Callable[..., str], tmp_path: Path) -> None:
     file = tmp_path / "model.onnx"
     onnx.save_model(onnx.load(EXAMPLE), str(file), save_as_external_data=True, location="weights.bin", size_threshold=0)
