@@ -47,8 +47,8 @@ ELEMENTWISE_OPS = (
 
 
 def drop_old_caches(graph: gs.Graph, probe: Probe) -> None:
-    """Takes the caches' next values off the outputs, and with them what only they needed."""
-    gone = {entry.output for entry in probe.interface.by_role(roles.CACHE)}
+    """Takes the next values of caches and of counted positions off the outputs, and with them what only they needed."""
+    gone = {entry.output for entry in probe.interface.inputs if entry.role in (roles.CACHE, roles.POSITIONS)}
     graph.outputs[:] = [tensor for tensor in graph.outputs if tensor.name not in gone]
     remove_dead_nodes(graph)
 
@@ -239,9 +239,9 @@ def replace_lost_shapes(
         if node.op != "Shape" or node.domain or node.inputs[0].name not in gone or node.inputs[0] not in graph.inputs:
             continue
         axes = gone[node.inputs[0].name].axes[slice(node.attrs.get("start", 0), node.attrs.get("end"))]
-        # Around the attention nothing is cached: T is S, P is 0, and the sequences of an input without that axis are one.
+        # Around the attention nothing is cached: T and L are S, P is 0, and the sequences of an input without that axis are one.
         known = probe.interface.tokens.axes
-        nearby: dict[Axis, Axis] = {"T": "S", "P": 0}
+        nearby: dict[Axis, Axis] = {"T": "S", "L": "S", "P": 0}
         axes = tuple(nearby.get(axis, axis) for axis in axes)
         axes = tuple(1 if isinstance(axis, str) and axis not in known else axis for axis in axes)
         replace_uses(
