@@ -230,7 +230,7 @@ def original(config: Config, seed: int = 0, *, full: FullCaches | None = None) -
         latent, k_rope = b.split("Split", 2, kv, ints(c.kv_lora_rank, c.qk_rope_head_dim), axis=2)
         latent = b.op("RMSNormalization", latent, f"kv_norm.{layer}", axis=-1, epsilon=c.epsilon)
         k_rope = b.op("Reshape", k_rope, ints(0, 0, 1, c.qk_rope_head_dim))
-        q_rope, k_rope = (_rotate(b, c, value, c.interleaved) for value in (q_rope, k_rope))
+        q_rope, k_rope = (rotate(b, c, value, c.interleaved) for value in (q_rope, k_rope))
         k_rope = b.op("Squeeze", k_rope, ints(2))
         latents = _cached(b, "latent", layer, latent, queries, full)
         ropes = _cached(b, "rope", layer, k_rope, queries, full)
@@ -296,7 +296,7 @@ def _arange(b: Builder, length: str) -> str:
     return b.op("Range", ints(0).reshape(()), b.op("Squeeze", length), ints(1).reshape(()))
 
 
-def _rotate(b: Builder, c: Config, value: str, interleaved: bool) -> str:
+def rotate(b: Builder, c: Config, value: str, interleaved: bool) -> str:
     """Rotates [B, S, H, Dr] by the positions of its tokens."""
     width = c.qk_rope_head_dim
     cos, sin = (
@@ -330,7 +330,7 @@ def _selected(
     parts = []
     for value in (q, k):
         rope, rest = b.split("Split", 2, value, ints(c.index_rope_dim, c.index_head_dim - c.index_rope_dim), axis=3)
-        parts.append(b.op("Concat", _rotate(b, c, rope, False), rest, axis=3))
+        parts.append(b.op("Concat", rotate(b, c, rope, False), rest, axis=3))
     keys = _cached(b, "index", layer, b.op("Squeeze", parts[1], ints(2)), position, full)
     scores = b.op("Relu", b.op("Einsum", parts[0], keys, equation="bshd,btd->bsht"))
     scores = b.op("Einsum", scores, b.op("MatMul", normed, f"index_weights.{layer}"), equation="bsht,bsh->bst")

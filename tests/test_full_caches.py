@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 import pytest
 from onnx import TensorProto, helper
-from small_models import SPARSE, Builder, Config, FullCaches, ints, original
+from small_models import SPARSE, Builder, Config, FullCaches, ints, original, rotate, weights
 
 from mla_trt import interface as roles
 from mla_trt.errors import NoMlaError
@@ -65,14 +66,16 @@ def chosen_by_where(b: Builder, past: str, new: str, position: str) -> str:
 WRITERS = [scatter_nd, scatter_elements, tensor_scatter, one_hot_product, chosen_by_where]
 
 
-def lowered_and_verified(model: onnx.ModelProto, folder: Path, **options: str) -> tuple[onnx.ModelProto, Report]:
+def lowered_and_verified(
+    model: onnx.ModelProto, folder: Path, *, cache: str = "latent", **options: str
+) -> tuple[onnx.ModelProto, Report]:
     onnx.save(model, folder / "export.onnx")
     report = lower_file(folder / "export.onnx", folder / "lowered", LowerOptions(**options))
     assert report.verification is not None
     assert report.verification["passed"]
     assert report.verification["rewrite_max_error"] < 1e-5
     assert sum(case["tokens"] for case in report.verification["cases"]) > 50
-    assert [layer.cache for layer in report.layers] == ["latent", "latent"]
+    assert [layer.cache for layer in report.layers] == [cache, cache]
     return onnx.load(folder / "lowered" / "model.onnx"), report
 
 
@@ -128,6 +131,56 @@ def test_layers_are_verified_apart(tmp_path: Path) -> None:
     assert report.verification is not None
     assert report.verification["mode"] == "layers"
     assert report.verification["passed"]
+
+
+def with_attention_op(rows: int) -> onnx.ModelProto:
+    """An export of opset 24 as its `Attention` is meant to be used: caches of keys and values for each head, written by TensorScatter, and the
+    number of rows that belong to tokens."""
+    c, b = DENSE, Builder()
+    b.weights = {name: value for name, value in weights(c).items() if not name.startswith(("index", "sinks"))}
+    heads, head_dim = c.num_heads, c.qk_nope_head_dim + c.qk_rope_head_dim
+
+    def turned(value: str) -> str:
+        return b.op("Transpose", value, perm=[0, 2, 1, 3])
+
+    x = b.op("Gather", "embedding", "input_ids")
+    first = b.op("Slice", "cache_position", ints(0), ints(1), ints(0))
+    starts = b.op("Expand", first, b.op("Shape", "input_ids", start=0, end=1))
+    lengths = b.op("Add", starts, b.op("Shape", "input_ids", start=1))
+    caches: list[tuple[str, int]] = []
+    for layer in range(c.layers):
+        normed = b.op("RMSNormalization", x, f"norm.{layer}", axis=-1, epsilon=c.epsilon)
+        query = b.op("Reshape", b.op("MatMul", normed, f"q.{layer}"), ints(0, 0, heads, -1))
+        q_nope, q_rope = b.split("Split", 2, query, ints(c.qk_nope_head_dim, c.qk_rope_head_dim), axis=3)
+        kv = b.op("MatMul", normed, f"kv_a.{layer}")
+        latent, k_rope = b.split("Split", 2, kv, ints(c.kv_lora_rank, c.qk_rope_head_dim), axis=2)
+        latent = b.op("RMSNormalization", latent, f"kv_norm.{layer}", axis=-1, epsilon=c.epsilon)
+        k_rope = rotate(b, c, b.op("Reshape", k_rope, ints(0, 0, 1, c.qk_rope_head_dim)), c.interleaved)
+        k_rope = b.op("Expand", k_rope, ints(1, 1, heads, 1))
+        expanded = b.op("Reshape", b.op("MatMul", latent, f"kv_b.{layer}"), ints(0, 0, heads, -1))
+        k_nope, values = b.split("Split", 2, expanded, ints(c.qk_nope_head_dim, c.v_head_dim), axis=3)
+        sides = {"key": b.op("Concat", k_nope, k_rope, axis=3), "value": values}
+        for name, new in sides.items():
+            past, present = f"past_{name}.{layer}", f"present_{name}.{layer}"
+            b.op("TensorScatter", past, turned(new), starts, output=present, axis=2)
+            caches.append((f"{name}.{layer}", head_dim if name == "key" else c.v_head_dim))
+        query = turned(b.op("Concat", q_nope, rotate(b, c, q_rope, c.interleaved), axis=3))
+        present = [f"present_{name}.{layer}" for name in sides]
+        attended = b.op("Attention", query, *present, "", "", "", lengths, scale=c.scale, is_causal=1)
+        x = b.op("Add", x, b.op("MatMul", b.op("Reshape", turned(attended), ints(0, 0, -1)), f"o.{layer}"))
+    b.op("MatMul", b.op("RMSNormalization", x, "norm", axis=-1, epsilon=c.epsilon), "lm_head", output="logits")
+    info = helper.make_tensor_value_info
+    inputs = [info("input_ids", TensorProto.INT64, ["B", "S"]), info("position_ids", TensorProto.INT64, ["B", "S"])]
+    inputs.append(info("cache_position", TensorProto.INT64, ["S"]))
+    inputs += [info(f"past_{name}", TensorProto.FLOAT, ["B", heads, rows, width]) for name, width in caches]
+    outputs = [info("logits", TensorProto.FLOAT, ["B", "S", c.vocabulary])]
+    outputs += [info(f"present_{name}", TensorProto.FLOAT, ["B", heads, rows, width]) for name, width in caches]
+    return b.model(inputs, outputs, 24)
+
+
+def test_expanded_caches_under_the_attention_op(tmp_path: Path) -> None:
+    _, report = lowered_and_verified(with_attention_op(ROWS), tmp_path, cache="expanded")
+    assert report.model["max_position"] == ROWS
 
 
 # -- what is not such a cache --------------------------------------------------------------------------------------------
@@ -272,8 +325,6 @@ def test_fewer_rows_are_read_where_their_number_is_spelt_out() -> None:
     nodes = [helper.make_node("Identity", [name], [f"out_{name}"]) for name in constants]
     b.weights, b.nodes = constants, nodes
     outputs = [helper.make_empty_tensor_value_info(f"out_{name}") for name in constants]
-    import onnx_graphsurgeon as gs
-
     graph = gs.import_onnx(b.model([], outputs, 20))
     tensors = graph.tensors()
     found = free_rows(graph, 96, 14, None)
