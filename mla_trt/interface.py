@@ -12,6 +12,7 @@ Axis = str | int
 
 TOKENS = "tokens"  # token ids or embeddings: the data that flows through the model
 POSITIONS = "positions"  # position of each new token (int), or of the first one only, where it has no axis S
+LENGTHS = "lengths"  # tokens of each sequence after the step (int)
 ATTENTION_MASK = "attention_mask"  # 1 where a token counts, 0 for padding (int or bool), [B, T], [B, S] or [B, L]
 SCORE_MASK = "score_mask"  # added to scores (float) or selecting them (bool), [..., S, T or L]
 # Past keys, values or latents: grows by S tokens along its axis P each step, or is given new rows along its axis L.

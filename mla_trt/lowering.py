@@ -26,7 +26,7 @@ from mla_trt.ops import attach_functions
 from mla_trt.passes import pack
 from mla_trt.passes.attention_core import NoMatch, find_softmaxes, read_core, unknown_op_near
 from mla_trt.passes.free_rows import FEW_ROWS, free_rows
-from mla_trt.passes.full_caches import check_full_caches, find_full_caches
+from mla_trt.passes.full_caches import check_full_caches, find_full_caches, with_lengths
 from mla_trt.passes.graph import OPSET, Emitter, Names, topological
 from mla_trt.passes.identify_inputs import data_dependent, identify_inputs, static_size
 from mla_trt.passes.inline_branches import inline_branches
@@ -188,12 +188,17 @@ def inspect(
             data = _data(graph, interface)
     with stages.run("match") as changed:
         cores = find_softmaxes(graph, data)
-        found = _match_all(graph, interface, make_probes(graph, interface, data, base_dir), cores, report)
-        if not all(found.matches) and interface.fixed.get("L", 0) > FEW_ROWS:
-            log.info("not all is understood with fewer rows in the caches: they are read as they are")
+        first: tuple[Inspection, list[LayerReport]] | None = None
+        for reading, all_rows in _readings(graph, interface):
             report.layers.clear()
-            probes = make_probes(graph, interface, data, base_dir, all_rows=True)
-            found = _match_all(graph, interface, probes, cores, report)
+            probes = make_probes(graph, reading, data, base_dir, all_rows=all_rows)
+            found = _match_all(graph, reading, probes, cores, report)
+            if all(found.matches):
+                break
+            first = first or (found, list(report.layers))
+        else:
+            assert first is not None
+            found, report.layers[:] = first
         changed[0] = report.matched
     for entry in interface.by_role(roles.SCORE_MASK):
         report.assumptions.append(
@@ -248,6 +253,15 @@ def make_probes(
         )
         for sizes in (first, second)
     ]
+
+
+def _readings(graph: gs.Graph, interface: ModelInterface) -> Iterator[tuple[ModelInterface, bool]]:
+    """What an export's inputs may be, and whether its caches are read with all their rows: the first that makes sense of all cores is right."""
+    yield interface, False
+    if (other := with_lengths(graph, interface)) is not None:
+        yield other, False
+    if interface.fixed.get("L", 0) > FEW_ROWS:
+        yield interface, True
 
 
 def _match_all(

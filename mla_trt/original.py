@@ -359,6 +359,8 @@ class OriginalModel:
         positions = np.arange(sizes["P"], sizes["T"]) - hidden
         if entry.role == roles.POSITIONS:
             return np.broadcast_to(positions if "S" in entry.axes else positions[0], shape).astype(dtype)
+        if entry.role == roles.LENGTHS:
+            return np.full(shape, sizes["T"] - hidden, dtype)
         if entry.role == roles.ATTENTION_MASK:
             mask = np.ones(shape, dtype)
             if "T" in entry.axes:

@@ -18,7 +18,14 @@ from mla_trt.errors import MlaTrtError
 from mla_trt.interface import Axis, ModelInput, ModelInterface
 from mla_trt.passes.attention_core import NoMatch
 from mla_trt.passes.free_rows import FEW_ROWS, free_rows
-from mla_trt.passes.identify_inputs import data_dependent, describe, make_interface, side_role, static_size
+from mla_trt.passes.identify_inputs import (
+    data_dependent,
+    describe,
+    is_only_compared,
+    make_interface,
+    side_role,
+    static_size,
+)
 from mla_trt.passes.probe import ZERO, Linear, Probe, ProbeError, Sizes
 
 _MAY_BE_CACHES = (roles.STATE, roles.SCORE_MASK, roles.ROPE_COS, roles.ROPE_SIN)
@@ -63,6 +70,20 @@ def find_full_caches(graph: gs.Graph, interface: ModelInterface, base_dir: Path 
     longest = max((written.rows for written in found.values()), default=0)
     found = {name: written for name, written in found.items() if written.rows == longest}
     return search.describe(probe, found) if found else interface
+
+
+def with_lengths(graph: gs.Graph, interface: ModelInterface) -> ModelInterface | None:
+    """The interface with what may be numbers of tokens, instead of first positions, as such; None where there is nothing of the kind."""
+    caches = (roles.TOKENS, roles.CACHE, roles.STATE)
+    sources = [tensor for tensor, entry in zip(graph.inputs, interface.inputs, strict=True) if entry.role in caches]
+    data = data_dependent(graph, sources)
+    inputs = tuple(
+        replace(entry, role=roles.LENGTHS)
+        if entry.role == roles.POSITIONS and "S" not in entry.axes and is_only_compared(tensor, data)
+        else entry
+        for tensor, entry in zip(graph.inputs, interface.inputs, strict=True)
+    )
+    return replace(interface, inputs=inputs) if interface.has_full_caches and inputs != interface.inputs else None
 
 
 class _Search:

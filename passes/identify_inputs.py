@@ -349,6 +349,13 @@ def _zeroes_data(tensor: gs.Tensor, data: set[int]) -> bool:
     return False
 
 
+def is_only_compared(tensor: gs.Tensor, data: set[int]) -> bool:
+    """Whether nothing is rotated by the values or written where they say: they tell how far a mask reaches."""
+    return not any(
+        node.op in ("Cos", "Sin") or _chooses_rows(current, node, data) for current, node in _descendants(tensor, data)
+    )
+
+
 def _chooses_rows(tensor: gs.Tensor, node: gs.Node, data: set[int]) -> bool:
     """Whether a node writes data where the values say."""
     if node.op in ("ScatterND", "ScatterElements"):

@@ -184,7 +184,7 @@ def _reaches(node: gs.Node, result: gs.Tensor) -> bool:
 
 def rebuild_side_tensors(graph: gs.Graph, probe: Probe, packed: PackedPositions, stays: frozenset[str]) -> int:
     """Gives packed positions to what still depends on positions beside the attention (a scale by position, say); returns how many."""
-    moved = (roles.POSITIONS, roles.ATTENTION_MASK, roles.SCORE_MASK)
+    moved = (roles.POSITIONS, roles.LENGTHS, roles.ATTENTION_MASK, roles.SCORE_MASK)
     tainted = {
         id(tensor)
         for tensor, entry in zip(graph.inputs, probe.interface.inputs, strict=False)

@@ -276,6 +276,8 @@ class Probe:
             if "S" not in model_input.axes:
                 return np.full(shape, self.sizes.cached, dtype)
             return np.ascontiguousarray(np.broadcast_to(self.positions, shape)).astype(dtype)
+        if model_input.role == roles.LENGTHS:
+            return np.full(shape, self.sizes.cached + self.sizes.new, dtype)
         if model_input.role == roles.ATTENTION_MASK and model_input.axes[-1:] == ("L",):
             filled = np.arange(shape[-1]) < self.sizes.cached + self.sizes.new
             return np.ascontiguousarray(np.broadcast_to(filled, shape)).astype(dtype)

@@ -133,9 +133,9 @@ def test_layers_are_verified_apart(tmp_path: Path) -> None:
     assert report.verification["passed"]
 
 
-def with_attention_op(rows: int) -> onnx.ModelProto:
+def with_attention_op(rows: int, *, given: bool) -> onnx.ModelProto:
     """An export of opset 24 as its `Attention` is meant to be used: caches of keys and values for each head, written by TensorScatter, and the
-    number of rows that belong to tokens."""
+    number of rows that belong to tokens. Where writing starts, and that number, are `given` or follow from positions."""
     c, b = DENSE, Builder()
     b.weights = {name: value for name, value in weights(c).items() if not name.startswith(("index", "sinks"))}
     heads, head_dim = c.num_heads, c.qk_nope_head_dim + c.qk_rope_head_dim
@@ -144,9 +144,11 @@ def with_attention_op(rows: int) -> onnx.ModelProto:
         return b.op("Transpose", value, perm=[0, 2, 1, 3])
 
     x = b.op("Gather", "embedding", "input_ids")
-    first = b.op("Slice", "cache_position", ints(0), ints(1), ints(0))
-    starts = b.op("Expand", first, b.op("Shape", "input_ids", start=0, end=1))
-    lengths = b.op("Add", starts, b.op("Shape", "input_ids", start=1))
+    starts, lengths = "write_indices", "lengths"
+    if not given:
+        first = b.op("Slice", "cache_position", ints(0), ints(1), ints(0))
+        starts = b.op("Expand", first, b.op("Shape", "input_ids", start=0, end=1))
+        lengths = b.op("Add", starts, b.op("Shape", "input_ids", start=1))
     caches: list[tuple[str, int]] = []
     for layer in range(c.layers):
         normed = b.op("RMSNormalization", x, f"norm.{layer}", axis=-1, epsilon=c.epsilon)
@@ -159,28 +161,32 @@ def with_attention_op(rows: int) -> onnx.ModelProto:
         k_rope = b.op("Expand", k_rope, ints(1, 1, heads, 1))
         expanded = b.op("Reshape", b.op("MatMul", latent, f"kv_b.{layer}"), ints(0, 0, heads, -1))
         k_nope, values = b.split("Split", 2, expanded, ints(c.qk_nope_head_dim, c.v_head_dim), axis=3)
-        sides = {"key": b.op("Concat", k_nope, k_rope, axis=3), "value": values}
-        for name, new in sides.items():
+        parts = {"key": b.op("Concat", k_nope, k_rope, axis=3), "value": values}
+        for name, new in parts.items():
             past, present = f"past_{name}.{layer}", f"present_{name}.{layer}"
             b.op("TensorScatter", past, turned(new), starts, output=present, axis=2)
             caches.append((f"{name}.{layer}", head_dim if name == "key" else c.v_head_dim))
         query = turned(b.op("Concat", q_nope, rotate(b, c, q_rope, c.interleaved), axis=3))
-        present = [f"present_{name}.{layer}" for name in sides]
+        present = [f"present_{name}.{layer}" for name in parts]
         attended = b.op("Attention", query, *present, "", "", "", lengths, scale=c.scale, is_causal=1)
         x = b.op("Add", x, b.op("MatMul", b.op("Reshape", turned(attended), ints(0, 0, -1)), f"o.{layer}"))
     b.op("MatMul", b.op("RMSNormalization", x, "norm", axis=-1, epsilon=c.epsilon), "lm_head", output="logits")
     info = helper.make_tensor_value_info
     inputs = [info("input_ids", TensorProto.INT64, ["B", "S"]), info("position_ids", TensorProto.INT64, ["B", "S"])]
-    inputs.append(info("cache_position", TensorProto.INT64, ["S"]))
+    sides = [("write_indices", "B"), ("lengths", "B")] if given else [("cache_position", "S")]
+    inputs += [info(name, TensorProto.INT64, [axis]) for name, axis in sides]
     inputs += [info(f"past_{name}", TensorProto.FLOAT, ["B", heads, rows, width]) for name, width in caches]
     outputs = [info("logits", TensorProto.FLOAT, ["B", "S", c.vocabulary])]
     outputs += [info(f"present_{name}", TensorProto.FLOAT, ["B", heads, rows, width]) for name, width in caches]
     return b.model(inputs, outputs, 24)
 
 
-def test_expanded_caches_under_the_attention_op(tmp_path: Path) -> None:
-    _, report = lowered_and_verified(with_attention_op(ROWS), tmp_path, cache="expanded")
+@pytest.mark.parametrize("given", [True, False])
+def test_expanded_caches_under_the_attention_op(given: bool, tmp_path: Path) -> None:
+    model, report = lowered_and_verified(with_attention_op(ROWS, given=given), tmp_path, cache="expanded")
     assert report.model["max_position"] == ROWS
+    names = [value.name for value in model.graph.input]
+    assert {"position_ids", "cache_position", "write_indices", "lengths"}.isdisjoint(names)
 
 
 # -- what is not such a cache --------------------------------------------------------------------------------------------
