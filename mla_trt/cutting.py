@@ -221,7 +221,7 @@ class Cutter:
         sources = {letter: (start.name, axis) for axis, letter in enumerate(start.leading)}
         for name in sorted(part.inputs):
             for axis, letter in enumerate(self._axes.get(name, ())):
-                if letter in ("P", "T") and letter not in sources:
+                if letter in ("P", "T", "L") and letter not in sources:
                     sources[letter] = name, axis
         return sources
 

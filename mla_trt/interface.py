@@ -1,6 +1,7 @@
 """What each input and output of an exported model is: the roles that probing, lowering and verification share.
 
-Axes are named by letters: ``B`` sequences, ``S`` new tokens, ``P`` cached tokens, ``T`` = P + S all tokens; any other axis is its size.
+Axes are named by letters: ``B`` sequences, ``S`` new tokens, ``P`` cached tokens, ``T`` = P + S all tokens, ``L`` the rows that a cache has from the
+beginning, most of them not yet those of a token; any other axis is its size.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from dataclasses import dataclass, field
 Axis = str | int
 
 TOKENS = "tokens"  # token ids or embeddings: the data that flows through the model
-POSITIONS = "positions"  # position of each new token (int)
-ATTENTION_MASK = "attention_mask"  # 1 where a token counts, 0 for padding (int or bool), [B, T] or [B, S]
-SCORE_MASK = "score_mask"  # added to scores (float) or selecting them (bool), [..., S, T]
-CACHE = "cache"  # past keys, values or latents: grows by S tokens along its P axis each step
+POSITIONS = "positions"  # position of each new token (int), or of the first one only, where it has no axis S
+LENGTHS = "lengths"  # tokens of each sequence after the step (int)
+ATTENTION_MASK = "attention_mask"  # 1 where a token counts, 0 for padding (int or bool), [B, T], [B, S] or [B, L]
+SCORE_MASK = "score_mask"  # added to scores (float) or selecting them (bool), [..., S, T or L]
+# Past keys, values or latents: grows by S tokens along its axis P each step, or is given new rows along its axis L.
+CACHE = "cache"
 STATE = "state"  # any other state with an output of its own (recurrent layers): carried as it is
 ROPE_COS = "rope_cos"  # cosines given from outside, [..., S, Dr] or [..., S, Dr/2]
 ROPE_SIN = "rope_sin"
@@ -29,7 +32,7 @@ class ModelInput:
         role: one of the constants of this module.
         dtype: ONNX element type (``onnx.TensorProto.FLOAT``, ...).
         axes: a letter or a fixed size for each axis.
-        output: for ``CACHE`` and ``STATE``, the graph output that holds its next value.
+        output: for ``CACHE`` and ``STATE``, and for ``POSITIONS`` that the graph counts on, the graph output that holds its next value.
     """
 
     name: str
@@ -53,6 +56,11 @@ class ModelInterface:
     def by_role(self, role: str) -> list[ModelInput]:
         """Inputs of one role, in graph order."""
         return [model_input for model_input in self.inputs if model_input.role == role]
+
+    @property
+    def has_full_caches(self) -> bool:
+        """Whether caches have all their rows from the beginning, into which the graph writes those of the new tokens."""
+        return any("L" in entry.axes for entry in self.by_role(CACHE))
 
     @property
     def tokens(self) -> ModelInput:

@@ -168,7 +168,7 @@ def symbolic_axes(probes: list[Probe], tensor: gs.Tensor) -> Axes | None:
         return None
     sizes = {
         letter: tuple(size[letter] for size in ([_case_sizes(probe) for probe in probes]))
-        for letter in ("B", "S", "P", "T", TOKENS)
+        for letter in ("B", "S", "P", "T", "L", TOKENS)
     }
     axes: list[str | int] = []
     for pair in zip(*shapes, strict=True):
@@ -180,7 +180,7 @@ def symbolic_axes(probes: list[Probe], tensor: gs.Tensor) -> Axes | None:
 
 
 def _case_sizes(probe: Probe) -> dict[str, int]:
-    sizes = {"B": probe.batch, "S": probe.axis_size("S"), "P": probe.axis_size("P")}
+    sizes = {"B": probe.batch, "S": probe.axis_size("S"), "P": probe.axis_size("P"), "L": probe.sizes.rows}
     return sizes | {"T": sizes["P"] + sizes["S"], TOKENS: sizes["B"] * sizes["S"]}
 
 

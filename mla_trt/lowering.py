@@ -25,6 +25,8 @@ from mla_trt.layer_plan import LayerPlan, plan_layers
 from mla_trt.ops import attach_functions
 from mla_trt.passes import pack
 from mla_trt.passes.attention_core import NoMatch, find_softmaxes, read_core, unknown_op_near
+from mla_trt.passes.free_rows import FEW_ROWS, free_rows
+from mla_trt.passes.full_caches import check_full_caches, find_full_caches, with_lengths
 from mla_trt.passes.graph import OPSET, Emitter, Names, topological
 from mla_trt.passes.identify_inputs import data_dependent, identify_inputs, static_size
 from mla_trt.passes.inline_branches import inline_branches
@@ -34,7 +36,7 @@ from mla_trt.passes.match_indexer import IndexerMatch, SelectsAllKeys, match_ind
 from mla_trt.passes.match_latent import NormOverCache
 from mla_trt.passes.match_mla import MlaMatch, match_mla
 from mla_trt.passes.positions import BY_SEQUENCE, PACKED, UNPACKED
-from mla_trt.passes.probe import Probe, ProbeError, Sizes
+from mla_trt.passes.probe import Probe, ProbeError, case_sizes
 from mla_trt.passes.simplify import simplify
 from mla_trt.passes.standardize import standardize
 from mla_trt.report import LayerReport, PassReport, Report
@@ -176,7 +178,7 @@ def inspect(
         topological(graph.nodes)
         changed[0] = simplify(graph)
     with stages.run("identify_inputs") as changed:
-        interface = identify_inputs(graph)
+        interface = find_full_caches(graph, identify_inputs(graph), base_dir)
         changed[0] = len(interface.inputs)
     with stages.run("inline_branches") as changed:
         data = _data(graph, interface)
@@ -185,10 +187,18 @@ def inspect(
             simplify(graph)
             data = _data(graph, interface)
     with stages.run("match") as changed:
-        probes = make_probes(graph, interface, data, base_dir)
-        found = Inspection(graph, interface, probes, [], {}, report)
-        for node in find_softmaxes(graph, data):
-            _match(found, node)
+        cores = find_softmaxes(graph, data)
+        first: tuple[Inspection, list[LayerReport]] | None = None
+        for reading, all_rows in _readings(graph, interface):
+            report.layers.clear()
+            probes = make_probes(graph, reading, data, base_dir, all_rows=all_rows)
+            found = _match_all(graph, reading, probes, cores, report)
+            if all(found.matches):
+                break
+            first = first or (found, list(report.layers))
+        else:
+            assert first is not None
+            found, report.layers[:] = first
         changed[0] = report.matched
     for entry in interface.by_role(roles.SCORE_MASK):
         report.assumptions.append(
@@ -214,23 +224,79 @@ def _data(graph: gs.Graph, interface: ModelInterface, *, selections: bool = Fals
     return data_dependent(graph, tensors, selections=selections)
 
 
-def make_probes(graph: gs.Graph, interface: ModelInterface, data: set[int], base_dir: Path | None) -> list[Probe]:
-    """Two cases of different sizes, none of which equals another size by accident more often than must be."""
+def make_probes(
+    graph: gs.Graph, interface: ModelInterface, data: set[int], base_dir: Path | None, *, all_rows: bool = False
+) -> list[Probe]:
+    """Two cases of different sizes, none of which equals another size by accident more often than must be.
+
+    Args:
+        all_rows: full-length caches have as many rows as the export says; otherwise only as many as the cases need.
+    """
     cached = bool(interface.by_role(roles.CACHE))
-    fixed = interface.fixed
+    exported, rows = interface, interface.fixed.get("L", 0)
+    if rows > FEW_ROWS and not all_rows:
+        fixed = {letter: size for letter, size in interface.fixed.items() if letter != "L"}
+        interface = replace(interface, fixed=fixed)
     cases = ((2, 3, 5), (3, 2, 9)) if cached else ((2, 6, 0), (3, 5, 0))
+    first, second = (case_sizes(interface, *case) for case in cases)
+    if interface.has_full_caches and second.cached == first.cached > 1:
+        second = replace(second, cached=second.cached - 1)  # in a short cache
     return [
-        Probe(graph, interface, data, Sizes(fixed.get("B", batch), fixed.get("S", new), fixed.get("P", past)), base_dir)
-        for batch, new, past in cases
+        Probe(
+            graph,
+            interface,
+            data,
+            sizes,
+            base_dir,
+            free_rows(graph, rows, sizes.rows, base_dir) if interface is not exported else {},
+            exported,
+        )
+        for sizes in (first, second)
     ]
 
 
-def _match(found: Inspection, node: gs.Node) -> None:
-    """Matches one core and adds its line to the report."""
+def _readings(graph: gs.Graph, interface: ModelInterface) -> Iterator[tuple[ModelInterface, bool]]:
+    """What an export's inputs may be, and whether its caches are read with all their rows: the first that makes sense of all cores is right."""
+    yield interface, False
+    if (other := with_lengths(graph, interface)) is not None:
+        yield other, False
+    if interface.fixed.get("L", 0) > FEW_ROWS:
+        yield interface, True
+
+
+def _match_all(
+    graph: gs.Graph, interface: ModelInterface, probes: list[Probe], cores: list[gs.Node], report: Report
+) -> Inspection:
+    found = Inspection(graph, interface, probes, [], {}, report)
+    fault = _fault_of_caches(probes)
+    for node in cores:
+        _match(found, node, fault)
+    return found
+
+
+def _fault_of_caches(probes: list[Probe]) -> NoMatch | ProbeError | None:
+    """Why full-length caches are not what the cores may read; None where they are, or where there are none."""
+    if not probes[0].interface.has_full_caches:
+        return None
+    for probe in probes:
+        try:
+            check_full_caches(probe)
+        except NoMatch as error:
+            return error
+        except ProbeError as error:
+            if probe is probes[0]:  # not every export takes other sizes
+                return error
+    return None
+
+
+def _match(found: Inspection, node: gs.Node, fault: NoMatch | ProbeError | None) -> None:
+    """Matches one core, unless the caches have a fault, and adds its line to the report."""
     probe = found.probes[0]
     index = len(found.matches)
     label = node.name or node.outputs[0].name
     try:
+        if fault is not None:
+            raise fault
         match: MlaMatch | None = _read(probe, node)
         assert match is not None
         top_k = None
@@ -432,7 +498,7 @@ def _export(
         "max_pages": None,
         "row_format": options.kv_format,
         "index_format": options.index_format,
-        "max_position": lowerer.packed.max_position,
+        "max_position": _max_position(lowerer.packed.max_position, found),
         "target": options.target,
         "vocabulary": None,
         "caches": [
@@ -469,6 +535,17 @@ def _export(
     entry.key, entry.value = "mla_trt", json.dumps(metadata)
     attach_functions(model)
     return model
+
+
+def _max_position(table: int | None, found: Inspection) -> int | None:
+    """Positions that the export has: those of its shortest table, and those that its full-length caches have rows for."""
+    rows = found.interface.fixed.get("L")
+    if rows is None or (table is not None and table <= rows):
+        return table
+    found.report.notes.append(
+        f"the export's caches hold {rows} tokens, which bounds the lowered model too (max_position): export it with longer caches for more"
+    )
+    return rows
 
 
 def _result_shape(exported: list[int | str] | None, token_axes: list[int | str], tokens: str) -> list[int | str] | None:

@@ -22,6 +22,7 @@ from mla_trt.onnxruntime_session import RuntimeErrors, input_dtype, one_line, op
 
 ROPE_THETA = 10000.0
 LONGEST_TRIED_MINIMUM = 16
+DEFAULT_ROWS = 64  # of full-length caches that may have any number
 SAME = 1e-5  # relative to the largest value: what rounding may make of equal results
 
 
@@ -89,6 +90,8 @@ class OriginalModel:
         self.fixed_batch = interface.fixed.get("B") if "B" in interface.tokens.axes else 1
         self.fixed_new = interface.fixed.get("S")
         self.fixed_past = interface.fixed.get("P")
+        self._fixed_rows = interface.fixed.get("L")
+        self._rows = self._fixed_rows or DEFAULT_ROWS
         self._rope_dim = rope_dim
         self._session = open_session(model, base_dir=base_dir)
         # Types are those of the model given, which may be a float32 copy of the one that the interface describes.
@@ -99,6 +102,10 @@ class OriginalModel:
     def carries(self) -> bool:
         """Whether anything goes from one call to the next. A cache that must be empty carries nothing."""
         return (self.has_cache and self.fixed_past != 0) or self.has_state
+
+    @property
+    def _full(self) -> bool:
+        return self.interface.has_full_caches
 
     @property
     def feature_axes(self) -> tuple[int, ...]:
@@ -148,7 +155,9 @@ class OriginalModel:
         """
         sequences, new = tokens.shape[:2]
         rows = hidden + cached
-        sizes = {"B": sequences, "S": new, "P": rows, "T": rows + new}
+        if self._full and rows + new > self._rows:
+            raise RefusedLengthError(f"the caches have {self._rows} rows, not {rows + new}")
+        sizes = {"B": sequences, "S": new, "P": rows, "T": rows + new, "L": self._rows}
         feeds = {entry.name: self._value(entry, tokens, past, sizes, hidden) for entry in self.interface.inputs}
         try:
             values = self._session.run(self._outputs, feeds)
@@ -164,13 +173,14 @@ class OriginalModel:
                     f"the export gives no result '{name}' for {new} new tokens after {rows} cached ones"
                 )
         for entry in self.interface.by_role(roles.CACHE):
-            if entry.output and outputs[entry.output].shape[entry.axes.index("P")] != rows + new:
+            length, axis = (self._rows, "L") if "L" in entry.axes else (rows + new, "P")
+            if entry.output and outputs[entry.output].shape[entry.axes.index(axis)] != length:
                 raise RefusedLengthError(f"the cache '{entry.output}' does not hold {rows} + {new} tokens")
         return outputs
 
     def empty_past(self, sequences: int, cached: int = 0) -> dict[str, np.ndarray]:
-        """Caches of `cached` zero rows and states of zeros."""
-        sizes = {"B": sequences, "S": 0, "P": cached, "T": cached}
+        """Caches of `cached` zero rows, or all of their rows where they have these from the beginning, and states of zeros."""
+        sizes = {"B": sequences, "S": 0, "P": cached, "T": cached, "L": self._rows}
         entries = (*self.interface.by_role(roles.CACHE), *self.interface.by_role(roles.STATE))
         return {entry.name: np.zeros(_shape(entry, sizes), self._dtypes[entry.name]) for entry in entries}
 
@@ -189,6 +199,8 @@ class OriginalModel:
         """
         if not self.carries:
             return self._limits_without_cache(bound)
+        if self._full and self._fixed_rows is None:
+            self._rows = bound
         sizes = [self.fixed_new] if self.fixed_new else range(1, LONGEST_TRIED_MINIMUM + 1)
         first = next((size for size in sizes if self._accepts(size, 0)), None)
         lowest: Sequence[int] = range(1, LONGEST_TRIED_MINIMUM + 1)
@@ -207,7 +219,7 @@ class OriginalModel:
         else:
             total = _largest(lambda length: self._accepts(step, length - step), past + step, bound)
         if first is None:
-            return self._limits_without_beginning(step, past, total)
+            return Limits(None, step, past, total) if self._full else self._limits_without_beginning(step, past, total)
         smallest = next((cached for cached in range(1, past) if self._accepts(step, cached)), past)
         return Limits(first, step, smallest, total)
 
@@ -347,10 +359,14 @@ class OriginalModel:
         positions = np.arange(sizes["P"], sizes["T"]) - hidden
         if entry.role == roles.POSITIONS:
             return np.broadcast_to(positions if "S" in entry.axes else positions[0], shape).astype(dtype)
+        if entry.role == roles.LENGTHS:
+            return np.full(shape, sizes["T"] - hidden, dtype)
         if entry.role == roles.ATTENTION_MASK:
             mask = np.ones(shape, dtype)
             if "T" in entry.axes:
                 np.moveaxis(mask, entry.axes.index("T"), 0)[:hidden] = 0
+            if "L" in entry.axes:
+                np.moveaxis(mask, entry.axes.index("L"), 0)[sizes["T"] :] = 0
             return mask
         if entry.role == roles.SCORE_MASK:
             return causal_mask(shape, sizes["P"], dtype, hidden)

@@ -13,7 +13,7 @@ import gc
 import json
 import math
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -213,7 +213,7 @@ class _Layers:
         entries = [entry for entry in self.interface.inputs if entry.name in taken.inputs]
         if any(entry.role == roles.CACHE for entry in entries):
             raise CannotCutError("it reads a cache")
-        export = self._cutter.build(taken, start, outputs, [entry.output for entry in entries if entry.output])
+        export = self._cutter.build(taken, start, outputs, _next_values(entries))
         if (needed := memory_needed(export)) > memory:
             raise CannotCutError(f"it needs {needed / 2**30:.1f} GiB")
         load_from_elsewhere(export, self.original, self.original.folder)
@@ -274,7 +274,7 @@ class _Layers:
                 outputs[result] = Output(way_out.name, way_out.width, way_out.order)
         taken = self._cutter.take([output.tensor for output in outputs.values()], start, grown=caches)
         entries = [entry for entry in self.interface.inputs if entry.name in taken.inputs]
-        model = self._cutter.build(taken, start, outputs, [entry.output for entry in entries if entry.output])
+        model = self._cutter.build(taken, start, outputs, _next_values(entries))
         load_from_elsewhere(model, self.original, self.original.folder)
         tokens = ModelInput(start.name, roles.TOKENS, start.dtype, (*start.leading, start.features))
         return model, ModelInterface((tokens, *entries), tuple(outputs), self.interface.fixed)
@@ -423,6 +423,11 @@ class _LoweredCutter:
             layers=[layer for layer in facts.get("layers", []) if layer.get("index") in layers],
             side_inputs=[side for side in facts.get("side_inputs", []) if side["name"] in inputs],
         )
+
+
+def _next_values(entries: Iterable[ModelInput]) -> list[str]:
+    """The outputs that hold the next values of caches and states."""
+    return [entry.output for entry in entries if entry.output and entry.role in (roles.CACHE, roles.STATE)]
 
 
 def _set_facts(model: onnx.ModelProto, **facts: object) -> None:

@@ -158,7 +158,12 @@ def read_core(probe: Probe, softmax: gs.Node) -> AttentionCore:
     if not products:
         raise NoMatch("the scores are not a product of queries and keys", softmax)
     present = np.logical_or.reduce([flat >= 0 for flat, _ in products.values()])
-    sinks, keys = _split_off_sink(softmax, constant, present)
+    sinks, every = _split_off_sink(softmax, constant, present)
+    keys = every[: filled_columns(probe, len(every))]
+    if (constant[:, every[len(keys) :]] > HIDDEN_SCORE).any():
+        raise NoMatch(
+            "the mask shows rows of the caches that hold no token yet, those of positions after the query's", softmax
+        )
     constant, present = constant[:, keys], present[:, keys]
     if np.isnan(constant).any():
         raise NoMatch("the mask is not a number somewhere", softmax)
@@ -170,7 +175,12 @@ def read_core(probe: Probe, softmax: gs.Node) -> AttentionCore:
         for number, (flat, factor) in products.items()
     )
     shape = tuple(size for index, size in enumerate(scores.shape) if index != axis)
-    return _read_values(probe, softmax, axis, shape, keys, parts, visible, sinks)
+    return _read_values(probe, softmax, axis, shape, every, parts, visible, sinks)
+
+
+def filled_columns(probe: Probe, columns: int) -> int:
+    """How many of the keys belong to tokens: full-length caches have rows for later ones behind them."""
+    return min(probe.sizes.cached + probe.sizes.new, columns) if probe.interface.has_full_caches else columns
 
 
 def sort_terms(
@@ -244,6 +254,11 @@ def read_part(
     query_tensor, key_tensor = (view.left, view.right) if query_is_left else (view.right, view.left)
     query = (view.left_linear if query_is_left else view.right_linear)(probe.linear(query_tensor))
     key = (view.right_linear if query_is_left else view.left_linear)(probe.linear(key_tensor))
+    unmet = np.flatnonzero(~present.any(axis=0))
+    if len(unmet):
+        # Keys that a selection hides from all queries of the case are those that are left, in order.
+        left_over = np.setdiff1d(np.arange(key.shape[1]), np.delete(columns, unmet))
+        columns[unmet[: len(left_over)]] = left_over[: len(unmet)]
     query = Linear(
         (len(rows), query.shape[2]),
         tuple(Term(term.codes[groups, rows], term.coefficients[groups, rows]) for term in query.terms),
@@ -305,10 +320,11 @@ def _read_values(
     place_of_row[row_at] = np.arange(groups * per_group)
     if (place_of_row < 0).any():
         raise NoMatch("some rows of the probabilities do not meet the values", node)
+    kept = np.argsort(order)[: visible.shape[1]]
     value = Linear(
-        (value.shape[0], len(keys), value.shape[1]),
+        (value.shape[0], len(kept), value.shape[1]),
         tuple(
-            Term(*(np.moveaxis(array[:, :, np.argsort(order)], 1, 2) for array in (item.codes, item.coefficients)))
+            Term(*(np.moveaxis(array[:, :, kept], 1, 2) for array in (item.codes, item.coefficients)))
             for item in value.terms
         ),
     )

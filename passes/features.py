@@ -9,6 +9,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from onnx import helper
 
+from mla_trt import interface as roles
 from mla_trt.passes.attention_core import NoMatch
 from mla_trt.passes.contraction import Contraction, contraction
 from mla_trt.passes.graph import constant_value, producer
@@ -150,6 +151,17 @@ def near(values: np.ndarray, expected: np.ndarray, *, rtol: float, atol: float) 
 
 def is_input(probe: Probe, number: int) -> bool:
     return number > 0 and producer(probe.owner(number)) is None
+
+
+def refuse_states(probe: Probe, numbers: np.ndarray, node: gs.Node | None) -> None:
+    """Raises NoMatch where an owner is an input that keeps its size and is no cache with a row for every token."""
+    for number in np.unique(numbers[numbers > 0]):
+        name = probe.owner(int(number)).name
+        if is_input(probe, int(number)) and any(name == entry.name for entry in probe.interface.by_role(roles.STATE)):
+            raise NoMatch(
+                f"the attention reads '{name}', which neither grows nor has a row for every token: a window, or a ring buffer",
+                node,
+            )
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -82,10 +83,13 @@ def identify_inputs(graph: gs.Graph) -> ModelInterface:
             output, length_axis = growing[tensor.name]
             role = roles.STATE if length_axis is None else roles.CACHE
         else:
-            role, output, length_axis = _side_role(tensor, data), None, None
-        inputs.append(
-            _describe(tensor, role, output, length_axis, batched=len(tokens.shape) - (not _is_integer(tokens)) == 2)
-        )
+            role, output, length_axis = side_role(tensor, data), None, None
+        inputs.append(describe(tensor, role, output, length_axis, tokens))
+    return make_interface(graph, inputs)
+
+
+def make_interface(graph: gs.Graph, inputs: list[ModelInput]) -> ModelInterface:
+    """The interface of a graph whose inputs are described."""
     inputs = _tell_cos_from_sin(inputs)
     next_values = {entry.output for entry in inputs if entry.output}
     fixed: dict[str, int] = {}
@@ -94,9 +98,20 @@ def identify_inputs(graph: gs.Graph) -> ModelInterface:
             for letter, size in zip(entry.axes, tensor.shape, strict=True):
                 if isinstance(letter, str) and (value := static_size(size)) is not None:
                     fixed[letter] = value
+    inputs = [_with_own_length(entry, tensor, fixed) for entry, tensor in zip(inputs, graph.inputs, strict=True)]
     return ModelInterface(
         tuple(inputs), tuple(tensor.name for tensor in graph.outputs if tensor.name not in next_values), fixed
     )
+
+
+def _with_own_length(entry: ModelInput, tensor: gs.Tensor, fixed: dict[str, int]) -> ModelInput:
+    """A mask that is as long as it always is, where that is not the number of all tokens."""
+    size = static_size(tensor.shape[-1]) if tensor.shape else None
+    if size is None or entry.role not in (roles.ATTENTION_MASK, roles.SCORE_MASK) or entry.axes[-1] != "T":
+        return entry
+    if "S" in fixed and size == fixed["S"] + fixed.get("P", 0):
+        return entry
+    return replace(entry, axes=(*entry.axes[:-1], size))
 
 
 def static_size(size: int | str | None) -> int | None:
@@ -299,7 +314,8 @@ def _descendants(tensor: gs.Tensor, data: set[int]) -> Iterator[tuple[gs.Tensor,
                 stack.extend(output for output in node.outputs if id(output) not in data)
 
 
-def _side_role(tensor: gs.Tensor, data: set[int]) -> str:
+def side_role(tensor: gs.Tensor, data: set[int]) -> str:
+    """The role of an input that is no data (`data`: ids of the tensors that are)."""
     uses = [(current, node) for current, node in _descendants(tensor, data) if node.op not in ("Shape", "Size")]
     if not uses:
         return roles.UNUSED
@@ -311,7 +327,7 @@ def _side_role(tensor: gs.Tensor, data: set[int]) -> str:
         return roles.ATTENTION_MASK if len(tensor.shape) <= 2 else roles.SCORE_MASK
     if any(node.op == "CumSum" for _, node in uses) or _zeroes_data(tensor, data):
         return roles.ATTENTION_MASK
-    if multiplies or any(node.op in ("Cos", "Sin") for _, node in uses):
+    if multiplies or any(node.op in ("Cos", "Sin") or _chooses_rows(current, node, data) for current, node in uses):
         return roles.POSITIONS
     if len(tensor.shape) > 2:
         return roles.SCORE_MASK
@@ -333,6 +349,22 @@ def _zeroes_data(tensor: gs.Tensor, data: set[int]) -> bool:
     return False
 
 
+def is_only_compared(tensor: gs.Tensor, data: set[int]) -> bool:
+    """Whether nothing is rotated by the values or written where they say: they tell how far a mask reaches."""
+    return not any(
+        node.op in ("Cos", "Sin") or _chooses_rows(current, node, data) for current, node in _descendants(tensor, data)
+    )
+
+
+def _chooses_rows(tensor: gs.Tensor, node: gs.Node, data: set[int]) -> bool:
+    """Whether a node writes data where the values say."""
+    if node.op in ("ScatterND", "ScatterElements"):
+        return node.inputs[1] is tensor and id(node.inputs[2]) in data
+    if node.op == "TensorScatter":
+        return len(node.inputs) > 2 and node.inputs[2] is tensor
+    return node.op == "Where" and node.inputs[0] is tensor and all(id(item) in data for item in node.inputs[1:])
+
+
 def _becomes_truth(tensor: gs.Tensor, node: gs.Node) -> bool:
     """Whether a consumer uses the values as truth values or as numbers 0 and 1."""
     if node.op == "Cast":
@@ -347,9 +379,20 @@ def _becomes_truth(tensor: gs.Tensor, node: gs.Node) -> bool:
     return node.op in ("Equal", "Not", "Where")
 
 
-def _describe(
-    tensor: gs.Tensor, role: str, output: str | None, length_axis: int | None, *, batched: bool
+def describe(
+    tensor: gs.Tensor, role: str, output: str | None, length_axis: int | None, tokens: gs.Tensor, length: str = "P"
 ) -> ModelInput:
+    """An input with its axes.
+
+    Args:
+        tensor: the input.
+        role: its role.
+        output: name of the output that holds its next value.
+        length_axis: the axis of a cache's rows; None where it is no cache.
+        tokens: the input of the tokens.
+        length: letter of the axis of a cache's rows.
+    """
+    batched = len(tokens.shape) - (not _is_integer(tokens)) == 2
     shape = [static_size(size) if static_size(size) is not None else size for size in tensor.shape]
     rank = len(shape)
     axes: list[Axis] = [size if isinstance(size, int) else "?" for size in shape]
@@ -357,7 +400,7 @@ def _describe(
         letters = ["B", "S"] if batched else ["S"]
         axes[: len(letters)] = letters
     elif role == roles.POSITIONS and rank:
-        axes[-1] = "S"
+        axes[-1] = _positions_axis(tensor, tokens, batched)
         if rank >= 2:
             axes[-2] = 1 if shape[-2] == 1 else "B"
     elif role == roles.ATTENTION_MASK and rank:
@@ -387,11 +430,20 @@ def _describe(
             if candidates:
                 axes[(varying or candidates)[0]] = "B"
         if length_axis is not None:
-            axes[length_axis] = "P"
+            axes[length_axis] = length
     dtype = (
         tensor.dtype if isinstance(tensor.dtype, int) else onnx.helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))
     )
     return ModelInput(tensor.name, role, dtype, tuple(axes), output)
+
+
+def _positions_axis(tensor: gs.Tensor, tokens: gs.Tensor, batched: bool) -> Axis:
+    """The last axis of positions: that of the new tokens, or another where only the first one's position is given."""
+    size = tensor.shape[-1]
+    sequences, new = (tokens.shape[0], tokens.shape[1]) if batched else (None, tokens.shape[0])
+    if static_size(size) == 1 and static_size(new) != 1:
+        return 1
+    return "B" if len(tensor.shape) == 1 and size == sequences and size != new else "S"
 
 
 def _tell_cos_from_sin(inputs: list[ModelInput]) -> list[ModelInput]:

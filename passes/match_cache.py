@@ -11,7 +11,7 @@ import onnx_graphsurgeon as gs
 from mla_trt import interface as roles
 from mla_trt.interface import ModelInput
 from mla_trt.passes.attention_core import NoMatch
-from mla_trt.passes.features import Projected, is_input, projected_by, take
+from mla_trt.passes.features import Projected, is_input, projected_by, refuse_states, take
 from mla_trt.passes.probe import ZERO, Linear, Probe, ProbeError
 
 
@@ -64,6 +64,7 @@ def _check_input(
     codes, factor = read.terms[0].codes, read.terms[0].coefficients
     numbers, flat = probe.owners(codes)
     cache = probe.owner(int(numbers.reshape(-1)[0]))
+    refuse_states(probe, numbers, node)
     entry = next((item for item in probe.interface.by_role(roles.CACHE) if item.name == cache.name), None)
     if entry is None or entry.output is None or not (numbers == numbers.reshape(-1)[0]).all():
         return
@@ -87,9 +88,8 @@ def _check_input(
         f"the cache '{cache.name}' is not given what the attention reads of the new tokens: it is stored in another order or scale",
         node,
     )
-    kept = probe.atoms(cache)
-    expected = _in_rows(probe, entry, kept)
-    now = take(stored, (slice(None), np.arange(probe.sizes.cached)))
+    kept = (slice(None), np.arange(probe.sizes.cached))
+    expected, now = take(_in_rows(probe, entry, probe.atoms(cache)), kept), take(stored, kept)
     _compare(now, expected, np.ones(1), f"the cache '{cache.name}' does not keep its rows as they are", node)
 
 
@@ -101,18 +101,23 @@ def _split(
     index = np.unravel_index(flat, shape)
     place = np.zeros_like(flat)
     for axis, letter in enumerate(entry.axes):
-        if letter not in ("B", "P"):
+        if letter not in ("B", "P", "L"):
             place = place * shape[axis] + index[axis]
     batch = index[entry.axes.index("B")] if "B" in entry.axes else np.zeros_like(flat)
-    return batch, index[entry.axes.index("P")], place
+    return batch, index[row_axis(entry)], place
+
+
+def row_axis(entry: ModelInput) -> int:
+    """The axis of a cache's rows."""
+    return entry.axes.index("L" if "L" in entry.axes else "P")
 
 
 def _in_rows(probe: Probe, entry: ModelInput, linear: Linear) -> Linear:
     """A cache as [B, positions, entries]."""
-    lead = [entry.axes.index(letter) for letter in ("B", "P") if letter in entry.axes]
+    lead = [entry.axes.index(letter) for letter in ("B", "P", "L") if letter in entry.axes]
     order = [*lead, *(axis for axis in range(len(entry.axes)) if axis not in lead)]
     batch = probe.batch if "B" in entry.axes else 1
-    length = linear.shape[entry.axes.index("P")]
+    length = linear.shape[row_axis(entry)]
 
     def arrange(array: np.ndarray) -> np.ndarray:
         return array.transpose(order).reshape(batch, length, -1)
@@ -129,7 +134,8 @@ def _stored(probe: Probe, entry: ModelInput, cache: gs.Tensor) -> Linear | None:
     except ProbeError:
         return None
     expected = list(probe.shape(cache))
-    expected[entry.axes.index("P")] += probe.sizes.new
+    if "L" not in entry.axes:
+        expected[row_axis(entry)] += probe.sizes.new
     return _in_rows(probe, entry, linear) if list(linear.shape) == expected else None
 
 

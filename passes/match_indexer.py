@@ -8,14 +8,14 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from mla_trt import interface as roles
-from mla_trt.passes.attention_core import HIDDEN_SCORE, NoMatch, ScorePart, read_part, sort_terms
+from mla_trt.passes.attention_core import HIDDEN_SCORE, NoMatch, ScorePart, filled_columns, read_part, sort_terms
 from mla_trt.passes.contraction import Contraction, contraction
 from mla_trt.passes.features import Features, locate, near, projected_by, single_term, take
 from mla_trt.passes.graph import producer
 from mla_trt.passes.match_cache import check_cached_rows
 from mla_trt.passes.match_rope import Rotation, collect_factors, read_rotation, rotation_matrix
 from mla_trt.passes.norms import LayerNorm, recognise_layer_norm
-from mla_trt.passes.probe import Linear, Probe, ProbeError, Sizes, Term
+from mla_trt.passes.probe import Linear, Probe, ProbeError, Sizes, Term, case_sizes
 
 FAR = (
     1 << 16,
@@ -66,10 +66,10 @@ def match_indexer(probe: Probe, selection: gs.Tensor) -> IndexerMatch:
     axis = node.attrs.get("axis", -1) % len(scores.shape)
     if not node.attrs.get("largest", 1):
         raise NoMatch("the indexer keeps the keys of the lowest scores", node)
-    columns = scores.shape[axis]
+    columns = filled_columns(probe, scores.shape[axis])
 
     def as_rows(array: np.ndarray) -> np.ndarray:
-        return np.moveaxis(array, axis, -1).reshape(-1, columns)
+        return np.moveaxis(array, axis, -1).reshape(-1, scores.shape[axis])
 
     constant, products = sort_terms(
         probe, node, [Term(as_rows(term.codes), as_rows(term.coefficients)) for term in scores.terms]
@@ -77,6 +77,9 @@ def match_indexer(probe: Probe, selection: gs.Tensor) -> IndexerMatch:
     if len(products) != 1:
         raise NoMatch("the index scores are not one weighted sum over heads", node)
     (number, (flat, factor)), *_ = products.items()
+    if (constant[:, columns:] > HIDDEN_SCORE).any():
+        raise NoMatch("the indexer may select rows of the caches that hold no token yet", node)
+    flat, factor, constant = flat[:, :columns], factor[:, :columns], constant[:, :columns]
     visible = (flat >= 0) & (constant > HIDDEN_SCORE)
     if (np.abs(constant[visible]) > 1e-6).any():
         raise NoMatch("a bias is added to the index scores", node)
@@ -300,9 +303,15 @@ def _read_parts(
 def _top_k(probe: Probe, node: gs.Node) -> int:
     """The largest number of keys that the TopK returns, however long the context."""
     cache = bool(probe.interface.by_role(roles.CACHE))
-    fixed = ("P" if cache else "S") in probe.interface.fixed
+    full = probe.interface.has_full_caches
+    fixed = ("L" if full else "P" if cache else "S") in probe.fixed
+    if full and fixed:
+        count = int(np.asarray(probe.of_sizes(probe.sizes).known(node.inputs[1])).reshape(-1)[0])
+        if count >= probe.fixed["L"]:
+            raise SelectsAllKeys("the indexer selects all keys", node)
+        return count
     for cached in () if fixed else FAR if cache else FAR[1:]:
-        sizes = Sizes(1, probe.sizes.new, cached) if cache else Sizes(1, cached, 0)
+        sizes = case_sizes(probe.interface, 1, probe.sizes.new, cached) if cache else Sizes(1, cached, 0)
         far = probe.of_sizes(sizes)
         try:
             count = int(np.asarray(far.known(node.inputs[1])).reshape(-1)[0])

@@ -16,6 +16,7 @@ from mla_trt.passes.features import (
     locate,
     projected_by,
     refuse_constants,
+    refuse_states,
     single_term,
     take,
 )
@@ -81,6 +82,7 @@ def read_latent(probe: Probe, core: AttentionCore, rows: np.ndarray) -> tuple[La
             "the cache is baked into the model as a constant, so its update is lost: export the model with the cache as inputs and outputs",
             node,
         )
+    refuse_states(probe, column_owner, node)
     from_input = np.array([is_input(probe, int(number)) for number in column_owner])
     made = np.flatnonzero(~from_input & (column_owner > 0))
     if not len(made):
@@ -150,6 +152,7 @@ def _latent_entries(probe: Probe, term: Term, columns: np.ndarray, node: gs.Node
             "the cache is baked into the model as a constant, so its update is lost: export the model with the cache as inputs and outputs",
             node,
         )
+    refuse_states(probe, owner, node)
     cached = np.array([is_input(probe, int(number)) for number in owner])
     fresh = np.flatnonzero(~cached)
     makers = np.unique(owner[fresh])

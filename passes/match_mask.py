@@ -6,8 +6,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from mla_trt import interface as roles
-from mla_trt.passes.attention_core import HIDDEN_SCORE, AttentionCore, NoMatch
-from mla_trt.passes.graph import producer
+from mla_trt.passes.attention_core import HIDDEN_SCORE, AttentionCore, NoMatch, filled_columns
+from mla_trt.passes.graph import element_count, producer
 from mla_trt.passes.match_latent import Latent
 from mla_trt.passes.probe import ONE, Probe, ProbeError, Sizes
 
@@ -16,6 +16,8 @@ from mla_trt.passes.probe import ONE, Probe, ProbeError, Sizes
 FAR_CACHED = (1 << 15, 1 << 12, 1 << 8, 1 << 5)
 FAR_NEW = (1 << 9, 1 << 6, 1 << 5)
 MAX_SCORES = 1 << 24
+# A position that no cache has a row for. There a window shows that is no shorter than the cache.
+BEYOND = 1 << 20
 
 
 def check_mask(probe: Probe, core: AttentionCore, rows: np.ndarray, latent: Latent) -> gs.Tensor | None:
@@ -67,14 +69,24 @@ def check_far_mask(probe: Probe, softmax: gs.Node, selection: gs.Tensor | None) 
 
 
 def far_cases(probe: Probe) -> list[list[Sizes]]:
-    """Long contexts and long prompts, each from the longest to the shortest: of each list, the first that the export takes is to be tried."""
-    fixed = probe.interface.fixed
-    batch = fixed.get("B", 1)
-    contexts = [Sizes(batch, fixed.get("S", 1), length) for length in FAR_CACHED]
-    prompts = [Sizes(batch, length, 0) for length in FAR_NEW]
-    if probe.interface.by_role(roles.CACHE):
-        return [] if "P" in fixed else [contexts] if "S" in fixed else [contexts, prompts]
-    return [] if "S" in fixed else [prompts]
+    """Long contexts and long prompts, each from the longest to the shortest: of each list, the first that the export takes is to be tried. Of
+    full-length caches, positions behind their last row too."""
+    fixed = probe.fixed
+    batch, step = fixed.get("B", 1), fixed.get("S", 1)
+    contexts = [Sizes(batch, step, length, length + step) for length in FAR_CACHED]
+    prompts = [Sizes(batch, length, 0, length) for length in FAR_NEW]
+    if "L" in fixed:
+        rows = fixed["L"]
+        contexts = [Sizes(batch, step, rows - step, rows)]
+        prompts = [Sizes(batch, length, 0, rows) for length in (rows, *FAR_NEW) if length <= rows]
+    if not probe.interface.by_role(roles.CACHE):
+        return [] if "S" in fixed else [prompts]
+    if "P" in fixed:
+        return []
+    cases = [contexts] if "S" in fixed else [contexts, prompts]
+    if probe.interface.has_full_caches:
+        cases.append([Sizes(batch, step, BEYOND, fixed.get("L", probe.sizes.rows))])
+    return cases
 
 
 def _check_longest(probe: Probe, softmax: gs.Node, selection: gs.Tensor | None, cases: list[Sizes]) -> None:
@@ -92,7 +104,7 @@ def _check_longest(probe: Probe, softmax: gs.Node, selection: gs.Tensor | None, 
 
 
 def _mask_tensors(probe: Probe, softmax: gs.Node) -> frozenset[int]:
-    """Ids of the tensors free of data that are added to the scores or choose among them."""
+    """Ids of the tensors free of data that are added to the scores or choose among them. Single numbers, such as what hides, are none."""
     found: set[int] = set()
     seen: set[int] = set()
     stack = [softmax.inputs[0]]
@@ -103,9 +115,13 @@ def _mask_tensors(probe: Probe, softmax: gs.Node) -> frozenset[int]:
             continue
         seen.add(id(tensor))
         if node.op in ("Add", "Where", "Sub"):
-            found.update(id(item) for item in node.inputs if probe.is_known(item))
+            found.update(id(item) for item in node.inputs if probe.is_known(item) and not _is_number(item))
         stack.extend(node.inputs)
     return frozenset(found)
+
+
+def _is_number(tensor: gs.Tensor) -> bool:
+    return isinstance(tensor, gs.Constant) and element_count(tensor) == 1
 
 
 def _visible(probe: Probe, softmax: gs.Node) -> np.ndarray:
@@ -125,10 +141,18 @@ def _visible(probe: Probe, softmax: gs.Node) -> np.ndarray:
 
 def _compare(far: Probe, softmax: gs.Node, visible: np.ndarray, selection: gs.Tensor | None) -> None:
     rows, columns = visible.shape
-    new, cached = far.sizes.new, columns - far.sizes.new
+    filled = filled_columns(far, columns)
+    if visible[:, filled:].any():
+        raise NoMatch("in long contexts the mask shows rows of the caches that hold no token yet", softmax)
+    new, cached = far.sizes.new, filled - far.sizes.new
     if cached < 0:
         return
     counts = visible.sum(axis=1)
+    if far.sizes.cached >= columns:
+        shown = far.selections[id(selection)].shape[-1] if id(selection) in far.selections else columns
+        if (counts != shown).any():
+            raise NoMatch("the mask hides the first keys once the cache is full: a window", softmax)
+        return
     if selection is not None:
         lists = far.selections.get(id(selection))
         # Whatever the order of the rows, no row can show more keys than its list has, and every key it shows must be in some list.

@@ -47,8 +47,8 @@ ELEMENTWISE_OPS = (
 
 
 def drop_old_caches(graph: gs.Graph, probe: Probe) -> None:
-    """Takes the caches' next values off the outputs, and with them what only they needed."""
-    gone = {entry.output for entry in probe.interface.by_role(roles.CACHE)}
+    """Takes the next values of caches and of counted positions off the outputs, and with them what only they needed."""
+    gone = {entry.output for entry in probe.interface.inputs if entry.role in (roles.CACHE, roles.POSITIONS)}
     graph.outputs[:] = [tensor for tensor in graph.outputs if tensor.name not in gone]
     remove_dead_nodes(graph)
 
@@ -184,7 +184,7 @@ def _reaches(node: gs.Node, result: gs.Tensor) -> bool:
 
 def rebuild_side_tensors(graph: gs.Graph, probe: Probe, packed: PackedPositions, stays: frozenset[str]) -> int:
     """Gives packed positions to what still depends on positions beside the attention (a scale by position, say); returns how many."""
-    moved = (roles.POSITIONS, roles.ATTENTION_MASK, roles.SCORE_MASK)
+    moved = (roles.POSITIONS, roles.LENGTHS, roles.ATTENTION_MASK, roles.SCORE_MASK)
     tainted = {
         id(tensor)
         for tensor, entry in zip(graph.inputs, probe.interface.inputs, strict=False)
@@ -239,9 +239,9 @@ def replace_lost_shapes(
         if node.op != "Shape" or node.domain or node.inputs[0].name not in gone or node.inputs[0] not in graph.inputs:
             continue
         axes = gone[node.inputs[0].name].axes[slice(node.attrs.get("start", 0), node.attrs.get("end"))]
-        # Around the attention nothing is cached: T is S, P is 0, and the sequences of an input without that axis are one.
+        # Around the attention nothing is cached: T and L are S, P is 0, and the sequences of an input without that axis are one.
         known = probe.interface.tokens.axes
-        nearby: dict[Axis, Axis] = {"T": "S", "P": 0}
+        nearby: dict[Axis, Axis] = {"T": "S", "L": "S", "P": 0}
         axes = tuple(nearby.get(axis, axis) for axis in axes)
         axes = tuple(1 if isinstance(axis, str) and axis not in known else axis for axis in axes)
         replace_uses(

@@ -194,7 +194,8 @@ class PackedPositions:
             if len(layouts) != 1 or None in layouts:
                 continue
             token_axis, sequence_axis = layouts.pop()  # type: ignore[misc]
-            self.max_position = min(self.max_position or rows.shape[axis], rows.shape[axis])
+            length = int(table.shape[axis])
+            self.max_position = min(self.max_position or length, length)
             flat = self._emitter.cast(self._positions, np.dtype(np.int64), "packed_positions")
             gathered = self._emitter.gather(table, flat, axis, f"{tensor.name}.packed")
             shape: list[roles.Axis] = list(values[0].shape)

@@ -56,14 +56,36 @@ class Linear:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of a case: `sequences` B, `new` S, `cached` P."""
+    """Sizes of a case: `sequences` B, `new` S, `cached` P, and `rows` L of caches that have all of them from the beginning."""
 
     sequences: int
     new: int
     cached: int
+    rows: int = 0
 
     def of(self, letter: str) -> int:
-        return {"B": self.sequences, "S": self.new, "P": self.cached, "T": self.cached + self.new}[letter]
+        return {
+            "B": self.sequences,
+            "S": self.new,
+            "P": self.cached,
+            "T": self.cached + self.new,
+            "L": self.rows,
+        }[letter]
+
+
+_SPARE_ROWS = 6  # of a full-length cache beyond a case's tokens
+
+
+def case_sizes(interface: ModelInterface, sequences: int, new: int, cached: int) -> Sizes:
+    """The sizes of a case, as near to those asked for as what the export fixed allows. A full-length cache keeps a row for no token, if it can."""
+    fixed = interface.fixed
+    new = fixed.get("S", new)
+    rows = fixed.get("L", new + cached + _SPARE_ROWS)
+    if interface.has_full_caches:
+        if "S" not in fixed:
+            new = max(min(new, rows // 3), 1)
+        cached = max(min(cached, rows - new - 1), min(1, rows - new))
+    return Sizes(fixed.get("B", sequences), new, fixed.get("P", cached), rows)
 
 
 Value = np.ndarray | Linear
@@ -140,6 +162,7 @@ _SAME_SHAPE = {
     "QuantizeLinear",
     "ScatterND",
     "ScatterElements",
+    "TensorScatter",
     "Trilu",
     "Dropout",
     "CastLike",
@@ -174,6 +197,8 @@ class Probe:
 
     Attributes:
         data: ids of the tensors that depend on data (`identify_inputs.data_dependent`).
+        overrides: constants, by id, that this case reads as others than they are.
+        exported: the interface with all that the export fixed, where this case does not keep to that.
         opaque: ids of data tensors whose elements are to be taken as atoms although they could be explained.
         seen_through: data tensors, by id, that are to be read as another tensor times a vector: a norm without its division.
         selection_size: number of distinct keys in the random lists that stand for a TopK's indices.
@@ -185,6 +210,7 @@ class Probe:
     sizes: Sizes
     base_dir: Path | None
     overrides: dict[int, np.ndarray] = field(default_factory=dict)
+    exported: ModelInterface | None = None
     selection_size: int = 3
     opaque: set[int] = field(default_factory=set)
     seen_through: dict[int, tuple[gs.Tensor, np.ndarray]] = field(default_factory=dict)
@@ -214,11 +240,17 @@ class Probe:
 
     # -- the case ------------------------------------------------------------------------------------------------
 
+    @property
+    def fixed(self) -> dict[str, int]:
+        """Sizes that the export fixed, by letter."""
+        return (self.exported or self.interface).fixed
+
     def of_sizes(self, sizes: Sizes) -> Probe:
-        """The same graph on a case of other sizes, without values: of what was asked before, only shapes are remembered, so that each layer
-        costs what the first one does."""
+        """The same graph, as the export is, on a case of other sizes, without values: of what was asked before, only shapes are remembered, so that
+        each layer costs what the first one does."""
         if sizes not in self._others:
-            self._others[sizes] = Probe(self.graph, self.interface, self.data, sizes, self.base_dir)
+            interface = self.exported or self.interface
+            self._others[sizes] = Probe(self.graph, interface, self.data, sizes, self.base_dir)
         other = self._others[sizes]
         other.forget_values()
         return other
@@ -226,7 +258,7 @@ class Probe:
     def axis_size(self, axis: str | int) -> int:
         if isinstance(axis, int):
             return axis
-        return self.interface.fixed.get(axis, self.sizes.of(axis)) if axis in "BSPT" and axis else 1
+        return self.interface.fixed.get(axis, self.sizes.of(axis)) if axis in "BSPTL" and axis else 1
 
     @property
     def batch(self) -> int:
@@ -241,11 +273,14 @@ class Probe:
     def _input_value(self, model_input: roles.ModelInput, shape: tuple[int, ...]) -> np.ndarray:
         dtype = helper.tensor_dtype_to_np_dtype(model_input.dtype)
         if model_input.role == roles.POSITIONS:
-            return (
-                np.ascontiguousarray(np.broadcast_to(self.positions, shape)).astype(dtype)
-                if shape
-                else np.array(self.sizes.cached, dtype)
-            )
+            if "S" not in model_input.axes:
+                return np.full(shape, self.sizes.cached, dtype)
+            return np.ascontiguousarray(np.broadcast_to(self.positions, shape)).astype(dtype)
+        if model_input.role == roles.LENGTHS:
+            return np.full(shape, self.sizes.cached + self.sizes.new, dtype)
+        if model_input.role == roles.ATTENTION_MASK and model_input.axes[-1:] == ("L",):
+            filled = np.arange(shape[-1]) < self.sizes.cached + self.sizes.new
+            return np.ascontiguousarray(np.broadcast_to(filled, shape)).astype(dtype)
         if model_input.role == roles.SCORE_MASK:
             allowed = np.arange(shape[-1])[None, :] <= (np.arange(shape[-2]) + self.sizes.cached)[:, None]
             if dtype == np.bool_:
@@ -420,6 +455,8 @@ class Probe:
             return known[0]
         if op in ("ScatterND", "ScatterElements"):
             return known[1] and node.attrs.get("reduction", "none") in ("none", b"none")
+        if op == "TensorScatter":
+            return all(known[2:])
         return False
 
     def is_transparent(self, node: gs.Node) -> bool:
@@ -617,7 +654,7 @@ class Probe:
 
     def _moving_matrix(self, node: gs.Node) -> tuple[np.ndarray, bool] | None:
         """A known operand of a MatMul that only moves and scales data, each result being made of two entries at most, and whether it is the
-        right one: a permutation, a rotate_half, a rotation."""
+        right one: a permutation, a rotate_half, a rotation, one-hot rows."""
         if id(node) in self._matrices:
             return self._matrices[id(node)]
         found = None
@@ -627,10 +664,15 @@ class Probe:
             right = operand is node.inputs[1]
             try:
                 shape = self.shape(operand)
-                if len(shape) >= 2 and math.prod(shape) <= MAX_MATRIX and min(shape[-2:]) > 1:
+                if len(shape) < 2 or math.prod(shape) > MAX_MATRIX or math.prod(shape[-2:]) < 2:
+                    continue
+                selects = not from_constants(operand)
+                if min(shape[-2:]) > 1 or selects:
                     matrix = np.asarray(self.known(operand), np.float64)
                     used = np.count_nonzero(matrix, axis=-2 if right else -1)
-                    found = (matrix, right) if used.min(initial=1) > 0 and used.max(initial=0) <= 2 else None
+                    one_hot = selects and used.max(initial=0) <= 1 and np.isin(matrix, (0, 1)).all()
+                    moves = one_hot or (min(shape[-2:]) > 1 and used.min(initial=1) > 0 and used.max(initial=0) <= 2)
+                    found = (matrix, right) if moves else None
             except ProbeError:
                 found = None
         self._matrices[id(node)] = found
@@ -647,7 +689,7 @@ class Probe:
         order = np.argsort(weights == 0, axis=-2, kind="stable")[..., :2, :]
         batch = np.broadcast_shapes(data.shape[:-2], weights.shape[:-2])
         parts = []
-        for place in range(2):
+        for place in range(order.shape[-2]):
             index = order[..., place : place + 1, :]
             factor = np.take_along_axis(weights, index, axis=-2)
             terms = []
@@ -674,6 +716,8 @@ class Probe:
             return set(range(count))
         if node.op in ("ScatterND", "ScatterElements"):
             return {0, 2}
+        if node.op == "TensorScatter":
+            return {0, 1}
         if node.op == "Where":
             return {1, 2}
         return {0}

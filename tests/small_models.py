@@ -6,6 +6,7 @@ Both come from the same weights. Tests of sessions and of verification use them:
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -138,8 +139,74 @@ def _cache_sizes(config: Config) -> dict[str, int]:
     return sizes | {"index": config.index_head_dim} if config.top_k else sizes
 
 
-def original(config: Config, seed: int = 0) -> onnx.ModelProto:
-    """The model as an export: [B, S] tokens, caches of latents and rope keys, keys and values of each head."""
+@dataclass(frozen=True)
+class FullCaches:
+    """How `original` keeps caches that have all their rows from the beginning.
+
+    Attributes:
+        write: (builder, cache [B, L, d], new rows [B, S, d], positions [S]) -> the cache with them.
+        rows: their number L; None leaves it free.
+        fixed_batch, fixed_new: numbers of sequences and of new tokens that are fixed.
+        position: how positions come in: "given" as cache_position [S], or as that of the "first" token, a scalar, which is also "counted" on, or in a
+            "column" [1].
+        mask: "rows": a mask [B, L] of ones and zeros is an input; "tokens": [B, T]; "scores": one that is added to the scores, [1, 1, S, L].
+        window: keys that a query sees; None: all.
+        hides: whether the rows of later tokens are hidden.
+    """
+
+    write: Callable[[Builder, str, str, str], str]
+    rows: int | None = None
+    fixed_batch: int | None = None
+    fixed_new: int | None = None
+    position: str = "given"
+    mask: str | None = None
+    window: int | None = None
+    hides: bool = True
+
+    def sides(self) -> list[onnx.ValueInfoProto]:
+        """Inputs beside tokens, rope positions and caches."""
+        length, batch, new = self.rows or "L", self.fixed_batch or "B", self.fixed_new or "S"
+        shape = {"given": [new], "first": [], "counted": [], "column": [1]}[self.position]
+        name = "cache_position" if self.position == "given" else "first_position"
+        found = [helper.make_tensor_value_info(name, INT64, shape)]
+        if self.mask is not None:
+            kind = FLOAT if self.mask == "scores" else INT64
+            axes = {"rows": [batch, length], "tokens": [batch, "T"], "scores": [1, 1, new, length]}[self.mask]
+            found.append(helper.make_tensor_value_info("mask", kind, axes))
+        return found
+
+    def positions(self, b: Builder) -> str:
+        """Of the new tokens, int64 [S]."""
+        if self.position == "given":
+            return "cache_position"
+        new = b.op("Shape", "input_ids", start=1)
+        if self.position == "counted":
+            b.op("Add", "first_position", b.op("Squeeze", new), output="next_position")
+        return b.op("Add", _arange(b, new), "first_position")
+
+    def visible(self, b: Builder, total: str, position: str) -> str:
+        """The keys that each new token sees, bool [B or 1, 1, S, L]."""
+        rows, query = _arange(b, total), b.op("Unsqueeze", position, ints(1))
+        visible = b.op("LessOrEqual", rows, query if self.hides else b.op("Add", query, ints(2)))
+        if self.window is not None:
+            near = b.op("Greater", rows, b.op("Sub", query, ints(self.window)))
+            visible = b.op("And", visible, near)
+        visible = b.op("Unsqueeze", visible, ints(0, 1))
+        if self.mask in ("rows", "tokens"):
+            mask = "mask"
+            if self.mask == "tokens":
+                missing = b.op("Sub", total, b.op("Shape", mask, start=1))
+                mask = b.op("Pad", mask, b.op("Concat", ints(0), missing, axis=0), np.array(0), ints(1))
+            visible = b.op("And", visible, b.op("Unsqueeze", b.op("Cast", mask, to=TensorProto.BOOL), ints(1, 2)))
+        return visible
+
+
+def original(config: Config, seed: int = 0, *, full: FullCaches | None = None) -> onnx.ModelProto:
+    """The model as an export: [B, S] tokens, caches of latents and rope keys, keys and values of each head.
+
+    Args:
+        full: caches that have all their rows, instead of such as grow.
+    """
     c, w, b = config, weights(config, seed), Builder()
     b.weights.update({name: value for name, value in w.items() if c.top_k or not name.startswith("index")})
     if not c.sinks:
@@ -149,7 +216,11 @@ def original(config: Config, seed: int = 0) -> onnx.ModelProto:
     cached = b.op("Shape", "past_latent.0", start=1, end=2)
     total = b.op("Add", new, cached)
     queries = b.op("Add", _arange(b, new), cached)
-    visible = b.op("LessOrEqual", _arange(b, total), b.op("Unsqueeze", queries, ints(1)))
+    if full is None:
+        visible = b.op("LessOrEqual", _arange(b, total), b.op("Unsqueeze", queries, ints(1)))
+    else:
+        total, queries = cached, full.positions(b)
+        visible = full.visible(b, total, queries)
     outputs = [helper.make_tensor_value_info("logits", FLOAT, ["B", "S", c.vocabulary])]
     for layer in range(c.layers):
         normed = b.op("RMSNormalization", x, f"norm.{layer}", axis=-1, epsilon=c.epsilon)
@@ -159,10 +230,10 @@ def original(config: Config, seed: int = 0) -> onnx.ModelProto:
         latent, k_rope = b.split("Split", 2, kv, ints(c.kv_lora_rank, c.qk_rope_head_dim), axis=2)
         latent = b.op("RMSNormalization", latent, f"kv_norm.{layer}", axis=-1, epsilon=c.epsilon)
         k_rope = b.op("Reshape", k_rope, ints(0, 0, 1, c.qk_rope_head_dim))
-        q_rope, k_rope = (_rotate(b, c, value, c.interleaved) for value in (q_rope, k_rope))
+        q_rope, k_rope = (rotate(b, c, value, c.interleaved) for value in (q_rope, k_rope))
         k_rope = b.op("Squeeze", k_rope, ints(2))
-        latents = b.op("Concat", f"past_latent.{layer}", latent, output=f"present_latent.{layer}", axis=1)
-        ropes = b.op("Concat", f"past_rope.{layer}", k_rope, output=f"present_rope.{layer}", axis=1)
+        latents = _cached(b, "latent", layer, latent, queries, full)
+        ropes = _cached(b, "rope", layer, k_rope, queries, full)
         keys = b.op("Reshape", b.op("MatMul", latents, f"kv_b.{layer}"), ints(0, 0, c.num_heads, -1))
         k_nope, values = b.split("Split", 2, keys, ints(c.qk_nope_head_dim, c.v_head_dim), axis=3)
         scores = b.op(
@@ -171,8 +242,11 @@ def original(config: Config, seed: int = 0) -> onnx.ModelProto:
             b.op("Einsum", q_rope, ropes, equation="bshd,btd->bhst"),
         )
         scores = b.op("Mul", scores, np.array(c.scale, np.float32))
-        chosen = _selected(b, c, normed, layer, visible, total) if c.top_k else visible
-        scores = b.op("Where", chosen, scores, np.array(-np.inf, np.float32))
+        chosen = _selected(b, c, normed, layer, visible, total, queries, full) if c.top_k else visible
+        if full is not None and full.mask == "scores":
+            scores = b.op("Add", scores, "mask")
+        else:
+            scores = b.op("Where", chosen, scores, np.array(-np.inf, np.float32))
         if c.sinks:
             column = b.op("Reshape", f"sinks.{layer}", ints(1, c.num_heads, 1, 1))
             row = b.op("ReduceMax", scores, ints(3))
@@ -192,14 +266,37 @@ def original(config: Config, seed: int = 0) -> onnx.ModelProto:
         helper.make_tensor_value_info(e.name, e.dtype, shapes.get(e.role.upper(), list(e.axes)))
         for e in interface(c).inputs
     ]
-    return b.model(inputs, outputs, 23)
+    if full is None:
+        return b.model(inputs, outputs, 23)
+    if full.position == "counted":
+        outputs.append(helper.make_tensor_value_info("next_position", INT64, []))
+    model = b.model([*inputs, *full.sides()], outputs, 24)
+    sizes = {"B": full.fixed_batch, "S": full.fixed_new, "P": full.rows or "L", "T": full.rows or "L"}
+    for value in [*model.graph.input[: len(inputs)], *model.graph.output]:
+        for dim in value.type.tensor_type.shape.dim:
+            size = sizes.get(dim.dim_param)
+            if isinstance(size, int):
+                dim.dim_value = size
+            elif size is not None:
+                dim.dim_param = size
+    return model
+
+
+def _cached(b: Builder, name: str, layer: int, new: str, position: str, full: FullCaches | None) -> str:
+    """All rows [B, T or L, d] of a cache, the new ones among them."""
+    past, present = f"past_{name}.{layer}", f"present_{name}.{layer}"
+    if full is None:
+        return b.op("Concat", past, new, output=present, axis=1)
+    full.write(b, past, new, position)
+    b.nodes[-1].output[0] = present
+    return present
 
 
 def _arange(b: Builder, length: str) -> str:
     return b.op("Range", ints(0).reshape(()), b.op("Squeeze", length), ints(1).reshape(()))
 
 
-def _rotate(b: Builder, c: Config, value: str, interleaved: bool) -> str:
+def rotate(b: Builder, c: Config, value: str, interleaved: bool) -> str:
     """Rotates [B, S, H, Dr] by the positions of its tokens."""
     width = c.qk_rope_head_dim
     cos, sin = (
@@ -213,8 +310,19 @@ def _rotate(b: Builder, c: Config, value: str, interleaved: bool) -> str:
     return b.op("Reshape", b.op("Concat", left, right, axis=axis), ints(0, 0, 0, width))
 
 
-def _selected(b: Builder, c: Config, normed: str, layer: int, visible: str, total: str) -> str:
-    """The keys that the indexer selects, bool [B, 1, S, T]."""
+def _selected(
+    b: Builder,
+    c: Config,
+    normed: str,
+    layer: int,
+    visible: str,
+    total: str,
+    position: str,
+    full: FullCaches | None,
+) -> str:
+    """The keys that the indexer selects, bool [B, 1, S, T or L]."""
+    if full is not None:
+        visible = b.op("Squeeze", visible, ints(1))
     q = b.op("Reshape", b.op("MatMul", normed, f"index_q.{layer}"), ints(0, 0, c.index_heads, -1))
     k = b.op("MatMul", normed, f"index_k.{layer}")
     k = b.op("LayerNormalization", k, f"index_norm.{layer}", f"index_bias.{layer}", axis=-1, epsilon=1e-6)
@@ -222,10 +330,8 @@ def _selected(b: Builder, c: Config, normed: str, layer: int, visible: str, tota
     parts = []
     for value in (q, k):
         rope, rest = b.split("Split", 2, value, ints(c.index_rope_dim, c.index_head_dim - c.index_rope_dim), axis=3)
-        parts.append(b.op("Concat", _rotate(b, c, rope, False), rest, axis=3))
-    keys = b.op(
-        "Concat", f"past_index.{layer}", b.op("Squeeze", parts[1], ints(2)), output=f"present_index.{layer}", axis=1
-    )
+        parts.append(b.op("Concat", rotate(b, c, rope, False), rest, axis=3))
+    keys = _cached(b, "index", layer, b.op("Squeeze", parts[1], ints(2)), position, full)
     scores = b.op("Relu", b.op("Einsum", parts[0], keys, equation="bshd,btd->bsht"))
     scores = b.op("Einsum", scores, b.op("MatMul", normed, f"index_weights.{layer}"), equation="bsht,bsh->bst")
     scores = b.op("Where", visible, scores, np.array(-np.inf, np.float32))
