@@ -5,46 +5,58 @@ namespace mla {
 namespace {
 
 constexpr int most_splits = 64;
-constexpr int merge_threads = 128;
+constexpr int merge_columns = 128;  // of a block, one a thread
+constexpr int merge_batch = 8;  // parts whose values are in flight at a time
 
-// Block: a (token, head). Weighs the parts by 2^(lse - largest) and adds the sink to their sum.
-__global__ void __launch_bounds__(merge_threads) merge_kernel(Attend work, Partials partials) {
+// Block (token x head, slice of the latent). Weighs the parts by 2^(lse - largest) and adds the sink to their sum. Every warp
+// makes the weights, two parts a lane.
+__global__ void __launch_bounds__(merge_columns) merge_kernel(Attend work, Partials partials) {
     __shared__ float weights[most_splits];
     int64_t const row = blockIdx.x;
     int64_t const token = row / work.heads;
     int const head = static_cast<int>(row % work.heads);
+    int const lane = threadIdx.x % warp_size, splits = partials.splits;
     int32_t const sequence = work.step.sequence_of(token);
     if (!is_active(work, sequence) && sequence >= 0) return;
 
-    float largest = -INFINITY, sum = 0.0f;
-    if (sequence >= 0) {
-        for (int split = 0; split < partials.splits; ++split) {
-            largest = fmaxf(largest, partials.lse[row * partials.splits + split]);
-        }
-        for (int split = 0; split < partials.splits && largest > -INFINITY; ++split) {
-            sum += exp2f(partials.lse[row * partials.splits + split] - largest);
-        }
-        float denominator = sum;
-        if (work.sinks != nullptr) denominator += exp2f(work.sinks[head] * log2e - largest);
-        for (int split = threadIdx.x; split < partials.splits; split += merge_threads) {
-            float const lse = partials.lse[row * partials.splits + split];
-            weights[split] = largest == -INFINITY || lse == -INFINITY ? 0.0f : exp2f(lse - largest) / denominator;
+    float lse[2] = {-INFINITY, -INFINITY};
+    for (int i = 0; i < 2; ++i) {
+        int const split = lane + i * warp_size;
+        if (sequence >= 0 && split < splits) lse[i] = partials.lse[row * splits + split];
+    }
+    float const largest = warp_max(fmaxf(lse[0], lse[1]));
+    float const base = largest == -INFINITY ? 0.0f : largest;
+    float const sum = warp_sum(exp2f(lse[0] - base) + exp2f(lse[1] - base));
+    float denominator = sum;
+    if (work.sinks != nullptr) denominator += exp2f(work.sinks[head] * log2e - base);
+    for (int i = 0; i < 2; ++i) {
+        int const split = lane + i * warp_size;
+        if (threadIdx.x < warp_size) {
+            weights[split] = largest == -INFINITY ? 0.0f : exp2f(lse[i] - base) / denominator;
         }
     }
     __syncthreads();
-    int const rank = work.layout.rank;
-    for (int column = threadIdx.x; column < rank; column += merge_threads) {
+    int const rank = work.layout.rank, column = blockIdx.y * merge_columns + threadIdx.x;
+    if (column < rank) {
         float value = 0.0f;
         if (sequence >= 0) {
-            const float* part = partials.output + row * partials.splits * rank + column;
-            for (int split = 0; split < partials.splits; ++split) {
-                if (weights[split] != 0.0f) value += weights[split] * part[static_cast<int64_t>(split) * rank];
+            const float* part = partials.output + row * splits * rank + column;
+            for (int first = 0; first < splits; first += merge_batch) {
+                float values[merge_batch];
+#pragma unroll
+                for (int i = 0; i < merge_batch; ++i) {
+                    values[i] = first + i < splits ? part[static_cast<int64_t>(first + i) * rank] : 0.0f;
+                }
+#pragma unroll
+                for (int i = 0; i < merge_batch; ++i) {
+                    if (first + i < splits) value += weights[first + i] * values[i];
+                }
             }
         }
         store_float(work.output.data, work.output.type,
                     token * work.output.token_stride + head * work.output.head_stride + column, value);
     }
-    if (threadIdx.x == 0 && work.lse != nullptr) {
+    if (blockIdx.y == 0 && threadIdx.x == 0 && work.lse != nullptr) {
         work.lse[row] = largest == -INFINITY ? -INFINITY : (largest + log2f(sum)) * ln2;
     }
 }
@@ -102,7 +114,8 @@ int attend(Call& call, const Attend& work) {
         return status;
     }
     if (partials.splits == 1) return MLA_OK;
-    merge_kernel<<<static_cast<unsigned>(rows), merge_threads, 0, call.stream>>>(work, partials);
+    dim3 const grid(static_cast<unsigned>(rows), ceil_div(work.layout.rank, merge_columns));
+    merge_kernel<<<grid, merge_columns, 0, call.stream>>>(work, partials);
     return check_launch("merge of partial attention");
 }
 
