@@ -84,9 +84,24 @@ int choose_splits(const Attend& work, const Device& device, int block_rows, int6
     return best;
 }
 
-int run_lists(Call& call, int output, int lse, Attend work) {
-    work.lse = call.output<float>(lse);
-    work.output = contiguous(call.out[output].data, call.out[output].type, call.dims.H, call.dims.R);
+// MlaDecoding and MlaPrefillSparse name their inputs alike; both have the outputs output and lse.
+int run(Call& call, const OpSpec& op) {
+    auto place = [&](const char* name) { return input_index(op, name); };
+    const MlaTensor& query = call.in[place("query")];
+    Attend work{};
+    work.query = contiguous(query.data, query.type, call.dims.H, call.dims.R + call.dims.Dr);
+    work.output = contiguous(call.out[0].data, call.out[0].type, call.dims.H, call.dims.R);
+    work.lse = call.output<float>(1);
+    work.pool = call.input<uint8_t>(place("kv_cache"));
+    work.layout = KvLayout(call.attributes);
+    work.step = make_step(call, place("query_offsets"), place("cache_lengths"), place("block_table"),
+                          place("token_sequence"), place("positions"), call.dims.pages);
+    work.indices = call.input<int32_t>(place("indices"));
+    work.top_k = work.indices == nullptr ? 0 : call.dims.K;
+    if (int const lengths = place("index_lengths"); lengths >= 0) work.index_lengths = call.input<int32_t>(lengths);
+    work.sinks = call.input<float>(place("sinks"));
+    work.softmax_scale = call.attributes.softmax_scale;
+    work.heads = static_cast<int32_t>(call.dims.H);
     return attend(call, work);
 }
 
@@ -119,37 +134,8 @@ int attend(Call& call, const Attend& work) {
     return check_launch("merge of partial attention");
 }
 
-int run_decoding(Call& call) {
-    using namespace decoding;
-    Attend work{};
-    work.query = contiguous(call.in[in::query].data, call.in[in::query].type, call.dims.H, call.dims.R + call.dims.Dr);
-    work.pool = call.input<uint8_t>(in::kv_cache);
-    work.layout = KvLayout(call.attributes);
-    work.step = make_step(call, in::query_offsets, in::cache_lengths, in::block_table, in::token_sequence, in::positions,
-                          call.dims.pages);
-    work.indices = call.input<int32_t>(in::indices);
-    work.top_k = call.given(in::indices) ? call.dims.K : 0;
-    work.sinks = call.input<float>(in::sinks);
-    work.softmax_scale = call.attributes.softmax_scale;
-    work.heads = static_cast<int32_t>(call.dims.H);
-    return run_lists(call, out::output, out::lse, work);
-}
+int run_decoding(Call& call) { return run(call, ops[op::decoding]); }
 
-int run_prefill_sparse(Call& call) {
-    using namespace prefill_sparse;
-    Attend work{};
-    work.query = contiguous(call.in[in::query].data, call.in[in::query].type, call.dims.H, call.dims.R + call.dims.Dr);
-    work.pool = call.input<uint8_t>(in::kv_cache);
-    work.layout = KvLayout(call.attributes);
-    work.step = make_step(call, in::query_offsets, in::cache_lengths, in::block_table, in::token_sequence, in::positions,
-                          call.dims.pages);
-    work.indices = call.input<int32_t>(in::indices);
-    work.index_lengths = call.input<int32_t>(in::index_lengths);
-    work.top_k = call.dims.K;
-    work.sinks = call.input<float>(in::sinks);
-    work.softmax_scale = call.attributes.softmax_scale;
-    work.heads = static_cast<int32_t>(call.dims.H);
-    return run_lists(call, out::output, out::lse, work);
-}
+int run_prefill_sparse(Call& call) { return run(call, ops[op::prefill_sparse]); }
 
 }  // namespace mla
