@@ -27,6 +27,10 @@ STEPS = {
     "padding only": ([], [], 2),
     "no new tokens": ([0, 0], [5, 6], 2),
     "decode": ([1] * 9, [0, 1, 62, 63, 64, 500, 129, 4095, 33], 0),
+    # above 8 tokens a sequence long prompts and others take different kernels
+    "a prompt": ([40], [3], 0),
+    "a prompt beside few": ([1, 70, 2, 0, 9, 8], [70, 5, 64, 7, 0, 3], 4),
+    "prompts and padding": ([20, 30], [0, 200], 30),
 }
 # H, Dn, Dr, Dv, R
 DIMENSIONS = {
@@ -215,6 +219,17 @@ def test_sparse_with_the_selection_of_another_layer(row_format: str, dimensions:
     inputs["indices"] = rng.integers(-1, 700, (step.tokens, 50)).astype(np.int32)
     found = _check(inputs, attributes, step, "MlaSparseAttention", ["output", "kv_cache_out", "indices"])
     compare_exactly("indices", found["indices"], inputs["indices"])
+    _check(inputs, attributes, step, "MlaSparseAttention", ["output", "kv_cache_out"])
+
+
+@pytest.mark.parametrize("row_format", ["f32", "fp8"])
+def test_a_long_prompt_over_lists(row_format: str) -> None:
+    """More tokens than are held absorbed at a time."""
+    rng = np.random.default_rng(13)
+    step = step_of(rng, [1100, 3], [4, 90], padding=2)
+    inputs, attributes = _case(rng, step, row_format, DIMENSIONS["small"])
+    attributes |= {"index_head_dim": 0, "top_k": 20}
+    inputs["indices"] = rng.integers(-1, step.inputs["positions"][:, None] + 2, (step.tokens, 20)).astype(np.int32)
     _check(inputs, attributes, step, "MlaSparseAttention", ["output", "kv_cache_out"])
 
 
