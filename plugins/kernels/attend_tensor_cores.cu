@@ -179,8 +179,10 @@ __device__ void convert(const KvLayout& layout, const uint8_t* raw, uint8_t* key
                 int const line = item / pieces, column = item % pieces * 16;
                 uint4 low, high;
                 decode_sixteen(codes[i], grouped, factors[i], low, high);
-                *reinterpret_cast<uint4*>(keys + swizzled(line, column, width)) = low;
-                *reinterpret_cast<uint4*>(keys + swizzled(line, column + 8, width)) = high;
+                // of eight lanes four write their upper half first: together they then meet every bank once
+                bool const swap = (threadIdx.x & 4) != 0;
+                *reinterpret_cast<uint4*>(keys + swizzled(line, column + (swap ? 8 : 0), width)) = swap ? high : low;
+                *reinterpret_cast<uint4*>(keys + swizzled(line, column + (swap ? 0 : 8), width)) = swap ? low : high;
             }
         }
         bool const flat = layout.format == row_format::fp8_flat;
