@@ -263,13 +263,17 @@ class _Build:
         with plan.open("wb") as file:
             file.write(memoryview(serialized))
         if cache is not None and self._options.timing_cache is not None:
-            _write_whole(self._options.timing_cache, bytes(memoryview(config.get_timing_cache().serialize())))
+            write_times(config, self._options.timing_cache)
+            self._messages.take()
 
     def _configure(self, config: Any) -> None:
         trt, options = self._trt, self._options
         if hasattr(trt.PreviewFeature, "ALIASED_PLUGIN_IO_10_03"):
             config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
         config.builder_optimization_level = options.optimization_level
+        if options.optimization_level == 0:
+            config.avg_timing_iterations = 1
+            config.max_aux_streams = 0
         if options.workspace is not None:
             config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
         if not options.tf32:
@@ -337,11 +341,20 @@ def _interruptible(cancelled: threading.Event) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _write_whole(path: Path, data: bytes) -> None:
+def write_times(config: Any, path: Path) -> None:
+    """Adds what a build measured to a timing cache, which builds beside it may have written meanwhile.
+
+    Args:
+        config: the build's configuration.
+        path: the cache, which is made anew where it is of another GPU or TensorRT.
+    """
+    times = config.get_timing_cache()
     try:
+        if path.exists() and (others := config.create_timing_cache(path.read_bytes())) is not None:
+            times.combine(others, False)
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(data)
+            file.write(memoryview(times.serialize()))
         os.replace(file.name, path)
     except OSError as error:
         log.warning("the timing cache '%s' cannot be written: %s", path, error.strerror)

@@ -15,7 +15,7 @@ from small_models import Config, lowered
 from tensorrt_stand_in import with_known_axes
 
 from mla_trt.build_progress import shown
-from mla_trt.building import BuildOptions, build_file, default_timing_cache, make_monitor, parser_error
+from mla_trt.building import BuildOptions, build_file, default_timing_cache, make_monitor, parser_error, write_times
 from mla_trt.cli import main
 from mla_trt.cuda import Gpu, NoGpuError, find_gpu
 from mla_trt.errors import BadModelError, UsageError
@@ -153,3 +153,29 @@ def test_times_are_kept_for_each_gpu_and_version(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     found = default_timing_cache(Gpu("NVIDIA H200", "9.0", 1), "10.6.0")
     assert found == Path("/somewhere/mla-trt/timing-10.6.0-NVIDIA-H200.cache")
+
+
+class Times:
+    """As TensorRT's timing cache."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+    def combine(self, other: Times, ignore_mismatch: bool) -> bool:
+        fits = ignore_mismatch or other.data[:1] == self.data[:1]
+        self.data += other.data[1:] if fits else b""
+        return fits
+
+    def serialize(self) -> bytes:
+        return self.data
+
+
+def test_times_of_builds_beside_this_one_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "times" / "cache"
+    config = SimpleNamespace(get_timing_cache=lambda: Times(b"Aab"), create_timing_cache=Times)
+    for others, expected in ((None, b"Aab"), (b"Acd", b"Aabcd"), (b"Bcd", b"Aab")):
+        if others is not None:
+            path.write_bytes(others)
+        write_times(config, path)
+        assert path.read_bytes() == expected
+    assert [file.name for file in path.parent.iterdir()] == ["cache"]

@@ -1,7 +1,7 @@
 """Builds engines and replays recorded sessions on them: one case for each line of stdin, one JSON result for each on
 stdout. A process of its own, so that a crash costs one case.
 
-    python tests/gpu/engine_worker.py SCRATCH        a line: {"folder": "build/engines/NAME", "variant": "f32"}
+    python tests/gpu/engine_worker.py SCRATCH        a line: {"folder": "build/engines/NAME", "variant": "f32", "level": 0}
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ from mla_trt.selection import top_k
 
 RESULT = "RESULT "
 LONGEST = 256
-BUILD_LEVEL = 1
 
 
-def run_case(folder: Path, variant_name: str, scratch: Path) -> dict[str, Any]:
+def run_case(folder: Path, variant_name: str, level: int, scratch: Path) -> dict[str, Any]:
     """Builds and replays one case; the result says how far it came."""
     record = Record.load(folder)
     variant = VARIANTS[variant_name]
@@ -46,7 +45,7 @@ def run_case(folder: Path, variant_name: str, scratch: Path) -> dict[str, Any]:
             max_batch=8,
             max_tokens=64,
             max_length=min(longest, LONGEST),
-            optimization_level=BUILD_LEVEL,
+            optimization_level=level,
             timing_cache=scratch / "timing.cache",
             workspace=1 << 30,
         )
@@ -95,7 +94,7 @@ def main() -> None:
     scratch = Path(sys.argv[1])
     for line in sys.stdin:
         case = json.loads(line)
-        print(RESULT + json.dumps(run_case(Path(case["folder"]), case["variant"], scratch)), flush=True)
+        print(RESULT + json.dumps(run_case(Path(case["folder"]), case["variant"], case["level"], scratch)), flush=True)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,15 @@
     python -m pytest tests/gpu/test_engines.py                         # with one
 
 $MLA_TRT_ENGINES names the folder of the records (default: build/engines; its archive build/engines.tar.xz will do),
-$MLA_TRT_VARIANTS the variants (default: f32,fp8,bf16), $MLA_TRT_WORKERS the processes, $MLA_TRT_SECONDS the time after
-which no case is begun any more. The table is written to $OUT/engines.md (default: build/engines.md), everything that
-was measured to engines.json beside it.
+$MLA_TRT_VARIANTS the variants (default: all), $MLA_TRT_SECONDS the time after which no case is begun any more (default:
+270). The table is written to $OUT/engines.md (default: build/engines.md), everything that was measured to engines.json
+beside it, both after every case. $MLA_TRT_RESULTS names the engines.json of an earlier run: what passed there is kept and
+not run again.
+
+Builds of small models wait rather than compute. Processes take turns on a GPU, so that each of many waits longer for
+every tactic that it times: $MLA_TRT_WORKERS (default: 4) do. $MLA_TRT_LEVEL is the level of optimisation; at 0 (the
+default) TensorRT times nothing. At others the first engine of each variant is built alone, to fill the timing cache that
+all of them share.
 """
 
 from __future__ import annotations
@@ -21,24 +27,25 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
-from engine_sessions import HALF_OUTLIERS, HALF_TOLERANCE, ROOT, VARIANTS, records_folder
+from engine_results import Case, Result, Results, failure, interleaved, kernels_commit, table
+from engine_sessions import ROOT, VARIANTS, records_folder
 
 RECORDS = records_folder()
 OUT = Path(os.environ.get("OUT", ROOT / "build"))
 CHOSEN = os.environ.get("MLA_TRT_VARIANTS", ",".join(VARIANTS)).split(",")
-WORKERS = int(os.environ.get("MLA_TRT_WORKERS", max(1, min(8, (os.cpu_count() or 1) // 2))))
+WORKERS = int(os.environ.get("MLA_TRT_WORKERS", 4))
+LEVEL = int(os.environ.get("MLA_TRT_LEVEL", 0))
 SECONDS = float(os.environ.get("MLA_TRT_SECONDS", 270))
+EARLIER = os.environ.get("MLA_TRT_RESULTS")
 CASE_SECONDS = 150
 RESULT = "RESULT "
 
 EXPORTS = sorted(path.parent.name for path in RECORDS.glob("*/sessions.json"))
 CASES = [(export, variant) for variant in CHOSEN for export in EXPORTS]
-
-Result = dict[str, Any]
 
 
 def _reason() -> str | None:
@@ -62,13 +69,15 @@ def _reason() -> str | None:
 class _Worker:
     """Takes cases from a queue and gives them to a process, which is begun anew after a crash."""
 
-    def __init__(self, cases: queue.SimpleQueue[tuple[str, str]], scratch: Path, deadline: float) -> None:
+    def __init__(
+        self, cases: queue.SimpleQueue[Case], scratch: Path, deadline: float, done: Callable[[Case, Result], None]
+    ) -> None:
         self._cases = cases
         self._scratch = scratch
         self._deadline = deadline
+        self._done = done
         self._process: subprocess.Popen[str] | None = None
         self._messages = tempfile.NamedTemporaryFile("w+", dir=scratch, suffix=".stderr")  # noqa: SIM115
-        self.results: dict[tuple[str, str], Result] = {}
 
     def run(self) -> None:
         """Until there are no more cases, or no more time."""
@@ -77,7 +86,7 @@ class _Worker:
                 case = self._cases.get_nowait()
             except queue.Empty:
                 break
-            self.results[case] = self._run_case(*case)
+            self._done(case, self._run_case(*case))
         if self._process is not None and self._process.stdin is not None:
             self._process.stdin.close()
             self._process.wait(timeout=30)
@@ -94,7 +103,9 @@ class _Worker:
         timer = threading.Timer(CASE_SECONDS, process.kill)
         timer.start()
         try:
-            process.stdin.write(json.dumps({"folder": str(RECORDS / export), "variant": variant}) + "\n")
+            process.stdin.write(
+                json.dumps({"folder": str(RECORDS / export), "variant": variant, "level": LEVEL}) + "\n"
+            )
             process.stdin.flush()
             for line in process.stdout:
                 if line.startswith(RESULT):
@@ -117,97 +128,46 @@ class _Worker:
         return " | ".join(text[-3:])[-600:]
 
 
+def _run(cases: Sequence[Case], workers: int, scratch: Path, deadline: float, results: Results) -> None:
+    """Runs cases in processes beside each other."""
+    waiting: queue.SimpleQueue[Case] = queue.SimpleQueue()
+    for case in cases:
+        waiting.put(case)
+    threads = [
+        threading.Thread(target=_Worker(waiting, scratch, deadline, results.add).run)
+        for _ in range(min(workers, len(cases)))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
 @pytest.fixture(scope="module")
-def results() -> dict[tuple[str, str], Result]:
+def results(request: pytest.FixtureRequest) -> dict[Case, Result]:
     """What became of every case."""
     reason = _reason()
     if reason is not None:
         pytest.skip(reason)
-    cases: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
-    for case in CASES:
-        cases.put(case)
-    with tempfile.TemporaryDirectory() as scratch:
-        deadline = time.monotonic() + SECONDS
-        workers = [_Worker(cases, Path(scratch), deadline) for _ in range(min(WORKERS, len(CASES)))]
-        threads = [threading.Thread(target=worker.run) for worker in workers]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    found = {case: result for worker in workers for case, result in worker.results.items()}
-    OUT.mkdir(parents=True, exist_ok=True)
-    (OUT / "engines.json").write_text(json.dumps([found[case] for case in CASES if case in found], indent=0))
-    (OUT / "engines.md").write_text(table(found))
-    return found
-
-
-def failure(result: Result) -> str | None:
-    """Why a case failed, in one line; None where it did not."""
-    if result["stage"] != "done":
-        where = f" in '{result['session']}'" if result["stage"] == "run" and "session" in result else ""
-        return f"{result['stage']}{where}: {result.get('error', 'no reason')}"
-    variant = VARIANTS[result["variant"]]
-    tolerance = variant.tolerance
-    outliers = variant.sparse_outliers if result["sparse"] else variant.outliers
-    if result["half"]:
-        tolerance, outliers = max(tolerance, HALF_TOLERANCE), max(outliers, HALF_OUTLIERS)
-    between = result["between"]
-    beyond = sum(not value <= tolerance for value in between)
-    if not between:
-        return "compare: there is no token of which both have results"
-    if not math.isfinite(result["max_error"]):
-        return f"compare: results are not finite in '{result['worst_session']}'"
-    if beyond > outliers * len(between):
-        return (
-            f"compare: {beyond} of {len(between)} tokens differ from ONNX Runtime by more than {tolerance:g} "
-            f"(median {result['between_median']:.2g}, worst {result['between_max']:.2g}); from the original by "
-            f"{result['max_error']:.2g} (the format alone: {result['format_error']:.2g}), most in '{result['worst_session']}'"
-        )
-    return None
-
-
-def table(found: dict[tuple[str, str], Result]) -> str:
-    """One line for each export and variant."""
-    passed = sum(failure(result) is None for result in found.values())
-    lines = [
-        f"{passed} of {len(CASES)} engines give what they should. Errors are relative to the largest value that the original "
-        "gives: of the engine against the original, of the format alone (the lowered model on ONNX Runtime against the "
-        "original), and of the engine against ONNX Runtime in the same format (median and largest).",
-        "",
-        "| export | variant | parsed, built | build s | tokens | max error | format error | median to ORT | max to ORT | graphs | outcome |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for export, variant in CASES:
-        result = found.get((export, variant))
-        if result is None:
-            lines.append(f"| {export} | {variant} | | | | | | | | | not run |")
-            continue
-        built = f"{result['build_seconds']:.1f}" if "build_seconds" in result else ""
-        numbers = [
-            f"{result[key]:.1e}" if key in result else ""
-            for key in ("max_error", "format_error", "between_median", "between_max")
-        ]
-        recorded = result.get("graphs", "")
-        graphs = "refused" if recorded is None else str(recorded)
-        outcome = (failure(result) or "equal").replace("|", "/")
-        cells = (
-            export,
-            variant,
-            "yes" if built else "no",
-            built,
-            str(result.get("tokens", "")),
-            *numbers,
-            graphs,
-            outcome,
-        )
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    found = Results(CASES, OUT, kernels_commit(), lambda line: print(line, flush=True))
+    if EARLIER:
+        found.load(Path(EARLIER))
+    cases = found.remaining()
+    deadline = time.monotonic() + SECONDS
+    shown = request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled
+    with shown(), tempfile.TemporaryDirectory() as scratch:
+        print(f"\n{len(CASES) - len(cases)} of {len(CASES)} engines passed before", flush=True)
+        if LEVEL > 0:
+            first = list({variant: (export, variant) for export, variant in reversed(cases)}.values())
+            _run(first, 1, Path(scratch), deadline, found)
+            cases = [case for case in cases if case not in first]
+        _run(cases, WORKERS, Path(scratch), deadline, found)
+    found.write()
+    return found.found
 
 
 @pytest.mark.parametrize(("export", "variant"), CASES or [pytest.param("none", "none")])
-def test_engine_gives_what_the_original_gives(
-    export: str, variant: str, results: dict[tuple[str, str], Result]
-) -> None:
+def test_engine_gives_what_the_original_gives(export: str, variant: str, results: dict[Case, Result]) -> None:
     result = results.get((export, variant))
     if result is None:
         pytest.skip(f"not begun within {SECONDS:.0f} s")
@@ -241,5 +201,42 @@ def test_a_case_fails_where_it_ended_or_where_tokens_differ() -> None:
     assert "1 of 10 tokens differ" in str(failure(done | {"variant": "f32", "between": [1e-6] * 9 + [1e-3]}))
     assert "not finite in 's'" in str(failure(done | {"max_error": math.inf}))
     assert failure({"stage": "build", "error": "no", "variant": "f32"}) == "build: no"
-    lines = table({("x", "fp8"): done}).splitlines()
-    assert len(lines) == 4 + len(CASES)
+    lines = table([("x", "fp8"), ("y", "f32")], {("x", "fp8"): done}).splitlines()
+    assert lines[0].startswith("1 of 2 engines")
+    assert lines[4].endswith("| equal |")
+    assert lines[5].endswith("| not run |")
+    assert len({line.count("|") for line in lines[2:]}) == 1
+
+
+@pytest.mark.cpu
+def test_the_first_cases_have_something_of_everything() -> None:
+    exports = ["a__1", "a__2", "a__3", "a__4", "b__1", "c__1", "c__2"]
+    cases = [(export, variant) for variant in VARIANTS for export in exports]
+    order = interleaved(cases)
+    assert sorted(order) == sorted(cases)
+    assert {export[0] for export, _ in order[:3]} == {"a", "b", "c"}
+    assert len({variant for _, variant in order[:3]}) == 3
+    of_a = [case for case in order if case[0][0] == "a"]
+    assert [export for export, _ in of_a[:4]] == exports[:4]
+    assert len({variant for _, variant in of_a[:3]}) == 3
+
+
+@pytest.mark.cpu
+def test_results_are_kept_from_run_to_run(tmp_path: Path) -> None:
+    cases = [("x", "f32"), ("y", "f32"), ("z", "f32")]
+    passed: Result = {"stage": "done", "half": False, "sparse": False, "max_error": 1e-6, "between": [1e-6]}
+    lines: list[str] = []
+    first = Results(cases, tmp_path, "1234567", lines.append)
+    assert first.remaining() == cases
+    first.add(cases[0], {"export": "x", "variant": "f32", **passed})
+    first.add(cases[1], {"export": "y", "variant": "f32", "stage": "build", "error": "no"})
+    assert lines[0].endswith("1/3  x f32: equal, 1.0e-06")
+    assert lines[1].endswith("2/3  y f32: build: no")
+    second = Results(cases, tmp_path, "89abcde", lines.append)
+    second.load(tmp_path / "engines.json")
+    assert second.remaining() == [cases[2], cases[1]]
+    second.add(cases[1], {"export": "y", "variant": "f32", **passed})
+    kept = {entry["export"]: entry["kernels"] for entry in json.loads((tmp_path / "engines.json").read_text())}
+    assert kept == {"x": "1234567", "y": "89abcde"}
+    assert "| z | f32 |" in (tmp_path / "engines.md").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["engines.json", "engines.md"]
