@@ -370,6 +370,10 @@ class OriginalModel:
             return mask
         if entry.role == roles.SCORE_MASK:
             return causal_mask(shape, sizes["P"], dtype, hidden)
+        if entry.role == roles.TOKEN_INDEX:
+            return roles.token_index(entry, shape, sizes["S"]).astype(dtype)
+        if entry.role == roles.TOKEN_COUNT:
+            return np.full(shape, sizes["S"], dtype)
         if entry.role in (roles.ROPE_COS, roles.ROPE_SIN):
             return rope_input(entry, positions, shape, self._rope_dim).astype(dtype)
         return np.zeros(shape, dtype)
