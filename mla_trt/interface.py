@@ -22,7 +22,9 @@ CACHE = "cache"
 STATE = "state"  # any other state with an output of its own (recurrent layers): carried as it is
 ROPE_COS = "rope_cos"  # cosines given from outside, [..., S, Dr] or [..., S, Dr/2]
 ROPE_SIN = "rope_sin"
-TOKEN_INDEX = "token_index"  # which new tokens results are wanted of: [S] for each of them, [B] one of each sequence, [] one
+TOKEN_INDEX = (
+    "token_index"  # which new tokens results are wanted of: [S] for each of them, [B] one of each sequence, [] one
+)
 TOKEN_COUNT = "token_count"  # of how many of the last tokens results are wanted
 UNUSED = "unused"  # reaches no output
 

@@ -206,7 +206,7 @@ def _enters_layer(tensor: gs.Tensor, lenient: bool) -> bool:
                 return True
             if node.op in PRODUCTS and all(from_constants(item) for item in others):
                 return True
-            if node.op in ("Mul", "Add", "Div", "Sub") and all(from_constants(item) for item in others):
+            if node.op in ("Mul", "Add", "Div", "Sub", "DequantizeLinear") and all(map(from_constants, others)):
                 if not others:
                     return True
                 stack.extend(node.outputs)

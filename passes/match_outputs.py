@@ -1,4 +1,4 @@
-"""Finds the outputs that hold what an attention would cache, where the export takes no caches: a prefill that gives the keys and values of its prompt.
+"""Finds the outputs that hold what an attention would cache, of an export that takes no caches: a prefill that gives the keys of its prompt.
 
 The lowered model keeps those in pages of its own.
 """
@@ -54,7 +54,7 @@ def _behind(probe: Probe, linear: Linear) -> list[Linear]:
     for number in np.unique(numbers[numbers > 0]):
         owners = [int(number)]
         entries = np.flatnonzero((numbers == number).reshape(-1, linear.shape[-1]).all(axis=0))
-        part = take(linear, (..., entries)) if len(entries) else linear
+        part = take(linear, (*[slice(None)] * (len(linear.shape) - 1), entries)) if len(entries) else linear
         made = projected_by(probe, part.terms[0].codes) if len(part.terms) == 1 else None
         if made is not None:
             found.append(made.data)
@@ -70,7 +70,10 @@ def _behind(probe: Probe, linear: Linear) -> list[Linear]:
 def _sums(linear: Linear) -> set[bytes]:
     """The atoms that each element sums up, whatever their factors."""
     codes = np.stack(
-        [np.where((term.coefficients == 0) | (term.codes == ONE), ZERO, term.codes).reshape(-1) for term in linear.terms]
+        [
+            np.where((term.coefficients == 0) | (term.codes == ONE), ZERO, term.codes).reshape(-1)
+            for term in linear.terms
+        ]
     )
     codes = np.unique(np.sort(codes, axis=0)[::-1], axis=1)
     return {column[column != ZERO].tobytes() for column in codes.T}
