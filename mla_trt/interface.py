@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+
 Axis = str | int
 
 TOKENS = "tokens"  # token ids or embeddings: the data that flows through the model
@@ -20,6 +22,10 @@ CACHE = "cache"
 STATE = "state"  # any other state with an output of its own (recurrent layers): carried as it is
 ROPE_COS = "rope_cos"  # cosines given from outside, [..., S, Dr] or [..., S, Dr/2]
 ROPE_SIN = "rope_sin"
+TOKEN_INDEX = (
+    "token_index"  # which new tokens results are wanted of: [S] for each of them, [B] one of each sequence, [] one
+)
+TOKEN_COUNT = "token_count"  # of how many of the last tokens results are wanted
 UNUSED = "unused"  # reaches no output
 
 
@@ -44,7 +50,7 @@ class ModelInput:
 
 @dataclass(frozen=True)
 class ModelInterface:
-    """All inputs, and the outputs that are results rather than next states.
+    """All inputs, and the outputs that are results rather than next states or rows for a cache.
 
     ``fixed`` holds the sizes of letters that the export fixed, such as ``{"S": 1}``.
     """
@@ -66,3 +72,12 @@ class ModelInterface:
     def tokens(self) -> ModelInput:
         """The token input."""
         return self.by_role(TOKENS)[0]
+
+
+def token_index(entry: ModelInput, shape: tuple[int, ...], new: int) -> np.ndarray:
+    """What an input of role ``TOKEN_INDEX`` is given so that results of as many tokens as it allows are had: all ``new`` ones, or the last.
+
+    Returns:
+        int64 of the given shape.
+    """
+    return np.arange(new).reshape(shape) if "S" in entry.axes else np.full(shape, new - 1)

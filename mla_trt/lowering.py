@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import onnx
 import onnx_graphsurgeon as gs
@@ -24,7 +23,7 @@ from mla_trt.interface import ModelInterface
 from mla_trt.layer_plan import LayerPlan, plan_layers
 from mla_trt.ops import attach_functions
 from mla_trt.passes import pack
-from mla_trt.passes.attention_core import NoMatch, find_softmaxes, read_core, unknown_op_near
+from mla_trt.passes.attention_core import AttentionCore, NoMatch, find_softmaxes, read_core, unknown_op_near
 from mla_trt.passes.free_rows import FEW_ROWS, free_rows
 from mla_trt.passes.full_caches import check_full_caches, find_full_caches, with_lengths
 from mla_trt.passes.graph import OPSET, Emitter, Names, topological
@@ -35,8 +34,9 @@ from mla_trt.passes.lower import CacheFormat, Lowerer
 from mla_trt.passes.match_indexer import IndexerMatch, SelectsAllKeys, match_indexer
 from mla_trt.passes.match_latent import NormOverCache
 from mla_trt.passes.match_mla import MlaMatch, match_mla
+from mla_trt.passes.match_outputs import cache_outputs
 from mla_trt.passes.positions import BY_SEQUENCE, PACKED, UNPACKED
-from mla_trt.passes.probe import Probe, ProbeError, case_sizes
+from mla_trt.passes.probe import Linear, Probe, ProbeError, case_sizes
 from mla_trt.passes.simplify import simplify
 from mla_trt.passes.standardize import standardize
 from mla_trt.report import LayerReport, PassReport, Report
@@ -109,7 +109,11 @@ class Lowered:
 
 @dataclass
 class Inspection:
-    """What was found in an export."""
+    """What was found in an export.
+
+    Attributes:
+        cache_outputs: outputs that hold what attentions would cache, of an export that takes no caches.
+    """
 
     graph: gs.Graph
     interface: ModelInterface
@@ -117,7 +121,7 @@ class Inspection:
     matches: list[MlaMatch | None]
     indexers: dict[int, IndexerMatch]
     report: Report
-    extra: dict[str, Any] = field(default_factory=dict)
+    cache_outputs: set[str] = field(default_factory=set)
 
 
 Progress = Callable[[str], None]
@@ -200,13 +204,30 @@ def inspect(
             assert first is not None
             found, report.layers[:] = first
         changed[0] = report.matched
+        _drop_cache_outputs(found)
     for entry in interface.by_role(roles.SCORE_MASK):
         report.assumptions.append(
             f"the input '{entry.name}' is added to the scores: it is assumed to be the causal mask"
         )
+    for entry in (*interface.by_role(roles.TOKEN_INDEX), *interface.by_role(roles.TOKEN_COUNT)):
+        report.notes.append(f"the input '{entry.name}' chooses tokens: the lowered model gives results of all")
     if rounds_activations(found):
         report.assumptions.append(ROUNDED_ACTIVATIONS)
     return found
+
+
+def _drop_cache_outputs(found: Inspection) -> None:
+    """Takes outputs that are cache rows out of the results: the lowered model keeps such rows in its pages."""
+    dropped = [name for name in found.interface.results if name in found.cache_outputs]
+    if not dropped or len(dropped) == len(found.interface.results):
+        return
+    results = tuple(name for name in found.interface.results if name not in found.cache_outputs)
+    found.interface = replace(found.interface, results=results)
+    for probe in found.probes:
+        probe.interface = found.interface
+    found.report.notes.append(
+        f"the outputs {', '.join(dropped)} hold what the attention caches: the lowered model keeps it in its pages"
+    )
 
 
 def rounds_activations(found: Inspection) -> bool:
@@ -297,13 +318,15 @@ def _match(found: Inspection, node: gs.Node, fault: NoMatch | ProbeError | None)
     try:
         if fault is not None:
             raise fault
-        match: MlaMatch | None = _read(probe, node)
-        assert match is not None
+        match: MlaMatch | None
+        match, core = _read(probe, node)
         top_k = None
+        index_keys: tuple[Linear, ...] = ()
         if match.selection is not None:
             try:
                 if id(match.selection) not in found.indexers:
                     found.indexers[id(match.selection)] = match_indexer(probe, match.selection)
+                    index_keys = found.indexers[id(match.selection)].key_rows
                 top_k = found.indexers[id(match.selection)].top_k
             except SelectsAllKeys:
                 log.warning(
@@ -330,6 +353,8 @@ def _match(found: Inspection, node: gs.Node, fault: NoMatch | ProbeError | None)
                 top_k,
             )
         )
+        if not probe.interface.by_role(roles.CACHE):
+            found.cache_outputs.update(cache_outputs(probe, core, index_keys))
     except (NoMatch, ProbeError) as error:
         unknown = unknown_op_near(probe, node)
         if unknown is not None:
@@ -347,14 +372,16 @@ def _match(found: Inspection, node: gs.Node, fault: NoMatch | ProbeError | None)
     probe.forget_data()
 
 
-def _read(probe: Probe, node: gs.Node) -> MlaMatch:
+def _read(probe: Probe, node: gs.Node) -> tuple[MlaMatch, AttentionCore]:
     """Reads a core; where the export norms cached and new latents together, a second time through that norm."""
+    core = read_core(probe, node)
     try:
-        return match_mla(probe, read_core(probe, node))
+        return match_mla(probe, core), core
     except NormOverCache as found:
         probe.forget_data()
         probe.seen_through[id(found.tensor)] = found.norm.source, found.norm.weight
-        return match_mla(probe, read_core(probe, node), found.norm)
+        core = read_core(probe, node)
+        return match_mla(probe, core, found.norm), core
 
 
 @_without_collector()
@@ -415,7 +442,7 @@ def lower(
         if options.logits == "last":
             pack.keep_last_tokens(graph, surroundings, emitter, lowerer.query_offsets, results)
         lowerer.finish()
-        pack.drop_old_caches(graph, surroundings)
+        pack.drop_old_caches(graph, surroundings, found.cache_outputs - set(found.interface.results))
         changed[0] += pack.rebuild_side_tensors(graph, surroundings, lowerer.packed, stays)
         changed[0] += pack.replace_lost_shapes(graph, surroundings, emitter, tokens, stays)
         pack.drop_inputs(graph, surroundings, stays)

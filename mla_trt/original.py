@@ -370,6 +370,10 @@ class OriginalModel:
             return mask
         if entry.role == roles.SCORE_MASK:
             return causal_mask(shape, sizes["P"], dtype, hidden)
+        if entry.role == roles.TOKEN_INDEX:
+            return roles.token_index(entry, shape, sizes["S"]).astype(dtype)
+        if entry.role == roles.TOKEN_COUNT:
+            return np.full(shape, sizes["S"], dtype)
         if entry.role in (roles.ROPE_COS, roles.ROPE_SIN):
             return rope_input(entry, positions, shape, self._rope_dim).astype(dtype)
         return np.zeros(shape, dtype)
@@ -378,7 +382,9 @@ class OriginalModel:
         """A result as [B, S or 1, ...]; None where its sizes are not those of the call."""
         if self._leading == 1:
             value = value[None]
-        if value.ndim == 2:
+        if value.ndim < 2:  # one number for each token or sequence, such as the id of the likeliest token
+            value = value.reshape(sequences, -1) if value.size in (sequences, sequences * new) else value.reshape(0, 0)
+        elif value.ndim == 2:
             value = value.reshape(sequences, -1, value.shape[1]) if len(value) == sequences * new else value[:, None]
         good = value.shape[0] == sequences and value.shape[1] in (new, 1) and value.size > 0
         return value if good else None

@@ -54,6 +54,7 @@ PRODUCTS = {"MatMul", "Gemm", "Einsum", "MatMulInteger", "QuantizeLinear", "Dyna
 # What they give does not depend on their input's values (IsNaN: on no values that a run without a mistake has).
 _FREE_OF_DATA = ("Shape", "Size", "IsNaN")
 ELEMENTWISE = {"Mul", "Add", "Sub", "Div"}
+_PICKS = ("Gather", "GatherND", "GatherElements", "Slice")
 
 
 def identify_inputs(graph: gs.Graph) -> ModelInterface:
@@ -205,7 +206,7 @@ def _enters_layer(tensor: gs.Tensor, lenient: bool) -> bool:
                 return True
             if node.op in PRODUCTS and all(from_constants(item) for item in others):
                 return True
-            if node.op in ("Mul", "Add", "Div", "Sub") and all(from_constants(item) for item in others):
+            if node.op in ("Mul", "Add", "Div", "Sub", "DequantizeLinear") and all(map(from_constants, others)):
                 if not others:
                     return True
                 stack.extend(node.outputs)
@@ -321,6 +322,8 @@ def side_role(tensor: gs.Tensor, data: set[int]) -> str:
         return roles.UNUSED
     multiplies = any(node.op == "Mul" and any(id(item) in data for item in node.inputs) for _, node in uses)
     integer = _is_integer(tensor)
+    if integer and (picks := _picks_results(uses, data)):
+        return picks
     if not integer and tensor.dtype != np.bool_:
         return roles.ROPE_COS if multiplies else roles.SCORE_MASK
     if tensor.dtype == np.bool_:
@@ -335,6 +338,29 @@ def side_role(tensor: gs.Tensor, data: set[int]) -> str:
     as_truth = any(_becomes_truth(tensor, node) for node in first)
     compared = any(node.op in ("LessOrEqual", "Less", "Greater", "GreaterOrEqual") for _, node in uses)
     return roles.POSITIONS if compared and not as_truth else roles.ATTENTION_MASK
+
+
+def _picks_results(uses: list[tuple[gs.Tensor, gs.Node]], data: set[int]) -> str | None:
+    """The role of an input that does nothing but choose tokens behind the last attention; None for any other."""
+    meets = [(current, node) for current, node in uses if any(id(output) in data for output in node.outputs)]
+    if not meets or any(node.op not in _PICKS or current is node.inputs[0] for current, node in meets):
+        return None
+    if any(_reaches_softmax(node) for _, node in meets):
+        return None  # a length that cuts a cache to size, say
+    return roles.TOKEN_COUNT if all(node.op == "Slice" for _, node in meets) else roles.TOKEN_INDEX
+
+
+def _reaches_softmax(start: gs.Node) -> bool:
+    seen: set[int] = set()
+    stack = [start]
+    while stack:
+        node = stack.pop()
+        if node.op in ("Softmax", "Attention"):
+            return True
+        if id(node) not in seen:
+            seen.add(id(node))
+            stack.extend(reader for output in node.outputs for reader in output.outputs)
+    return False
 
 
 def _zeroes_data(tensor: gs.Tensor, data: set[int]) -> bool:
@@ -407,6 +433,8 @@ def describe(
         axes[-1] = "T"
         if rank >= 2:
             axes[-2] = 1 if shape[-2] == 1 else "B"
+    elif role == roles.TOKEN_INDEX and rank and not isinstance(shape[-1], int):
+        axes[-1] = "B" if batched and shape[-1] == tokens.shape[0] else "S"
     elif role == roles.SCORE_MASK and rank >= 2:
         axes[-2:] = ["S", "T"]
         if rank >= 3:

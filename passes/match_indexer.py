@@ -38,6 +38,7 @@ class IndexerMatch:
         rope_dim: how many leading entries are rotated.
         hadamard: queries and keys are both turned by a Walsh-Hadamard transform, which leaves the scores as they are but for quantisation.
         top_k: keys selected at most.
+        key_rows: the keys as the scores meet them, [B, S, Di], and before the transform, in the probe's atoms.
     """
 
     node: gs.Node
@@ -51,6 +52,7 @@ class IndexerMatch:
     rotation: Rotation
     hadamard: bool
     top_k: int
+    key_rows: tuple[Linear, ...] = ()
 
 
 def match_indexer(probe: Probe, selection: gs.Tensor) -> IndexerMatch:
@@ -95,10 +97,12 @@ def match_indexer(probe: Probe, selection: gs.Tensor) -> IndexerMatch:
     weights, rectified = _weights_and_scores(probe, part, node)
     token_order = np.arange(tokens).reshape(probe.batch, new)
     view, query, key, scale = _query_and_key(probe, rectified, token_order, cached, node)
+    met = key
     query, key, turned, hadamard, sources = _undo_transform(probe, query, key, [view.left, view.right])
-    return _read_parts(
+    found = _read_parts(
         probe, node, view.node, weights, query, key, scale * turned, part.scale, hadamard, sources, top_k
     )
+    return replace(found, key_rows=(met, key))
 
 
 def _weights_and_scores(probe: Probe, part: ScorePart, node: gs.Node) -> tuple[Linear, Linear]:

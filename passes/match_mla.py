@@ -178,7 +178,8 @@ def _check_caches(probe: Probe, core: AttentionCore, rows: np.ndarray, latent: L
 def _source_is_projection(probe: Probe, tensor: gs.Tensor) -> bool:
     """Whether a tensor is (part of) a projection's output, with or without a bias, quantised or not."""
     seen = 0
-    numbers = np.unique(probe.owners(probe.linear(tensor).terms[0].codes)[0])
+    terms = [term for term in probe.linear(tensor).terms if (term.codes > ONE).any()]
+    numbers = np.unique(probe.owners(np.stack([term.codes for term in terms]))[0]) if terms else np.zeros(1, np.int64)
     if len(numbers) != 1 or numbers[0] == 0:
         return False
     node = producer(probe.owner(int(numbers[0])))

@@ -46,9 +46,9 @@ ELEMENTWISE_OPS = (
 )
 
 
-def drop_old_caches(graph: gs.Graph, probe: Probe) -> None:
-    """Takes the next values of caches and of counted positions off the outputs, and with them what only they needed."""
-    gone = {entry.output for entry in probe.interface.inputs if entry.role in (roles.CACHE, roles.POSITIONS)}
+def drop_old_caches(graph: gs.Graph, probe: Probe, others: set[str]) -> None:
+    """Takes the next values of caches and of counted positions, and `others`, off the outputs, and with them what only they needed."""
+    gone = others | {entry.output for entry in probe.interface.inputs if entry.role in (roles.CACHE, roles.POSITIONS)}
     graph.outputs[:] = [tensor for tensor in graph.outputs if tensor.name not in gone]
     remove_dead_nodes(graph)
 
@@ -77,15 +77,20 @@ def check_results(results: list[gs.Tensor], probes: list[Probe]) -> None:
 
 
 def keep_all_tokens(graph: gs.Graph, probe: Probe, emitter: Emitter) -> int:
-    """Removes what picks one token's row before the results; returns how many such nodes there were."""
+    """Removes what picks one token's row, or those that an input names, before the results; returns how many such nodes there were."""
     removed = 0
+    named = _named_tokens(graph, probe)
     for node in list(graph.nodes):
         if (
-            node.op not in ("Gather", "Slice", "GatherND")
+            node.op not in ("Gather", "Slice", "GatherND", "GatherElements")
             or node.domain
             or probe.is_known(node.inputs[0])
             or not probe.is_known(node.inputs[1])
         ):
+            continue
+        if any(id(item) in named for item in node.inputs[1:]) and _keeps_all(probe, node):
+            replace_uses(graph, node.outputs[0], node.inputs[0])
+            removed += 1
             continue
         if probe.sizes.new < 2:
             continue
@@ -113,6 +118,28 @@ def keep_all_tokens(graph: gs.Graph, probe: Probe, emitter: Emitter) -> int:
         replace_uses(graph, node.outputs[0], kept)
         removed += 1
     return removed
+
+
+def _named_tokens(graph: gs.Graph, probe: Probe) -> set[int]:
+    """Ids of what is made from the inputs that name tokens, before it meets data."""
+    chosen = {entry.name for role in (roles.TOKEN_INDEX, roles.TOKEN_COUNT) for entry in probe.interface.by_role(role)}
+    stack = [tensor for tensor in graph.inputs if tensor.name in chosen]
+    found = {id(tensor) for tensor in stack}
+    while stack:
+        for node in stack.pop().outputs:
+            for output in node.outputs:
+                if probe.is_known(output) and id(output) not in found:
+                    found.add(id(output))
+                    stack.append(output)
+    return found
+
+
+def _keeps_all(probe: Probe, node: gs.Node) -> bool:
+    try:
+        before, after = probe.linear(node.inputs[0]), probe.linear(node.outputs[0])
+    except ProbeError:
+        return False
+    return before.shape == after.shape and np.array_equal(before.terms[0].codes, after.terms[0].codes)
 
 
 def keep_last_tokens(

@@ -27,6 +27,9 @@ _TABLE_MOVES = ("Slice", "Gather", "GatherND", "GatherElements", "Split", "Squee
 PACKED, BY_SEQUENCE, UNPACKED = "packed", "by_sequence", "unpacked"
 
 
+_SIZES = (("sequences", "B"), ("new", "S"))
+
+
 class CannotRebuild(Exception):
     """A tensor depends on something besides positions and constants."""
 
@@ -270,7 +273,7 @@ class PackedPositions:
         axes = (
             model_input.axes[slice(node.attrs.get("start", 0), node.attrs.get("end"))]
             if model_input is not None
-            else ("?",)
+            else self._size_letters(values)
         )
         if node.op == "Shape" and all(
             isinstance(axis, int) or axis in self._probes[0].interface.tokens.axes for axis in axes
@@ -279,6 +282,12 @@ class PackedPositions:
                 self._emitter, self._tokens, self._probes[0].interface, axes, f"{node.outputs[0].name}.packed"
             )
         raise CannotRebuild(f"it depends on the shape {list(self._probes[0].shape(source))} of '{source.name}'")
+
+    def _size_letters(self, values: list[np.ndarray]) -> tuple[roles.Axis, ...]:
+        """The axes of a data tensor whose sizes on the probes are given."""
+        letters = {tuple(getattr(probe.sizes, size) for probe in self._probes): axis for size, axis in _SIZES}
+        axes = (tuple(int(value) for value in sizes) for sizes in zip(*values, strict=True))
+        return tuple(sizes[0] if len(set(sizes)) == 1 else letters.get(sizes, "?") for sizes in axes)
 
     def _check_constant(self, tensor: gs.Tensor, values: list[np.ndarray]) -> None:
         if any(value.shape != values[0].shape or not np.array_equal(value, values[0]) for value in values):

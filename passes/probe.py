@@ -281,6 +281,10 @@ class Probe:
         if model_input.role == roles.ATTENTION_MASK and model_input.axes[-1:] == ("L",):
             filled = np.arange(shape[-1]) < self.sizes.cached + self.sizes.new
             return np.ascontiguousarray(np.broadcast_to(filled, shape)).astype(dtype)
+        if model_input.role == roles.TOKEN_INDEX:
+            return roles.token_index(model_input, shape, self.sizes.new).astype(dtype)
+        if model_input.role == roles.TOKEN_COUNT:
+            return np.full(shape, self.sizes.new, dtype)
         if model_input.role == roles.SCORE_MASK:
             allowed = np.arange(shape[-1])[None, :] <= (np.arange(shape[-2]) + self.sizes.cached)[:, None]
             if dtype == np.bool_:
