@@ -6,16 +6,15 @@
 // share rows and keys, for the output each has all rows and an eighth of the latent. Two barriers separate scores, weights and
 // products; a third lets the next tile in, whose rows are copied while this one is at work. What finding a row needs (list
 // entry, page, scale) is fetched three, two and one tile ahead, so that nothing waits for it.
-#include "attend.h"
-#include "mma.cuh"
+//
+// Where shared memory suffices, blocks of 64 rows take attend_two_roles.cu instead.
+#include "attend_block.cuh"
 
 namespace mla {
 namespace {
 
 constexpr int threads = 256, warps = threads / warp_size;
 constexpr int tile = 64;
-constexpr int rope_padded = 64;
-constexpr int32_t masked = 0x7fffffff;
 
 // Where things lie in shared memory, in bytes.
 struct Shared {
@@ -36,213 +35,6 @@ struct Shared {
         total = factors + rows * 4;
     }
 };
-
-// The rows of a block: `count` consecutive (token, head) pairs of one sequence.
-struct Item {
-    int32_t sequence;  // -1: none
-    int64_t first_token;
-    int32_t first_head;
-    int32_t count;
-    int32_t surplus;  // blocks without an item are numbered, and there are `surplus_blocks` of them
-    int32_t surplus_blocks;
-};
-
-__device__ int32_t new_tokens(const Attend& work, int64_t sequence) {
-    int64_t const start = work.step.query_offsets[sequence], end = work.step.query_offsets[sequence + 1];
-    if (start < 0 || end > work.step.tokens || end <= start) return 0;
-    return is_active(work, static_cast<int32_t>(sequence)) ? static_cast<int32_t>(end - start) : 0;
-}
-
-// The block's item without lists. Called by one warp; every lane gets the result. Each lane counts the items of a run of
-// sequences; the lane in whose run the item falls walks it again.
-__device__ Item find_item(const Attend& work, int rows) {
-    int const lane = threadIdx.x % warp_size;
-    int64_t const run = ceil_div<int64_t>(work.step.sequences, warp_size);
-    auto items = [&](int64_t sequence) {
-        return ceil_div<int64_t>(static_cast<int64_t>(new_tokens(work, sequence)) * work.heads, rows);
-    };
-    int64_t own = 0;
-    for (int64_t i = 0; i < run; ++i) {
-        if (lane * run + i < work.step.sequences) own += items(lane * run + i);
-    }
-    int64_t before = own;
-    for (int offset = 1; offset < warp_size; offset *= 2) {
-        int64_t const lower = __shfl_up_sync(0xffffffffu, before, offset);
-        if (lane >= offset) before += lower;
-    }
-    int64_t const total = __shfl_sync(0xffffffffu, before, warp_size - 1);
-    before -= own;
-    int64_t const wanted = blockIdx.x;
-    Item item{-1, 0, 0, 0, static_cast<int32_t>(wanted - total), static_cast<int32_t>(gridDim.x - total)};
-    bool const mine = wanted >= before && wanted < before + own;
-    if (mine) {
-        int64_t sequence = lane * run;
-        for (int64_t there = items(sequence); before + there <= wanted; there = items(sequence)) {
-            before += there;
-            ++sequence;
-        }
-        int64_t const first_row = (wanted - before) * rows;
-        int64_t const all_rows = static_cast<int64_t>(new_tokens(work, sequence)) * work.heads;
-        item.sequence = static_cast<int32_t>(sequence);
-        item.first_token = work.step.query_offsets[sequence] + first_row / work.heads;
-        item.first_head = static_cast<int32_t>(first_row % work.heads);
-        item.count = static_cast<int32_t>(min(all_rows - first_row, static_cast<int64_t>(rows)));
-    }
-    unsigned const owners = __ballot_sync(0xffffffffu, mine);
-    if (owners != 0) {
-        int const owner = __ffs(static_cast<int>(owners)) - 1;
-        item.sequence = __shfl_sync(0xffffffffu, item.sequence, owner);
-        item.first_token = __shfl_sync(0xffffffffu, item.first_token, owner);
-        item.first_head = __shfl_sync(0xffffffffu, item.first_head, owner);
-        item.count = __shfl_sync(0xffffffffu, item.count, owner);
-    }
-    return item;
-}
-
-__device__ Item list_item(const Attend& work, int rows) {
-    int const tiles = ceil_div(work.heads, rows);
-    int64_t const token = blockIdx.x / tiles;
-    int const first_head = static_cast<int>(blockIdx.x % tiles) * rows;
-    int32_t const sequence = work.step.sequence_of(token);
-    return {sequence >= 0 && is_active(work, sequence) ? sequence : -1, token, first_head,
-            min(rows, work.heads - first_head), 0, 0};
-}
-
-__device__ void zero_row(const Attend& work, int64_t token, int head, int lane, int lanes) {
-    int64_t const base = token * work.output.token_stride + head * work.output.head_stride;
-    for (int i = lane; i < work.layout.rank; i += lanes) store_float(work.output.data, work.output.type, base + i, 0.0f);
-    if (lane == 0 && work.lse != nullptr) work.lse[token * work.heads + head] = -INFINITY;
-}
-
-// Blocks without an item zero the tokens that belong to no sequence.
-__device__ void zero_padding(const Attend& work, const Item& item) {
-    if (work.indices != nullptr) {
-        if (work.step.sequence_of(item.first_token) >= 0) return;  // another kernel's
-        for (int row = threadIdx.x / warp_size; row < item.count; row += warps) {
-            zero_row(work, item.first_token, item.first_head + row, threadIdx.x % warp_size, warp_size);
-        }
-        return;
-    }
-    int64_t const end = max(work.step.query_offsets[work.step.sequences], 0);
-    for (int64_t token = end + item.surplus; token < work.step.tokens; token += item.surplus_blocks) {
-        for (int head = threadIdx.x / warp_size; head < work.heads; head += warps) {
-            zero_row(work, token, head, threadIdx.x % warp_size, warp_size);
-        }
-    }
-}
-
-// 16 e4m3 codes as bf16, times `factor` where the format has scales inside the row.
-__device__ void decode_sixteen(uint4 codes, bool scaled, float factor, uint4& low, uint4& high) {
-    uint2 const a = decode_e4m3x4(codes.x), b = decode_e4m3x4(codes.y);
-    uint2 const c = decode_e4m3x4(codes.z), d = decode_e4m3x4(codes.w);
-    uint32_t words[8] = {a.x, a.y, b.x, b.y, c.x, c.y, d.x, d.y};
-    if (scaled) {
-#pragma unroll
-        for (uint32_t& word : words) {
-            float2 const values = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(word));
-            __nv_bfloat162 const pair = __floats2bfloat162_rn(values.x * factor, values.y * factor);
-            word = reinterpret_cast<const uint32_t&>(pair);
-        }
-    }
-    low = make_uint4(words[0], words[1], words[2], words[3]);
-    high = make_uint4(words[4], words[5], words[6], words[7]);
-}
-
-// Copied rows to the tile of keys. `fast`: latent and rope divide into 16-byte pieces.
-template <int rank_padded>
-__device__ void convert(const KvLayout& layout, const uint8_t* raw, uint8_t* keys, bool fast) {
-    constexpr int width = rank_padded + rope_padded;
-    bool const grouped = layout.format == row_format::fp8_ds_mla;
-    if (fast) {
-        // read in batches: the compiler cannot know that a row that is written is none that is still to be read
-        constexpr int pieces = rank_padded / 16, batch = rank_padded < 256 ? 2 : 4, rounds = tile * pieces / threads / batch;
-        static_assert(tile * pieces % (threads * batch) == 0);
-#pragma unroll
-        for (int round = 0; round < rounds; ++round) {
-            uint4 codes[batch];
-            float factors[batch];
-#pragma unroll
-            for (int i = 0; i < batch; ++i) {
-                int const item = threadIdx.x + (round * batch + i) * threads;
-                int const column = item % pieces * 16;
-                const uint8_t* row = raw + item / pieces * layout.row_bytes;
-                bool const there = column < layout.rank;
-                codes[i] = there ? *reinterpret_cast<const uint4*>(row + column) : make_uint4(0, 0, 0, 0);
-                factors[i] = 1.0f;
-                if (grouped && there) {
-                    factors[i] = *reinterpret_cast<const float*>(row + layout.rank + 4 * (column / scale_group));
-                }
-            }
-#pragma unroll
-            for (int i = 0; i < batch; ++i) {
-                int const item = threadIdx.x + (round * batch + i) * threads;
-                int const line = item / pieces, column = item % pieces * 16;
-                uint4 low, high;
-                decode_sixteen(codes[i], grouped, factors[i], low, high);
-                // of eight lanes four write their upper half first: together they then meet every bank once
-                bool const swap = (threadIdx.x & 4) != 0;
-                *reinterpret_cast<uint4*>(keys + swizzled(line, column + (swap ? 8 : 0), width)) = swap ? high : low;
-                *reinterpret_cast<uint4*>(keys + swizzled(line, column + (swap ? 0 : 8), width)) = swap ? low : high;
-            }
-        }
-        bool const flat = layout.format == row_format::fp8_flat;
-        int const step = flat ? 16 : 8;
-        for (int i = threadIdx.x; i < tile * (layout.rope / step); i += threads) {
-            int const line = i / (layout.rope / step), column = i % (layout.rope / step) * step;
-            uint4 const bits =
-                *reinterpret_cast<const uint4*>(raw + line * layout.row_bytes + layout.rope_offset + (flat ? 1 : 2) * column);
-            if (flat) {
-                uint4 low, high;
-                decode_sixteen(bits, false, 1.0f, low, high);
-                *reinterpret_cast<uint4*>(keys + swizzled(line, rank_padded + column, width)) = low;
-                *reinterpret_cast<uint4*>(keys + swizzled(line, rank_padded + column + 8, width)) = high;
-            } else {
-                *reinterpret_cast<uint4*>(keys + swizzled(line, rank_padded + column, width)) = bits;
-            }
-        }
-        return;
-    }
-    int const values = layout.rank + layout.rope;
-    for (int i = threadIdx.x; i < tile * values; i += threads) {
-        int const line = i / values, column = i % values;
-        bool const is_rope = column >= layout.rank;
-        const uint8_t* row = raw + line * layout.row_bytes;
-        const uint8_t* part = is_rope ? row + layout.rope_offset : row;
-        int const at = is_rope ? column - layout.rank : column;
-        __nv_bfloat16 value;
-        if (layout.format == row_format::bf16 || (is_rope && layout.format != row_format::fp8_flat)) {
-            value = __ushort_as_bfloat16(static_cast<uint16_t>(part[2 * at] | part[2 * at + 1] << 8));
-        } else {
-            float factor = 1.0f;
-            if (grouped) {
-                const uint8_t* bytes = row + layout.rank + 4 * (at / scale_group);
-                factor = __uint_as_float(static_cast<uint32_t>(bytes[0]) | static_cast<uint32_t>(bytes[1]) << 8 |
-                                         static_cast<uint32_t>(bytes[2]) << 16 | static_cast<uint32_t>(bytes[3]) << 24);
-            }
-            value = __float2bfloat16_rn(decode_e4m3(part[at]) * factor);
-        }
-        int const column_padded = is_rope ? rank_padded + at : at;
-        *reinterpret_cast<__nv_bfloat16*>(keys + swizzled(line, column_padded, width)) = value;
-    }
-}
-
-// The rows' queries to shared memory, zero where there is no row and in the padding.
-template <int rows, int rank_padded>
-__device__ void load_queries(const Attend& work, const Item& item, uint8_t* query, bool aligned) {
-    constexpr int width = rank_padded + rope_padded, units = width / 8;
-    int const rank = work.layout.rank, rope = work.layout.rope;
-    for (int i = threadIdx.x; i < rows * units; i += threads) {
-        int const row = i / units, column = i % units * 8;
-        int const flat = item.first_head + row;
-        int64_t const base = (item.first_token + flat / work.heads) * work.query.token_stride +
-                             (flat % work.heads) * work.query.head_stride;
-        bool const is_rope = column >= rank_padded;
-        int const at = is_rope ? column - rank_padded : column;
-        int const count = row < item.count ? (is_rope ? rope : rank) - at : 0;
-        *reinterpret_cast<uint4*>(query + swizzled(row, column, width)) =
-            load_eight(work.query.data, work.query.type, base + (is_rope ? rank : 0) + at, count, aligned);
-    }
-}
 
 template <int rows, int rank_padded, bool direct>
 __global__ void __launch_bounds__(threads, 1)
@@ -299,27 +91,7 @@ __global__ void __launch_bounds__(threads, 1)
 
     // four threads copy a row
     int const line = threadIdx.x / 4, quarter = threadIdx.x % 4;
-    auto key_of = [&](int32_t tile_index) {
-        int32_t const entry = tile_index * tile + line;
-        if (tile_index >= last || entry >= count) return -1;
-        return work.indices == nullptr ? entry : work.indices[item.first_token * work.top_k + entry];
-    };
-    auto page_entry = [&](int32_t key) {
-        return key >= 0 && key < end ? work.step.block_table[item.sequence * work.step.max_pages + key / work.layout.page_size]
-                                     : -1;
-    };
-    auto make_row = [&](int32_t key, int32_t page) {
-        Row row{nullptr, work.layout.format == row_format::fp8_flat ? work.layout.kv_scale : 1.0f, masked};
-        if (page < 0 || page >= work.step.pages) return row;
-        int32_t const slot = key % work.layout.page_size;
-        const uint8_t* page_bytes = work.pool + page * work.layout.page_bytes;
-        row.bytes = page_bytes + static_cast<int64_t>(slot) * work.layout.row_bytes;
-        if (work.layout.has_page_scales()) {
-            row.scale = reinterpret_cast<const float*>(page_bytes + work.layout.scales_offset)[slot];
-        }
-        row.position = key;
-        return row;
-    };
+    RowFinder<tile> finder(work, item, end, count, first, last, line);
     int const latent_pieces = work.layout.rank / 8, pieces = work.layout.row_bytes / 16;
     auto copy = [&](int stage, int slot, const Row& row) {
         const uint8_t* source = row.bytes == nullptr ? work.pool : row.bytes;
@@ -341,19 +113,6 @@ __global__ void __launch_bounds__(threads, 1)
             scales[slot * tile + line] = row.scale;
         }
     };
-    int32_t key_later = key_of(first + 1);
-    int32_t key_next = key_of(first);
-    Row row = make_row(key_next, page_entry(key_next));
-    key_next = key_later;
-    int32_t page_next = page_entry(key_next);
-    key_later = key_of(first + 2);
-    auto advance = [&](int32_t tile_index) {  // to the row of tile_index
-        row = make_row(key_next, page_next);
-        key_next = key_later;
-        page_next = page_entry(key_next);
-        key_later = key_of(tile_index + 2);
-    };
-
     int const row_warp = warp / key_warps, key_warp = warp % key_warps;
     // Where a lane's 16 bytes of an ldmatrix lie in a row's group of 128 bytes (`swizzled`, all rows of a lane being alike
     // modulo 8): for 16 columns with the second half in lanes 16 to 31 (queries, weights, values), in every other eighth of
@@ -376,8 +135,8 @@ __global__ void __launch_bounds__(threads, 1)
     float sums[row_warps][latent_tiles][4] = {};
 
     if (first < last) {
-        copy(0, 0, row);
-        advance(first + 1);
+        copy(0, 0, finder.row);
+        finder.advance(first + 1);
     }
     for (int32_t index = first; index < last; ++index) {
         int const slot = (index - first) % 2, stage = shared.stages == 2 ? slot : 0;
@@ -385,18 +144,18 @@ __global__ void __launch_bounds__(threads, 1)
         __syncthreads();
         bool const more = index + 1 < last;
         if (more && shared.stages == 2) {
-            copy(1 - stage, 1 - slot, row);
-            advance(index + 2);
+            copy(1 - stage, 1 - slot, finder.row);
+            finder.advance(index + 2);
         }
         uint8_t* keys = tiles;
         if constexpr (direct) {
             keys += stage * tile * width * 2;
         } else {
-            convert<rank_padded>(work.layout, raw + stage * tile * work.layout.row_bytes, keys, fast);
+            convert<tile, threads, rank_padded>(work.layout, raw + stage * tile * work.layout.row_bytes, keys, fast, threadIdx.x);
             __syncthreads();
             if (more && shared.stages == 1) {
-                copy(0, 1 - slot, row);
-                advance(index + 2);
+                copy(0, 1 - slot, finder.row);
+                finder.advance(index + 2);
             }
         }
 
@@ -551,8 +310,8 @@ __global__ void __launch_bounds__(threads, 1)
         }
         if (direct && more && shared.stages == 1) {
             __syncthreads();
-            copy(0, 1 - slot, row);
-            advance(index + 2);
+            copy(0, 1 - slot, finder.row);
+            finder.advance(index + 2);
         }
     }
 
@@ -617,12 +376,6 @@ __global__ void __launch_bounds__(threads, 1)
     }
 }
 
-int padded_rank(const KvLayout& layout) { return layout.rank <= 128 ? 128 : layout.rank <= 256 ? 256 : 512; }
-
-bool is_direct(const KvLayout& layout) {
-    return layout.format == row_format::bf16 && layout.rank % 8 == 0 && layout.rope % 8 == 0;
-}
-
 int shared_bytes(const KvLayout& layout, int rows, int stages) {
     return Shared(rows, padded_rank(layout), layout, is_direct(layout), stages).total;
 }
@@ -640,20 +393,11 @@ int launch(const Attend& work, const Partials& partials, const Device& device, c
                                                                   shared.total))) {
         return status;
     }
-    const KvLayout& layout = work.layout;
-    bool const flat = layout.format == row_format::fp8_flat;
-    bool const fast = layout.format != row_format::bf16 && layout.rank % 16 == 0 && layout.rope_offset % 16 == 0 &&
-                      layout.rope % (flat ? 16 : 8) == 0;
-    bool const query_aligned =
-        layout.rank % 8 == 0 &&
-        aligned_for_eight(work.query.data, work.query.token_stride, work.query.head_stride, work.query.type);
-    int64_t const blocks = work.indices != nullptr
-                               ? work.step.tokens * ceil_div(work.heads, rows)
-                               : work.step.sequences + work.step.tokens * work.heads / rows + 1;
+    int64_t const blocks = block_count(work, rows);
     if (blocks > 0x7fffffff) return fail(MLA_UNSUPPORTED, "%lld query tokens are too many for one step",
                                          static_cast<long long>(work.step.tokens));
-    kernel<<<dim3(static_cast<unsigned>(blocks), partials.splits), threads, shared.total, stream>>>(work, partials, shared,
-                                                                                                   fast, query_aligned);
+    kernel<<<dim3(static_cast<unsigned>(blocks), partials.splits), threads, shared.total, stream>>>(
+        work, partials, shared, converts_fast(work.layout), queries_aligned(work));
     return check_launch("attention");
 }
 
@@ -674,6 +418,7 @@ bool attend_takes_tensor_cores(const Attend& work, const Device& device) {
 }
 
 int attend_tensor_cores(const Attend& work, const Partials& partials, const Device& device, cudaStream_t stream) {
+    if (attend_takes_two_roles(work, device)) return attend_two_roles(work, partials, device, stream);
     bool const wide = rows_per_block(work) == 64 &&
                       shared_bytes(work.layout, 64, 1) + static_shared_bytes <= device.shared_bytes;
     if (is_direct(work.layout)) {

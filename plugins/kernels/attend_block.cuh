@@ -1,0 +1,301 @@
+// What both tensor-core kernels of absorbed attention share: which rows a block has, and how queries and keys come into shared
+// memory.
+#pragma once
+
+#include "attend.h"
+#include "mma.cuh"
+
+namespace mla {
+
+constexpr int rope_padded = 64;  // columns of shared memory behind the latent's
+constexpr int32_t masked = 0x7fffffff;
+
+inline int padded_rank(const KvLayout& layout) { return layout.rank <= 128 ? 128 : layout.rank <= 256 ? 256 : 512; }
+
+// Whether rows are keys as they lie: bf16, in 16-byte pieces.
+inline bool is_direct(const KvLayout& layout) {
+    return layout.format == row_format::bf16 && layout.rank % 8 == 0 && layout.rope % 8 == 0;
+}
+
+// Whether `convert` may take 16 bytes at a time.
+inline bool converts_fast(const KvLayout& layout) {
+    return layout.format != row_format::bf16 && layout.rank % 16 == 0 && layout.rope_offset % 16 == 0 &&
+           layout.rope % (layout.format == row_format::fp8_flat ? 16 : 8) == 0;
+}
+
+inline bool queries_aligned(const Attend& work) {
+    return work.layout.rank % 8 == 0 &&
+           aligned_for_eight(work.query.data, work.query.token_stride, work.query.head_stride, work.query.type);
+}
+
+// Blocks along x for `rows` rows a block; one more than there can be items, for what belongs to no sequence.
+inline int64_t block_count(const Attend& work, int rows) {
+    return work.indices != nullptr ? work.step.tokens * ceil_div(work.heads, rows)
+                                   : work.step.sequences + work.step.tokens * work.heads / rows + 1;
+}
+
+// The rows of a block: `count` consecutive (token, head) pairs of one sequence.
+struct Item {
+    int32_t sequence;  // -1: none
+    int64_t first_token;
+    int32_t first_head;
+    int32_t count;
+    int32_t surplus;  // blocks without an item are numbered, and there are `surplus_blocks` of them
+    int32_t surplus_blocks;
+};
+
+__device__ inline int32_t new_tokens(const Attend& work, int64_t sequence) {
+    int64_t const start = work.step.query_offsets[sequence], end = work.step.query_offsets[sequence + 1];
+    if (start < 0 || end > work.step.tokens || end <= start) return 0;
+    return is_active(work, static_cast<int32_t>(sequence)) ? static_cast<int32_t>(end - start) : 0;
+}
+
+// The block's item without lists. Called by one warp; every lane gets the result. Each lane counts the items of a run of
+// sequences; the lane in whose run the item falls walks it again.
+__device__ inline Item find_item(const Attend& work, int rows) {
+    int const lane = threadIdx.x % warp_size;
+    int64_t const run = ceil_div<int64_t>(work.step.sequences, warp_size);
+    auto items = [&](int64_t sequence) {
+        return ceil_div<int64_t>(static_cast<int64_t>(new_tokens(work, sequence)) * work.heads, rows);
+    };
+    int64_t own = 0;
+    for (int64_t i = 0; i < run; ++i) {
+        if (lane * run + i < work.step.sequences) own += items(lane * run + i);
+    }
+    int64_t before = own;
+    for (int offset = 1; offset < warp_size; offset *= 2) {
+        int64_t const lower = __shfl_up_sync(0xffffffffu, before, offset);
+        if (lane >= offset) before += lower;
+    }
+    int64_t const total = __shfl_sync(0xffffffffu, before, warp_size - 1);
+    before -= own;
+    int64_t const wanted = blockIdx.x;
+    Item item{-1, 0, 0, 0, static_cast<int32_t>(wanted - total), static_cast<int32_t>(gridDim.x - total)};
+    bool const mine = wanted >= before && wanted < before + own;
+    if (mine) {
+        int64_t sequence = lane * run;
+        for (int64_t there = items(sequence); before + there <= wanted; there = items(sequence)) {
+            before += there;
+            ++sequence;
+        }
+        int64_t const first_row = (wanted - before) * rows;
+        int64_t const all_rows = static_cast<int64_t>(new_tokens(work, sequence)) * work.heads;
+        item.sequence = static_cast<int32_t>(sequence);
+        item.first_token = work.step.query_offsets[sequence] + first_row / work.heads;
+        item.first_head = static_cast<int32_t>(first_row % work.heads);
+        item.count = static_cast<int32_t>(min(all_rows - first_row, static_cast<int64_t>(rows)));
+    }
+    unsigned const owners = __ballot_sync(0xffffffffu, mine);
+    if (owners != 0) {
+        int const owner = __ffs(static_cast<int>(owners)) - 1;
+        item.sequence = __shfl_sync(0xffffffffu, item.sequence, owner);
+        item.first_token = __shfl_sync(0xffffffffu, item.first_token, owner);
+        item.first_head = __shfl_sync(0xffffffffu, item.first_head, owner);
+        item.count = __shfl_sync(0xffffffffu, item.count, owner);
+    }
+    return item;
+}
+
+__device__ inline Item list_item(const Attend& work, int rows) {
+    int const tiles = ceil_div(work.heads, rows);
+    int64_t const token = blockIdx.x / tiles;
+    int const first_head = static_cast<int>(blockIdx.x % tiles) * rows;
+    int32_t const sequence = work.step.sequence_of(token);
+    return {sequence >= 0 && is_active(work, sequence) ? sequence : -1, token, first_head,
+            min(rows, work.heads - first_head), 0, 0};
+}
+
+__device__ inline void zero_row(const Attend& work, int64_t token, int head, int lane, int lanes) {
+    int64_t const base = token * work.output.token_stride + head * work.output.head_stride;
+    for (int i = lane; i < work.layout.rank; i += lanes) store_float(work.output.data, work.output.type, base + i, 0.0f);
+    if (lane == 0 && work.lse != nullptr) work.lse[token * work.heads + head] = -INFINITY;
+}
+
+// Blocks without an item zero the tokens that belong to no sequence.
+__device__ inline void zero_padding(const Attend& work, const Item& item) {
+    if (work.indices != nullptr) {
+        if (work.step.sequence_of(item.first_token) >= 0) return;  // another kernel's
+        for (int row = threadIdx.x / warp_size; row < item.count; row += blockDim.x / warp_size) {
+            zero_row(work, item.first_token, item.first_head + row, threadIdx.x % warp_size, warp_size);
+        }
+        return;
+    }
+    int64_t const end = max(work.step.query_offsets[work.step.sequences], 0);
+    for (int64_t token = end + item.surplus; token < work.step.tokens; token += item.surplus_blocks) {
+        for (int head = threadIdx.x / warp_size; head < work.heads; head += blockDim.x / warp_size) {
+            zero_row(work, token, head, threadIdx.x % warp_size, warp_size);
+        }
+    }
+}
+
+// 16 e4m3 codes as bf16, times `factor` where the format has scales inside the row.
+__device__ inline void decode_sixteen(uint4 codes, bool scaled, float factor, uint4& low, uint4& high) {
+    uint2 const a = decode_e4m3x4(codes.x), b = decode_e4m3x4(codes.y);
+    uint2 const c = decode_e4m3x4(codes.z), d = decode_e4m3x4(codes.w);
+    uint32_t words[8] = {a.x, a.y, b.x, b.y, c.x, c.y, d.x, d.y};
+    if (scaled) {
+#pragma unroll
+        for (uint32_t& word : words) {
+            float2 const values = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(word));
+            __nv_bfloat162 const pair = __floats2bfloat162_rn(values.x * factor, values.y * factor);
+            word = reinterpret_cast<const uint32_t&>(pair);
+        }
+    }
+    low = make_uint4(words[0], words[1], words[2], words[3]);
+    high = make_uint4(words[4], words[5], words[6], words[7]);
+}
+
+// Copied rows to the tile of keys, by `threads` threads of which this is number `thread`. `fast`: latent and rope divide into
+// 16-byte pieces.
+template <int tile, int threads, int rank_padded>
+__device__ inline void convert(const KvLayout& layout, const uint8_t* raw, uint8_t* keys, bool fast, int thread) {
+    constexpr int width = rank_padded + rope_padded;
+    bool const grouped = layout.format == row_format::fp8_ds_mla;
+    if (fast) {
+        // read in batches: the compiler cannot know that a row that is written is none that is still to be read
+        constexpr int pieces = rank_padded / 16, each = tile * pieces / threads;
+        constexpr int batch = each < 4 ? each : 4, rounds = each / batch;
+        static_assert(each > 0 && tile * pieces == threads * batch * rounds);
+#pragma unroll
+        for (int round = 0; round < rounds; ++round) {
+            uint4 codes[batch];
+            float factors[batch];
+#pragma unroll
+            for (int i = 0; i < batch; ++i) {
+                int const item = thread + (round * batch + i) * threads;
+                int const column = item % pieces * 16;
+                const uint8_t* row = raw + item / pieces * layout.row_bytes;
+                bool const there = column < layout.rank;
+                codes[i] = there ? *reinterpret_cast<const uint4*>(row + column) : make_uint4(0, 0, 0, 0);
+                factors[i] = 1.0f;
+                if (grouped && there) {
+                    factors[i] = *reinterpret_cast<const float*>(row + layout.rank + 4 * (column / scale_group));
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < batch; ++i) {
+                int const item = thread + (round * batch + i) * threads;
+                int const line = item / pieces, column = item % pieces * 16;
+                uint4 low, high;
+                decode_sixteen(codes[i], grouped, factors[i], low, high);
+                // of eight lanes four write their upper half first: together they then meet every bank once
+                bool const swap = (thread & 4) != 0;
+                *reinterpret_cast<uint4*>(keys + swizzled(line, column + (swap ? 8 : 0), width)) = swap ? high : low;
+                *reinterpret_cast<uint4*>(keys + swizzled(line, column + (swap ? 0 : 8), width)) = swap ? low : high;
+            }
+        }
+        bool const flat = layout.format == row_format::fp8_flat;
+        int const step = flat ? 16 : 8;
+        for (int i = thread; i < tile * (layout.rope / step); i += threads) {
+            int const line = i / (layout.rope / step), column = i % (layout.rope / step) * step;
+            uint4 const bits =
+                *reinterpret_cast<const uint4*>(raw + line * layout.row_bytes + layout.rope_offset + (flat ? 1 : 2) * column);
+            if (flat) {
+                uint4 low, high;
+                decode_sixteen(bits, false, 1.0f, low, high);
+                *reinterpret_cast<uint4*>(keys + swizzled(line, rank_padded + column, width)) = low;
+                *reinterpret_cast<uint4*>(keys + swizzled(line, rank_padded + column + 8, width)) = high;
+            } else {
+                *reinterpret_cast<uint4*>(keys + swizzled(line, rank_padded + column, width)) = bits;
+            }
+        }
+        return;
+    }
+    int const values = layout.rank + layout.rope;
+    for (int i = thread; i < tile * values; i += threads) {
+        int const line = i / values, column = i % values;
+        bool const is_rope = column >= layout.rank;
+        const uint8_t* row = raw + line * layout.row_bytes;
+        const uint8_t* part = is_rope ? row + layout.rope_offset : row;
+        int const at = is_rope ? column - layout.rank : column;
+        __nv_bfloat16 value;
+        if (layout.format == row_format::bf16 || (is_rope && layout.format != row_format::fp8_flat)) {
+            value = __ushort_as_bfloat16(static_cast<uint16_t>(part[2 * at] | part[2 * at + 1] << 8));
+        } else {
+            float factor = 1.0f;
+            if (grouped) {
+                const uint8_t* bytes = row + layout.rank + 4 * (at / scale_group);
+                factor = __uint_as_float(static_cast<uint32_t>(bytes[0]) | static_cast<uint32_t>(bytes[1]) << 8 |
+                                         static_cast<uint32_t>(bytes[2]) << 16 | static_cast<uint32_t>(bytes[3]) << 24);
+            }
+            value = __float2bfloat16_rn(decode_e4m3(part[at]) * factor);
+        }
+        int const column_padded = is_rope ? rank_padded + at : at;
+        *reinterpret_cast<__nv_bfloat16*>(keys + swizzled(line, column_padded, width)) = value;
+    }
+}
+
+// The rows' queries to shared memory, zero where there is no row and in the padding.
+template <int rows, int rank_padded>
+__device__ void load_queries(const Attend& work, const Item& item, uint8_t* query, bool aligned) {
+    constexpr int width = rank_padded + rope_padded, units = width / 8;
+    int const rank = work.layout.rank, rope = work.layout.rope;
+    for (int i = threadIdx.x; i < rows * units; i += blockDim.x) {
+        int const row = i / units, column = i % units * 8;
+        int const flat = item.first_head + row;
+        int64_t const base = (item.first_token + flat / work.heads) * work.query.token_stride +
+                             (flat % work.heads) * work.query.head_stride;
+        bool const is_rope = column >= rank_padded;
+        int const at = is_rope ? column - rank_padded : column;
+        int const count = row < item.count ? (is_rope ? rope : rank) - at : 0;
+        *reinterpret_cast<uint4*>(query + swizzled(row, column, width)) =
+            load_eight(work.query.data, work.query.type, base + (is_rope ? rank : 0) + at, count, aligned);
+    }
+}
+
+// Finds the rows of a block's keys one tile after the other, for the thread that copies row `line` of each. What a row needs
+// (list entry, page, scale) is fetched three, two and one tile ahead, so that nothing waits for it.
+template <int tile>
+struct RowFinder {
+    const Attend& work;
+    const Item& item;
+    int32_t end, count, last;  // keys that exist, entries, tiles
+    int line;
+    int32_t key_next, key_later, page_next;
+    Row row;  // of the tile that `advance` or the constructor named
+
+    __device__ RowFinder(const Attend& attend, const Item& block, int32_t key_end, int32_t entries, int32_t first_tile,
+                         int32_t last_tile, int line_of_thread)
+        : work(attend), item(block), end(key_end), count(entries), last(last_tile), line(line_of_thread) {
+        int32_t const key = key_of(first_tile);
+        key_next = key_of(first_tile + 1);
+        key_later = key_of(first_tile + 2);
+        row = make_row(key, page_entry(key));
+        page_next = page_entry(key_next);
+    }
+
+    // To the row of tile `index`, which follows the one before.
+    __device__ void advance(int32_t index) {
+        row = make_row(key_next, page_next);
+        key_next = key_later;
+        page_next = page_entry(key_next);
+        key_later = key_of(index + 2);
+    }
+
+private:
+    __device__ int32_t key_of(int32_t index) const {
+        int32_t const entry = index * tile + line;
+        if (index >= last || entry >= count) return -1;
+        return work.indices == nullptr ? entry : work.indices[item.first_token * work.top_k + entry];
+    }
+
+    __device__ int32_t page_entry(int32_t key) const {
+        if (key < 0 || key >= end) return -1;
+        return work.step.block_table[item.sequence * work.step.max_pages + key / work.layout.page_size];
+    }
+
+    __device__ Row make_row(int32_t key, int32_t page) const {
+        Row found{nullptr, work.layout.format == row_format::fp8_flat ? work.layout.kv_scale : 1.0f, masked};
+        if (page < 0 || page >= work.step.pages) return found;
+        int32_t const slot = key % work.layout.page_size;
+        const uint8_t* page_bytes = work.pool + page * work.layout.page_bytes;
+        found.bytes = page_bytes + static_cast<int64_t>(slot) * work.layout.row_bytes;
+        if (work.layout.has_page_scales()) {
+            found.scale = reinterpret_cast<const float*>(page_bytes + work.layout.scales_offset)[slot];
+        }
+        found.position = key;
+        return found;
+    }
+};
+
+}  // namespace mla
