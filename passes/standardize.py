@@ -150,12 +150,13 @@ def _skip_norm(rw: _Rewriter) -> None:
 
 def _fused_matmul(rw: _Rewriter) -> None:
     """FusedMatMul becomes an Einsum, which needs no rank to transpose the last two axes."""
-    if rw.attributes.get("transBatchA", 0) or rw.attributes.get("transBatchB", 0):
-        raise BadModelError(
-            f"node '{rw.node.name}': FusedMatMul with transposed batch dimensions is not supported: export without that fusion"
-        )
-    left = "...km" if rw.attributes.get("transA", 0) else "...mk"
-    right = "...nk" if rw.attributes.get("transB", 0) else "...kn"
+    rows, columns = (
+        ("km" if rw.attributes.get("transA", 0) else "mk"),
+        ("nk" if rw.attributes.get("transB", 0) else "kn"),
+    )
+    # A transposed batch has the first of the two axes before the batch's.
+    left = f"{rows[0]}...{rows[1]}" if rw.attributes.get("transBatchA", 0) else f"...{rows}"
+    right = f"{columns[0]}...{columns[1]}" if rw.attributes.get("transBatchB", 0) else f"...{columns}"
     alpha = rw.attributes.get("alpha", 1.0)
     plain = (left, right) == ("...mk", "...kn")
     op, attributes = ("MatMul", {}) if plain else ("Einsum", {"equation": f"{left},{right}->...mn"})
