@@ -361,6 +361,11 @@ class _Theirs:
 
 def measure_ceilings() -> Ceilings:
     """Device copy by cudaMemcpy; matrix products through torch, where it is installed."""
+    return Ceilings(*measure_copy(), *_matrix_products())
+
+
+def measure_copy() -> tuple[str, float]:
+    """Name of the GPU, and bytes/s of a device copy, read and written."""
     properties = checked(runtime.cudaGetDeviceProperties(0))
     name = properties.name.decode().rstrip("\0")
     size = min(4 << 30, properties.totalGlobalMem // 8)
@@ -377,8 +382,7 @@ def measure_ceilings() -> Ceilings:
     for memory in (source, target):
         memory.close()
     stream.close()
-    copy = 2 * size / (1e-3 * median(times[1:]))
-    return Ceilings(name, copy, *_matrix_products())
+    return name, 2 * size / (1e-3 * median(times[1:]))
 
 
 def _matrix_products() -> tuple[float | None, float | None]:
@@ -613,8 +617,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """`python -m mla_trt.bench`, for machines without the packages that the command needs."""
     parser = argparse.ArgumentParser(prog="python -m mla_trt.bench", description="Measures the kernels.")
     add_bench_arguments(parser)
+    options = parser.parse_args(arguments)
     try:
-        return run(parser.parse_args(arguments))
+        if options.what == "layer":
+            raise UsageError("the layer is measured by 'mla-trt bench layer', which needs all of the package")
+        return run(options)
     except MlaTrtError as error:
         print(f"mla-trt: {error}", file=sys.stderr)
         return error.exit_status

@@ -8,14 +8,23 @@ from pathlib import Path
 
 def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     """What is measured, and where the results go."""
-    parser.add_argument("what", choices=("kernels",), help="kernels: each op, beside FlashMLA, DeepGEMM and cuDNN")
+    parser.add_argument(
+        "what",
+        choices=("kernels", "layer"),
+        help="kernels: each op, beside FlashMLA, DeepGEMM and cuDNN; layer: an attention layer of DeepSeek-V3 as an engine, "
+        "beside engines without plugins",
+    )
     parser.add_argument("--cases", default="", metavar="REGEX", help="only cases whose name has this")
     parser.add_argument("--list", action="store_true", help="list the cases")
-    parser.add_argument("--no-peers", dest="peers", action="store_false", help="do not run other people's kernels")
+    parser.add_argument("--no-peers", dest="peers", action="store_false", help="measure ours only")
     parser.add_argument(
         "-o",
         "--output",
         type=Path,
         metavar="DIR",
-        help="write bench.md, bench.json and, with matplotlib, bench.png there",
+        help="write bench.md, bench.json and, with matplotlib, bench.png there; of the layer, layer.md and layer.json",
     )
+    layer = parser.add_argument_group("layer")
+    layer.add_argument("--formats", default="fp8,bf16", help="row formats of the cache of ours (default fp8,bf16)")
+    layer.add_argument("--optimization-level", type=int, default=3, metavar="0-5", help="of TensorRT (default 3)")
+    layer.add_argument("--plugins", type=Path, metavar="FILE.so", help="the plugin library (default: found by itself)")

@@ -55,10 +55,11 @@ A folder that 'mla-trt lower' wrote runs on ONNX Runtime, an engine that 'mla-tr
     "bench": """examples:
   mla-trt bench kernels -o results
   mla-trt bench kernels --cases '^decode-fp8' --no-peers
+  mla-trt bench layer --cases 'b16-4k|b128-4k' --formats fp8 -o results
 
-Needs a GPU and the kernel library (mla-trt plugins build --kernels-only). Peers run where flash_mla, flash_mla_vllm, deep_gemm
-and torch are importable.
-exit status: 0 done; 2 nothing to measure with; 4 a kernel was refused or wrong (it has no figure).""",
+kernels needs a GPU and the kernel library (mla-trt plugins build --kernels-only). Peers run where flash_mla, flash_mla_vllm,
+deep_gemm and torch are importable. layer needs what 'mla-trt build' needs.
+exit status: 0 done; 2 nothing to measure with; 4 a kernel or an engine was refused or wrong (it has no figure).""",
     "export": """examples:
   mla-trt export deepseek-v3 -o model.onnx
   mla-trt export deepseek-v3.2 -o model.onnx --attention eager --opset 23
@@ -259,7 +260,9 @@ def _parser() -> argparse.ArgumentParser:
         "--jobs", type=int, metavar="N", help="sources compiled at a time (default: this machine's cores)"
     )
 
-    bench = _command(commands, "bench", _bench, "measure the kernels on this machine's GPU, beside other people's")
+    bench = _command(
+        commands, "bench", _bench, "measure kernels or an attention layer on this machine's GPU, beside others"
+    )
     add_bench_arguments(bench)
     return parser
 
@@ -478,6 +481,10 @@ def _build_plugins(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
+    if options.what == "layer":
+        from mla_trt.bench_layer import run as run_layer
+
+        return run_layer(options)
     from mla_trt.bench import run
 
     return run(options)

@@ -88,7 +88,7 @@ class TensorRtRunner:
         if description.weight_streaming:
             self._engine.weight_streaming_budget_v2 = self._engine.get_weight_streaming_automatic_budget()
         self._names = names
-        self._dtypes = {name: _numpy_dtype(trt, self._engine.get_tensor_dtype(name)) for name in names}
+        self._dtypes = {name: numpy_dtype(trt, self._engine.get_tensor_dtype(name)) for name in names}
         self._described = {tensor.name: tensor.numpy_dtype for tensor in (*description.inputs, *description.outputs)}
         self._cuda = Cuda()
         self._words = {cache.name: cache.page_words for cache in description.metadata.caches}
@@ -310,7 +310,12 @@ class TensorRtRunner:
         self._recordings.clear()
 
 
-def _numpy_dtype(trt: Any, dtype: Any) -> np.dtype:
+def numpy_dtype(trt: Any, dtype: Any) -> np.dtype:
+    """The numpy type (with ml_dtypes) of a type of TensorRT.
+
+    Raises:
+        BadModelError: there is none that inputs and outputs can have.
+    """
     elements = {
         trt.DataType.FLOAT: TensorProto.FLOAT,
         trt.DataType.HALF: TensorProto.FLOAT16,

@@ -1,0 +1,581 @@
+"""`mla-trt bench layer`: one attention layer of DeepSeek-V3 as TensorRT engines, decoding one token for each sequence.
+
+Three forms of the layer have the same weights and cached rows: lowered, with our plugins; as exported, with expanded keys
+and values; absorbed by hand. The last two have fixed sizes, which is the best that TensorRT can be given. Their steps run
+as CUDA graphs, alternating in one process. Every result is checked against a float32 reference in the same run, ours against the
+absorbed form's over all sequences too: a wrong engine has no figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any, Protocol
+
+import numpy as np
+from onnx import TensorProto
+
+from mla_trt.errors import MlaTrtError, UsageError
+from mla_trt.formats import ROW_FORMATS, KvLayout, ceil_div
+from mla_trt.models.attention_layer import (
+    LayerDimensions,
+    LayerWeights,
+    absorbed_layer,
+    exported_layer,
+    layer_reference,
+    random_weights,
+    rope_tables,
+    save_layer,
+)
+from mla_trt.models.weights import NUMPY_TYPES
+from mla_trt.profiles import TENSOR_LIMIT
+from mla_trt.writing import check_writable, folder_written_whole, write_json
+
+PAGE = 64
+DISTINCT_PAGES = 61
+TOLERANCE = 2e-2
+ROUNDS = 15
+SECONDS = 1.5  # of alternating rounds
+ROUND_MILLISECONDS = 4.0  # of a form
+MOST_LAUNCHES = 50
+WRONG = 4  # exit status
+EXPORTED, ABSORBED, OURS = "as exported", "absorbed by hand", "ours"
+KV_CACHE = "kv_cache.0"
+KV_CACHE_OUT = "kv_cache_out.0"
+
+
+@dataclass(frozen=True)
+class LayerCase:
+    """Sequences that decode a token each, and the keys that each attends to, the new token's among them."""
+
+    batch: int
+    keys: int
+
+
+CASES = {
+    # At 4096 keys the export's expanded keys and values have 2^31 elements, one more than TensorRT takes.
+    "b16-4k": LayerCase(16, 4088),
+    "b128-4k": LayerCase(128, 4096),
+    "b4-32k": LayerCase(4, 32768),
+    "b1-32k": LayerCase(1, 32768),
+}
+
+
+@dataclass(frozen=True)
+class FormResult:
+    """One form of the layer in one case.
+
+    Attributes:
+        case, batch, keys: the case.
+        form: the form; ours has its row format behind it.
+        error: relative (Frobenius) error of the checked sequences.
+        us: median of a step.
+        spread: (slowest - fastest) / median of the rounds.
+        of_copy: the time that the least bytes take at the speed of a device copy, over the time taken.
+        build_seconds: what its engine took to build.
+        note: why there are no figures.
+    """
+
+    case: str
+    batch: int
+    keys: int
+    form: str
+    error: float | None = None
+    us: float | None = None
+    spread: float | None = None
+    of_copy: float | None = None
+    build_seconds: float | None = None
+    note: str = ""
+
+
+class Runnable(Protocol):
+    """An engine with the tensors of a step; see `mla_trt.bench_engine.StepEngine`."""
+
+    def run(self) -> None:
+        """Runs the step."""
+
+    def record(self) -> None:
+        """Records it."""
+
+    def time(self, launches: int) -> float:
+        """us of a launch of the recording."""
+        ...
+
+    def read(self, name: str) -> np.ndarray:
+        """The value of a tensor."""
+        ...
+
+    def write(self, name: str, values: np.ndarray, start: int) -> None:
+        """Replaces values of a tensor from an element on."""
+
+    def close(self) -> None:
+        """Gives the memory back."""
+
+
+class LayerStep:
+    """The values of a decoding step, in the layout of each form.
+
+    The cached rows repeat a few pages, which lie in another order in each sequence. They are values of the first row format, so
+    that its rounding is in all forms and what differs is the computation.
+
+    Args:
+        dimensions: of the layer.
+        case: sizes of the step.
+        dtype: ONNX type of the layer.
+        row_format: whose values the cached rows have.
+        seed: of the values.
+    """
+
+    def __init__(
+        self, dimensions: LayerDimensions, case: LayerCase, dtype: int, row_format: str, *, seed: int = 0
+    ) -> None:
+        self.dimensions, self.case, self.numpy_type = dimensions, case, NUMPY_TYPES[dtype]
+        rng = np.random.default_rng(seed)
+        d, columns = dimensions, ceil_div(case.keys, PAGE)
+        self.hidden = rng.standard_normal((case.batch, d.hidden), np.float32).astype(self.numpy_type)
+        self.cos, self.sin = (table.astype(self.numpy_type) for table in rope_tables(d, case.keys - 1))
+        self.contents = rng.integers(0, DISTINCT_PAGES, (case.batch, columns))
+        self.block_table = rng.permutation(case.batch * columns).reshape(case.batch, columns).astype(np.int32)
+        self._row_format = row_format
+        self._drawn = rng.standard_normal((DISTINCT_PAGES * PAGE, d.rank + d.rope), np.float32)
+        layout = self.layout(row_format)
+        pages, places = layout.empty(DISTINCT_PAGES), np.divmod(np.arange(len(self._drawn)), PAGE)
+        layout.write(pages, *places, self._drawn[:, : d.rank], self._drawn[:, d.rank :])
+        values = np.concatenate(layout.read(pages, *places), axis=1).astype(self.numpy_type)
+        self._values = values.reshape(DISTINCT_PAGES, PAGE, d.rank + d.rope)
+
+    @property
+    def pages(self) -> int:
+        """Pages of the pool, all of them in use."""
+        return self.block_table.size
+
+    def layout(self, row_format: str) -> KvLayout:
+        """The layout of the pool's pages."""
+        return KvLayout(PAGE, row_format, self.dimensions.rank, self.dimensions.rope)
+
+    def rows(self, sequence: int) -> np.ndarray:
+        """The cached rows of a sequence, [keys - 1, R + Dr], the halves of the rope apart."""
+        rows = self._values[self.contents[sequence]].reshape(-1, self._values.shape[2])
+        return rows[: self.case.keys - 1]
+
+    def for_exported(self) -> dict[str, np.ndarray]:
+        """Inputs of `exported_layer`."""
+        d, batch = self.dimensions, self.case.batch
+        rows = np.stack([self.rows(sequence) for sequence in range(batch)])[:, None]
+        return {
+            "hidden_states": self.hidden[:, None],
+            "cos": self._angles(self.cos)[:, None],
+            "sin": self._angles(self.sin)[:, None],
+            "attention_mask": np.zeros((batch, 1, 1, self.case.keys), self.numpy_type),
+            "past_latent": rows[..., : d.rank],
+            "past_rope": rows[..., d.rank :],
+        }
+
+    def for_absorbed(self) -> dict[str, np.ndarray]:
+        """Inputs of `absorbed_layer`; the new token's row is zeros."""
+        cache = np.zeros((self.case.batch, self.case.keys, self._values.shape[2]), self.numpy_type)
+        for sequence in range(self.case.batch):
+            cache[sequence, :-1] = self.rows(sequence)
+        return {
+            "hidden_states": self.hidden,
+            "cos": self._angles(self.cos),
+            "sin": self._angles(self.sin),
+            "cache": cache,
+        }
+
+    def for_lowered(self, row_format: str) -> dict[str, np.ndarray]:
+        """Inputs of the lowered layer. The rope of its rows has the pairs together."""
+        d, batch = self.dimensions, self.case.batch
+        layout = self.layout(row_format)
+        exact = row_format == self._row_format
+        rows = self._drawn if exact else self._values.reshape(self._drawn.shape).astype(np.float32)
+        rope = rows[:, d.rank :].reshape(-1, 2, d.rope // 2).transpose(0, 2, 1).reshape(-1, d.rope)
+        distinct = layout.empty(DISTINCT_PAGES)
+        layout.write(distinct, *np.divmod(np.arange(len(rows)), PAGE), rows[:, : d.rank], rope)
+        pool = layout.empty(self.pages)
+        pool[self.block_table.reshape(-1)] = distinct[self.contents.reshape(-1)]
+        return {
+            "hidden_states": self.hidden[None],
+            "cos": self._angles(self.cos)[None],
+            "sin": self._angles(self.sin)[None],
+            "query_offsets": np.arange(batch + 1, dtype=np.int32),
+            "cache_lengths": np.full(batch, self.case.keys - 1, np.int32),
+            "block_table": self.block_table,
+            KV_CACHE: pool,
+        }
+
+    def least_bytes(self, form: str) -> int:
+        """Bytes that a step has to move: weights, and the rows of the cache (ours: in its format)."""
+        row_format = form.removeprefix(OURS).strip() if form.startswith(OURS) else "bf16"
+        layout = self.layout(row_format)
+        row = layout.content_bytes + (4 if layout.has_page_scales else 0)
+        weights = sum(math.prod(shape) for shape in self.dimensions.weight_shapes().values())
+        return weights * self.numpy_type.itemsize + self.case.batch * self.case.keys * row
+
+    def _angles(self, half: np.ndarray) -> np.ndarray:
+        """cos or sin of the new tokens, [batch, Dr]."""
+        return np.tile(np.concatenate([half, half]), (self.case.batch, 1))
+
+
+Build = Callable[[str, str, LayerStep], tuple[Runnable, float]]
+"""Makes the engine of a form (its name, the case's name, the step); returns it with the seconds that its building took."""
+
+
+def measure_case(
+    name: str,
+    step: LayerStep,
+    forms: Sequence[str],
+    build: Build,
+    reference: Mapping[int, np.ndarray],
+    copy: float,
+    say: Callable[[str], None] = lambda _: None,
+) -> list[FormResult]:
+    """Builds the forms of one case, checks them and measures them in turn.
+
+    Args:
+        name: of the case.
+        step: its values.
+        forms: which to measure; the absorbed one, where it is there, is what ours are compared with beside the reference.
+        build: makes the engines.
+        reference: expected outputs, [hidden], of some sequences.
+        copy: bytes/s of a device copy.
+        say: told what is done.
+    """
+    results: dict[str, FormResult] = {}
+    engines: dict[str, Runnable] = {}
+    absorbed: np.ndarray | None = None
+    with ExitStack() as stack:
+        for form in forms:
+            case = step.case
+            result = FormResult(name, case.batch, case.keys, form)
+            try:
+                _check_size(form, step)
+                say(f"{name}: {form}: build")
+                engine, seconds = build(form, name, step)
+                stack.callback(_close, engine)
+                output = _first_output(engine, form, step)
+                error = max(_relative_error(output[sequence], wanted) for sequence, wanted in reference.items())
+                if form == ABSORBED and error <= TOLERANCE:
+                    absorbed = output
+                elif form.startswith(OURS) and absorbed is not None:
+                    error = max(error, _relative_error(output, absorbed))
+                result = replace(result, error=error, build_seconds=seconds)
+                say(f"{name}: {form}: built in {seconds:.1f} s, error {error:.1e}")
+                if error > TOLERANCE:
+                    result = replace(result, note=f"wrong: error {error:.1e} > {TOLERANCE:.0e}")
+                else:
+                    engine.record()
+                    engines[form] = engine
+            except (MlaTrtError, RuntimeError, TypeError) as problem:
+                result = replace(result, note=" ".join(str(problem).split())[:300])
+                say(f"{name}: {form}: {result.note}")
+            results[form] = result
+        for form, times in _alternate(engines).items():
+            us = median(times)
+            results[form] = replace(
+                results[form],
+                us=us,
+                spread=(max(times) - min(times)) / us,
+                of_copy=1e6 * step.least_bytes(form) / copy / us,
+            )
+            say(f"{name}: {form}: {us:.0f} us")
+    return list(results.values())
+
+
+def _check_size(form: str, step: LayerStep) -> None:
+    d, case = step.dimensions, step.case
+    elements = case.batch * case.keys * (d.heads * (d.nope + d.value) if form == EXPORTED else d.rank + d.rope)
+    if elements > TENSOR_LIMIT:
+        raise UsageError(f"not run: a tensor of {elements} elements, and TensorRT takes {TENSOR_LIMIT}")
+
+
+def _first_output(engine: Runnable, form: str, step: LayerStep) -> np.ndarray:
+    """The outputs of all sequences, f32 [batch, hidden]."""
+    engine.run()
+    if form == ABSORBED:
+        rows, width = engine.read("row"), step.dimensions.rank + step.dimensions.rope
+        for sequence, row in enumerate(rows):
+            engine.write("cache", row, (sequence * step.case.keys + step.case.keys - 1) * width)
+        engine.run()
+    return engine.read("attn_out").reshape(step.case.batch, -1).astype(np.float32)
+
+
+def _close(engine: Runnable) -> None:
+    # After an illegal access nothing can be freed; what was measured before is worth keeping.
+    with suppress(MlaTrtError):
+        engine.close()
+
+
+def _relative_error(found: np.ndarray, expected: np.ndarray) -> float:
+    error = float(np.linalg.norm(found - expected) / max(float(np.linalg.norm(expected)), 1e-30))
+    return error if math.isfinite(error) else math.inf
+
+
+def _alternate(engines: Mapping[str, Runnable]) -> dict[str, list[float]]:
+    """us of each round of each form."""
+    launches = {}
+    for form, engine in engines.items():
+        engine.time(2)
+        launches[form] = max(1, min(MOST_LAUNCHES, math.ceil(1e3 * ROUND_MILLISECONDS / engine.time(1))))
+    times: dict[str, list[float]] = {form: [] for form in engines}
+    until = time.monotonic() + SECONDS
+    for done in range(ROUNDS if engines else 0):
+        if done >= 3 and time.monotonic() > until:
+            break
+        for form, engine in engines.items():
+            times[form].append(engine.time(launches[form]))
+    return times
+
+
+class TensorRtForms:
+    """Builds the engines of the forms in a folder.
+
+    Args:
+        folder: for weights, models and engines; about 2 GB.
+        trt: the module `tensorrt`.
+        stream: that engines run on.
+        dimensions, weights: of the layer; the weights lie in the folder.
+        optimization_level: TensorRT's.
+        plugins: the plugin library; None: the one that is found.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        trt: Any,
+        stream: Any,
+        dimensions: LayerDimensions,
+        weights: LayerWeights,
+        *,
+        optimization_level: int,
+        plugins: Path | None,
+    ) -> None:
+        self._folder, self._trt, self._stream = folder, trt, stream
+        self._dimensions, self._weights = dimensions, weights
+        self._level, self._plugins = optimization_level, plugins
+        self._cache = folder / "timing.cache"
+        self.plugin_build = ""
+
+    def build(self, form: str, name: str, step: LayerStep) -> tuple[Runnable, float]:
+        """See `Build`."""
+        from mla_trt.bench_engine import StepEngine, build_static
+
+        plan = self._folder / "plan"
+        started = time.monotonic()
+        inputs: dict[str, np.ndarray]
+        aliases: dict[str, str] = {}
+        if form.startswith(OURS):
+            row_format = form.removeprefix(OURS).strip()
+            self._build_ours(row_format, step, plan)
+            inputs, aliases = step.for_lowered(row_format), {KV_CACHE_OUT: KV_CACHE}
+        else:
+            batch, keys = step.case.batch, step.case.keys
+            if form == EXPORTED:
+                model = exported_layer(self._dimensions, self._weights, batch=batch, new=1, past=keys - 1)
+                inputs = step.for_exported()
+            else:
+                model = absorbed_layer(self._dimensions, self._weights, batch=batch, total=keys)
+                inputs = step.for_absorbed()
+            path = save_layer(model, self._folder / "peer.onnx")
+            build_static(self._trt, path, plan, optimization_level=self._level, timing_cache=self._cache)
+        seconds = time.monotonic() - started
+        engine = StepEngine(self._trt, plan, inputs, aliases, self._stream)
+        plan.unlink()
+        return engine, seconds
+
+    def _build_ours(self, row_format: str, step: LayerStep, plan: Path) -> None:
+        from mla_trt.building import BuildOptions, build_file
+
+        options = BuildOptions(
+            max_batch=step.case.batch,
+            max_tokens=step.case.batch,
+            max_length=step.case.keys,
+            pages=step.pages,
+            optimization_level=self._level,
+            timing_cache=self._cache,
+            plugins=self._plugins,
+        )
+        description, _ = build_file(
+            lowered_layer(self._folder, row_format, self._dimensions, self._weights), plan, options
+        )
+        self.plugin_build = description.plugins
+
+
+def lowered_layer(folder: Path, row_format: str, dimensions: LayerDimensions, weights: LayerWeights) -> Path:
+    """The layer as `mla-trt lower` writes it, in a folder that holds its weights; made when it is asked for first."""
+    from mla_trt.lowering import LowerOptions
+    from mla_trt.pipeline import lower_file
+
+    output = folder / f"lowered-{row_format}"
+    if not output.exists():
+        export = save_layer(exported_layer(dimensions, weights), folder / "export.onnx")
+        lower_file(export, output, LowerOptions(kv_format=row_format, page_size=PAGE), verify=False)
+    return output
+
+
+def references(step: LayerStep, arrays: dict[str, np.ndarray]) -> dict[int, np.ndarray]:
+    """Expected outputs of the first and the last sequence.
+
+    Args:
+        step: the step.
+        arrays: weights in f32.
+    """
+    cos, sin = step.cos.astype(np.float32), step.sin.astype(np.float32)
+    return {
+        sequence: layer_reference(
+            step.dimensions,
+            arrays,
+            step.hidden[sequence].astype(np.float32),
+            cos,
+            sin,
+            step.rows(sequence).astype(np.float32),
+        )
+        for sequence in sorted({0, step.case.batch - 1})
+    }
+
+
+# what is written
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where it was measured.
+
+    Attributes:
+        gpu: its name.
+        copy: bytes/s of a device copy, read and written.
+        tensorrt: version.
+        command: that was given.
+    """
+
+    gpu: str
+    copy: float
+    tensorrt: str
+    command: str
+
+
+def markdown(machine: Machine, results: Sequence[FormResult]) -> str:
+    """The results as a Markdown table under the command and a line about the machine."""
+    formats = list(dict.fromkeys(result.form for result in results if result.form.startswith(OURS)))
+    ours = {(result.case, result.form): result.us for result in results}
+    headings = ("case", "keys", "form", "us", "spread", "of the copy speed", "error", "build s")
+    ratios = [f"{form} is as fast times" for form in formats]
+    lines = [
+        f"    {machine.command}",
+        "",
+        f"{machine.gpu}, copy {machine.copy / 1e12:.2f} TB/s, TensorRT {machine.tensorrt}. One attention layer of DeepSeek-V3 (hidden 7168, "
+        "128 heads, random weights, bf16), a step that decodes a token for each sequence, in a CUDA graph; medians of alternating rounds. "
+        "Of the copy speed: the time that weights and cache rows take at it, over the time taken.",
+        "",
+        f"| {' | '.join((*headings, *ratios))} |",
+        "|---" * (len(headings) + len(ratios)) + "|",
+    ]
+    for result in results:
+        cells = [result.case, str(result.keys), result.form]
+        if result.us is None:
+            cells += [result.note.replace("|", "\\|"), *[""] * (4 + len(ratios))]
+        else:
+            cells += [f"{result.us:.0f}", f"{result.spread or 0:.1%}", f"{result.of_copy or 0:.0%}"]
+            cells += [f"{result.error:.1e}", f"{result.build_seconds:.1f}"]
+            for form in formats:
+                us = ours.get((result.case, form))
+                cells.append(f"{result.us / us:.2f}" if us and not result.form.startswith(OURS) else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def write_results(folder: Path, machine: Machine, plugins: str, results: Sequence[FormResult]) -> None:
+    """`layer.md` and `layer.json`, both or neither."""
+    with folder_written_whole(folder) as draft:
+        (draft / "layer.md").write_text(markdown(machine, results))
+        content = {**asdict(machine), "plugins": plugins, "results": [asdict(result) for result in results]}
+        write_json(content, draft / "layer.json")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs the benchmark; returns the exit status."""
+    try:
+        names = [name for name in CASES if re.search(options.cases, name)]
+    except re.error as error:
+        raise UsageError(f"--cases '{options.cases}' is not a regular expression: {error}") from None
+    if options.list:
+        print("\n".join(names))
+        return 0
+    if not names:
+        raise UsageError(f"no case matches '{options.cases}': --list shows them")
+    formats = [part for part in options.formats.split(",") if part]
+    unknown = [part for part in formats if part not in ROW_FORMATS]
+    if unknown or not formats:
+        raise UsageError(
+            f"--formats is '{options.formats}': give some of {', '.join(ROW_FORMATS)}, with commas between"
+        )
+    if not 0 <= options.optimization_level <= 5:
+        raise UsageError(f"--optimization-level is {options.optimization_level}: it must be 0 to 5")
+    if options.output is not None:
+        check_writable(options.output)
+    return _measure(options, names, formats)
+
+
+def _measure(options: argparse.Namespace, names: Sequence[str], formats: Sequence[str]) -> int:
+    from mla_trt.bench import measure_copy
+    from mla_trt.cuda import find_gpu
+    from mla_trt.plugins.device import Stream, runtime, why_unavailable
+    from mla_trt.plugins.library import find_library
+    from mla_trt.tensorrt_api import load_tensorrt
+
+    find_gpu()
+    reason = why_unavailable()
+    if reason is not None:
+        raise UsageError(f"cannot measure: {reason}")
+    trt = load_tensorrt()
+    find_library(options.plugins)  # before the long work
+    peers = [EXPORTED, ABSORBED] if options.peers else []
+    forms = [*peers, *(f"{OURS} {row_format}" for row_format in formats)]
+    dimensions, dtype = LayerDimensions(), TensorProto.BFLOAT16
+    results: list[FormResult] = []
+    started = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f"{time.monotonic() - started:6.1f} s  {text}", file=sys.stderr, flush=True)
+
+    with tempfile.TemporaryDirectory(prefix="mla-trt-layer-") as place:
+        machine = Machine(*measure_copy(), trt.__version__, shlex.join(["mla-trt", *sys.argv[1:]]))
+        say(f"{machine.gpu}, copy {machine.copy / 1e12:.2f} TB/s; weights")
+        folder = Path(place)
+        weights = random_weights(dimensions, dtype, folder / "layer.data")
+        exact = {name: array.astype(np.float32) for name, array in weights.arrays.items() if name != "kv_b_proj"}
+        for row_format in formats:
+            lowered_layer(folder, row_format, dimensions, weights)
+        builder = TensorRtForms(
+            folder,
+            trt,
+            Stream(),
+            dimensions,
+            weights,
+            optimization_level=options.optimization_level,
+            plugins=options.plugins,
+        )
+        for name in names:
+            case = CASES[name]
+            step = LayerStep(dimensions, case, dtype, formats[0])
+            results += measure_case(name, step, forms, builder.build, references(step, exact), machine.copy, say)
+            status = runtime.cudaDeviceSynchronize()[0]
+            if int(status):
+                note = f"the process has lost the GPU ({status.name}): the rest was not run"
+                results.append(FormResult(name, case.batch, case.keys, "all", note=note))
+            if options.output is not None:
+                write_results(options.output, machine, builder.plugin_build, results)
+            if int(status):
+                break
+        print(markdown(machine, results), end="")
+    return WRONG if any(result.note and not result.note.startswith("not run") for result in results) else 0

@@ -1,0 +1,294 @@
+"""One attention layer of DeepSeek-V3 as ONNX graphs over the same weights: as Transformers' code exports it, which expands
+keys and values of all cached tokens, and absorbed by hand (DeepSeek-V2, section 2.1.2: W_UK goes to the query, W_UV to the
+output), which attends in the latent space."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, numpy_helper
+
+from mla_trt.models.graph_writer import GraphWriter
+from mla_trt.models.weights import NUMPY_TYPES
+from mla_trt.weight_file import WeightFile
+
+OPSET = 20
+EPSILON = 1e-6
+DISTINCT = (
+    1_000_003  # random values that are drawn; a prime, so that their repetition has no period in common with shapes
+)
+_TO_END = np.iinfo(np.int64).max
+Axis = str | int
+
+
+@dataclass(frozen=True)
+class LayerDimensions:
+    """Sizes of the layer, under the names of docs/op-set.md; the defaults are DeepSeek-V3's."""
+
+    hidden: int = 7168
+    heads: int = 128
+    query_rank: int = 1536
+    rank: int = 512
+    nope: int = 128
+    rope: int = 64
+    value: int = 128
+
+    @property
+    def softmax_scale(self) -> float:
+        """Scale of the scores."""
+        return float((self.nope + self.rope) ** -0.5)
+
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each weight, [in, out] where it is multiplied with."""
+        return {
+            "q_a_proj": (self.hidden, self.query_rank),
+            "q_a_layernorm": (self.query_rank,),
+            "q_b_proj": (self.query_rank, self.heads * (self.nope + self.rope)),
+            "kv_a_proj": (self.hidden, self.rank + self.rope),
+            "kv_a_layernorm": (self.rank,),
+            "kv_b_proj": (self.rank, self.heads * (self.nope + self.value)),
+            "o_proj": (self.heads * self.value, self.hidden),
+        }
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """Random weights of a layer.
+
+    Attributes:
+        arrays: values by name: those of `LayerDimensions.weight_shapes` and, made of kv_b_proj, w_uk [H, Dn, R] and w_uv [H, R, Dv].
+        tensors: the initializers that hold them.
+        dtype: their ONNX type.
+    """
+
+    arrays: dict[str, np.ndarray]
+    tensors: dict[str, TensorProto]
+    dtype: int
+
+    def weight(self, name: str, shape: tuple[int, ...], dtype: int, *, norm: bool = False) -> TensorProto:
+        """The initializer of one weight."""
+        assert shape == self.arrays[name].shape
+        assert dtype == self.dtype
+        return self.tensors[name]
+
+
+def random_weights(dimensions: LayerDimensions, dtype: int, path: Path | None = None, *, seed: int = 0) -> LayerWeights:
+    """Weights of sizes that keep activations near 1.
+
+    Args:
+        dimensions: of the layer.
+        dtype: ONNX type.
+        path: file of external data to write them to; None: they are kept in the tensors.
+        seed: of the values.
+    """
+    random = np.random.default_rng(seed)
+    arrays: dict[str, np.ndarray] = {}
+    for name, shape in dimensions.weight_shapes().items():
+        if len(shape) == 1:
+            arrays[name] = random.uniform(0.5, 1.5, shape).astype(NUMPY_TYPES[dtype])
+        else:
+            drawn = random.standard_normal(min(DISTINCT, int(np.prod(shape))), np.float32) * shape[0] ** -0.5
+            arrays[name] = np.resize(drawn.astype(NUMPY_TYPES[dtype]), shape)
+    both = arrays["kv_b_proj"].reshape(dimensions.rank, dimensions.heads, dimensions.nope + dimensions.value)
+    arrays["w_uk"] = np.ascontiguousarray(both[:, :, : dimensions.nope].transpose(1, 2, 0))
+    arrays["w_uv"] = np.ascontiguousarray(both[:, :, dimensions.nope :].transpose(1, 0, 2))
+    if path is None:
+        tensors = {name: numpy_helper.from_array(array, name) for name, array in arrays.items()}
+    else:
+        file = WeightFile(path)
+        tensors = {name: file.add_array(name, array) for name, array in arrays.items()}
+    return LayerWeights(arrays, tensors, dtype)
+
+
+def exported_layer(
+    dimensions: LayerDimensions,
+    weights: LayerWeights,
+    *,
+    batch: Axis = "batch",
+    new: Axis = "sequence",
+    past: Axis = "past",
+) -> onnx.ModelProto:
+    """The layer as exported: eager attention over keys and values that are expanded from the latents of all tokens.
+
+    Inputs: `hidden_states` [batch, new, hidden], `cos` and `sin` [batch, new, Dr], `attention_mask` [batch, 1, new, past + new],
+    `past_latent` [batch, 1, past, R] (normed), `past_rope` [batch, 1, past, Dr] (rotated, both halves of the pairs apart). Outputs: `attn_out` and
+    `present_latent`, `present_rope`.
+    """
+    return _Layer(dimensions, weights).exported(batch, new, past)
+
+
+def absorbed_layer(dimensions: LayerDimensions, weights: LayerWeights, *, batch: Axis, total: Axis) -> onnx.ModelProto:
+    """A decoding step of one token for each sequence, absorbed by hand.
+
+    The cache is read where it lies: the caller puts the new token's row, an output, at its end beforehand, so that nothing is copied.
+
+    Inputs: `hidden_states` [batch, hidden], `cos` and `sin` [batch, Dr], `cache` [batch, total, R + Dr] (latent, then rope as in
+    `exported_layer`). Outputs: `attn_out` [batch, hidden] and `row` [batch, R + Dr].
+    """
+    return _Layer(dimensions, weights).absorbed(batch, total)
+
+
+class _Layer:
+    def __init__(self, dimensions: LayerDimensions, weights: LayerWeights) -> None:
+        self.d = dimensions
+        self.g = GraphWriter(weights, weights.dtype)
+        self.numpy_type = NUMPY_TYPES[weights.dtype]
+
+    def exported(self, batch: Axis, new: Axis, past: Axis) -> onnx.ModelProto:
+        d, g = self.d, self.g
+        total: Axis = past + new if isinstance(past, int) and isinstance(new, int) else "total"
+        x = g.input("hidden_states", g.dtype, [batch, new, d.hidden])
+        tables = [g.input(name, g.dtype, [batch, new, d.rope]) for name in ("cos", "sin")]
+        mask = g.input("attention_mask", g.dtype, [batch, 1, new, total])
+        past_latent = g.input("past_latent", g.dtype, [batch, 1, past, d.rank])
+        past_rope = g.input("past_rope", g.dtype, [batch, 1, past, d.rope])
+
+        def heads_first(values: str, width: int) -> str:
+            return g.node("Transpose", self._reshape(values, 0, 0, d.heads, width), perm=[0, 2, 1, 3])
+
+        query = heads_first(self._query(x), d.nope + d.rope)
+        q_nope, q_rope = g.node("Split", query, g.constant([d.nope, d.rope]), outputs=2, axis=3)
+        latent, rope_key = self._compressed(x, 2)
+        latent, rope_key = (g.node("Unsqueeze", part, g.constant([1])) for part in (latent, rope_key))
+        cos, sin = (g.node("Unsqueeze", self._slice(table, 0, d.rope // 2, 2), g.constant([1])) for table in tables)
+        q_rope, rope_key = self._rotate(q_rope, cos, sin, 3), self._rotate(rope_key, cos, sin, 3)
+        latents = g.node("Concat", past_latent, latent, output="present_latent", axis=2)
+        rope_keys = g.node("Concat", past_rope, rope_key, output="present_rope", axis=2)
+        expanded = g.node("MatMul", g.node("Squeeze", latents, g.constant([1])), self._weight("kv_b_proj"))
+        k_nope, values = g.node(
+            "Split", heads_first(expanded, d.nope + d.value), g.constant([d.nope, d.value]), outputs=2, axis=3
+        )
+        rope_keys = g.node("Expand", rope_keys, g.constant([1, d.heads, 1, 1]))
+        query, keys = g.node("Concat", q_nope, q_rope, axis=-1), g.node("Concat", k_nope, rope_keys, axis=-1)
+        scores = g.node("MatMul", query, g.node("Transpose", keys, perm=[0, 1, 3, 2]))
+        scores = g.node("Add", g.node("Mul", scores, g.constant(d.softmax_scale, self.numpy_type)), mask)
+        shares = g.from_float(g.node("Softmax", g.to_float(scores), axis=-1))
+        output = g.node("Transpose", g.node("MatMul", shares, values), perm=[0, 2, 1, 3])
+        output = self._reshape(output, 0, 0, d.heads * d.value)
+        g.node("MatMul", output, self._weight("o_proj"), output="attn_out")
+        g.output("attn_out", g.dtype, [batch, new, d.hidden])
+        g.output("present_latent", g.dtype, [batch, 1, total, d.rank])
+        g.output("present_rope", g.dtype, [batch, 1, total, d.rope])
+        return g.model(OPSET)
+
+    def absorbed(self, batch: Axis, total: Axis) -> onnx.ModelProto:
+        d, g = self.d, self.g
+        x = g.input("hidden_states", g.dtype, [batch, d.hidden])
+        cos, sin = (self._slice(g.input(name, g.dtype, [batch, d.rope]), 0, d.rope // 2, 1) for name in ("cos", "sin"))
+        cache = g.input("cache", g.dtype, [batch, total, d.rank + d.rope])
+        query = self._reshape(self._query(x), 0, d.heads, d.nope + d.rope)
+        q_nope, q_rope = g.node("Split", query, g.constant([d.nope, d.rope]), outputs=2, axis=2)
+        cos_of_heads, sin_of_heads = (g.node("Unsqueeze", table, g.constant([1])) for table in (cos, sin))
+        q_rope = self._rotate(q_rope, cos_of_heads, sin_of_heads, 2)
+        q_latent = g.node("MatMul", g.node("Transpose", q_nope, perm=[1, 0, 2]), self._weight("w_uk"))
+        q_latent = g.node("Transpose", q_latent, perm=[1, 0, 2])
+        query = g.node("Concat", q_latent, q_rope, axis=-1)
+        query = g.node("Mul", query, g.constant(d.softmax_scale, self.numpy_type))
+        shares = g.node("Softmax", g.node("MatMul", query, g.node("Transpose", cache, perm=[0, 2, 1])), axis=-1)
+        # Over all 576 columns, since to cut the latents out of the cache would copy it.
+        attended = g.node("Transpose", self._slice(g.node("MatMul", shares, cache), 0, d.rank, 2), perm=[1, 0, 2])
+        output = g.node("Transpose", g.node("MatMul", attended, self._weight("w_uv")), perm=[1, 0, 2])
+        g.node("MatMul", self._reshape(output, 0, d.heads * d.value), self._weight("o_proj"), output="attn_out")
+        latent, rope_key = self._compressed(x, 1)
+        g.node("Concat", latent, self._rotate(rope_key, cos, sin, 1), output="row", axis=-1)
+        g.output("attn_out", g.dtype, [batch, d.hidden])
+        g.output("row", g.dtype, [batch, d.rank + d.rope])
+        return g.model(OPSET)
+
+    def _weight(self, name: str) -> str:
+        g = self.g
+        g.initializers.append(g.weights.weight(name, g.weights.arrays[name].shape, g.dtype))  # type: ignore[attr-defined]
+        return name
+
+    def _query(self, x: str) -> str:
+        g = self.g
+        latent = self._norm(g.node("MatMul", x, self._weight("q_a_proj")), "q_a_layernorm")
+        return g.node("MatMul", latent, self._weight("q_b_proj"))
+
+    def _compressed(self, x: str, axis: int) -> tuple[str, str]:
+        """The normed latent and the rope key before its rotation."""
+        d, g = self.d, self.g
+        both = g.node("MatMul", x, self._weight("kv_a_proj"))
+        latent, rope_key = g.node("Split", both, g.constant([d.rank, d.rope]), outputs=2, axis=axis)
+        return self._norm(latent, "kv_a_layernorm"), rope_key
+
+    def _norm(self, x: str, name: str) -> str:
+        g = self.g
+        exact = g.to_float(x)
+        mean = g.node("ReduceMean", g.node("Pow", exact, g.constant(2.0, np.float32)), g.constant([-1]), keepdims=1)
+        root = g.node("Sqrt", g.node("Add", mean, g.constant(EPSILON, np.float32)))
+        normed = g.from_float(g.node("Mul", exact, g.node("Reciprocal", root)))
+        return g.node("Mul", self._weight(name), normed)
+
+    def _rotate(self, x: str, cos: str, sin: str, axis: int) -> str:
+        """Rotates pairs (2j, 2j + 1) along an axis, the last; the result has the two halves apart."""
+        g = self.g
+        even, odd = self._slice(x, 0, _TO_END, axis, 2), self._slice(x, 1, _TO_END, axis, 2)
+        first = g.node("Sub", g.node("Mul", even, cos), g.node("Mul", odd, sin))
+        second = g.node("Add", g.node("Mul", odd, cos), g.node("Mul", even, sin))
+        return g.node("Concat", first, second, axis=-1)
+
+    def _slice(self, x: str, start: int, end: int, axis: int, step: int = 1) -> str:
+        return self.g.node("Slice", x, *(self.g.constant([value]) for value in (start, end, axis, step)))
+
+    def _reshape(self, x: str, *shape: int) -> str:
+        """0 keeps an axis."""
+        return self.g.node("Reshape", x, self.g.constant(list(shape)), allowzero=0)
+
+
+def layer_reference(
+    dimensions: LayerDimensions,
+    arrays: dict[str, np.ndarray],
+    hidden: np.ndarray,
+    cos: np.ndarray,
+    sin: np.ndarray,
+    rows: np.ndarray,
+) -> np.ndarray:
+    """What the layer gives for the next token of one sequence, in f32 apart from its softmax in f64.
+
+    Args:
+        dimensions: of the layer.
+        arrays: weights by name, f32, as in `LayerWeights`.
+        hidden: the token, [hidden].
+        cos, sin: its angles, [Dr / 2].
+        rows: cached rows, [past, R + Dr], as `absorbed_layer` has them.
+
+    Returns:
+        f32 [hidden].
+    """
+    d = dimensions
+
+    def norm(x: np.ndarray, name: str) -> np.ndarray:
+        return x / np.sqrt(np.mean(np.square(x)) + np.float32(EPSILON)) * arrays[name]
+
+    def rotate(x: np.ndarray) -> np.ndarray:
+        even, odd = x[..., 0::2], x[..., 1::2]
+        return np.concatenate([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
+
+    query = (norm(hidden @ arrays["q_a_proj"], "q_a_layernorm") @ arrays["q_b_proj"]).reshape(d.heads, -1)
+    compressed = hidden @ arrays["kv_a_proj"]
+    row = np.concatenate([norm(compressed[: d.rank], "kv_a_layernorm"), rotate(compressed[d.rank :])])
+    keys = np.concatenate([rows, row[None]]).astype(np.float32)
+    q_latent = np.einsum("hn,hnr->hr", query[:, : d.nope], arrays["w_uk"])
+    scores = np.concatenate([q_latent, rotate(query[:, d.nope :])], axis=1) @ keys.T * np.float32(d.softmax_scale)
+    shares = np.exp(scores.astype(np.float64) - scores.max(axis=1, keepdims=True))
+    shares = (shares / shares.sum(axis=1, keepdims=True)).astype(np.float32)
+    output = np.einsum("hr,hrv->hv", shares @ keys[:, : d.rank], arrays["w_uv"])
+    result: np.ndarray = output.reshape(-1) @ arrays["o_proj"]
+    return result
+
+
+def save_layer(model: onnx.ModelProto, path: Path) -> Path:
+    """Writes a graph whose weights lie in a file beside it, which stays as it is."""
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def rope_tables(dimensions: LayerDimensions, position: int, theta: float = 10000.0) -> tuple[np.ndarray, np.ndarray]:
+    """cos and sin [Dr / 2], f32, of a position."""
+    exponents = np.arange(0, dimensions.rope, 2, dtype=np.float64) / dimensions.rope
+    angles = position / theta**exponents
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)

@@ -1,0 +1,273 @@
+"""`mla-trt bench layer` on ONNX Runtime in place of TensorRT, at small dimensions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+import onnxruntime
+import pytest
+from onnx import TensorProto
+
+from mla_trt import bench_layer
+from mla_trt.bench_layer import (
+    ABSORBED,
+    CASES,
+    EXPORTED,
+    KV_CACHE,
+    FormResult,
+    LayerCase,
+    LayerStep,
+    Machine,
+    lowered_layer,
+    markdown,
+    measure_case,
+    references,
+    write_results,
+)
+from mla_trt.cli import main
+from mla_trt.engine_onnxruntime import OnnxRuntimeEngine
+from mla_trt.loading import load_model
+from mla_trt.lowering import LowerOptions
+from mla_trt.metadata import LoweredMetadata
+from mla_trt.models.attention_layer import (
+    LayerDimensions,
+    LayerWeights,
+    absorbed_layer,
+    exported_layer,
+    random_weights,
+    save_layer,
+)
+from mla_trt.passes.legalize import illegal_nodes
+from mla_trt.pipeline import lower_file
+
+SMALL = LayerDimensions(hidden=48, heads=4, query_rank=40, rank=32, nope=24, rope=16, value=20)
+CASE = LayerCase(batch=3, keys=150)
+NO_COPIES = np.zeros((0, 2), np.int32)
+
+
+class OnEngine:
+    """A form on ONNX Runtime; a step takes 8 us."""
+
+    def __init__(
+        self, inputs: Mapping[str, np.ndarray], step: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
+    ) -> None:
+        self.values = dict(inputs)
+        self.step = step
+        self.closed = self.recorded = False
+
+    def run(self) -> None:
+        self.values |= self.step(self.values)
+
+    def record(self) -> None:
+        self.recorded = True
+
+    def time(self, launches: int) -> float:
+        assert self.recorded
+        assert launches >= 1
+        return 8.0
+
+    def read(self, name: str) -> np.ndarray:
+        return self.values[name]
+
+    def write(self, name: str, values: np.ndarray, start: int) -> None:
+        self.values[name].reshape(-1)[start : start + values.size] = values
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class Forms:
+    """Builds the forms; `spoil` changes the inputs of one."""
+
+    def __init__(self, folder: Path, weights: LayerWeights) -> None:
+        self.folder, self.weights = folder, weights
+        self.made: list[OnEngine] = []
+        self.spoil: Callable[[str, dict[str, np.ndarray]], None] = lambda form, inputs: None
+
+    def build(self, form: str, name: str, step: LayerStep) -> tuple[OnEngine, float]:
+        batch, keys = step.case.batch, step.case.keys
+        if form == EXPORTED:
+            inputs = step.for_exported()
+            run = self._on_onnxruntime(exported_layer(SMALL, self.weights, batch=batch, new=1, past=keys - 1))
+        elif form == ABSORBED:
+            inputs = step.for_absorbed()
+            run = self._on_onnxruntime(absorbed_layer(SMALL, self.weights, batch=batch, total=keys))
+        else:
+            row_format = form.split()[1]
+            inputs = step.for_lowered(row_format)
+            path = lowered_layer(self.folder, row_format, SMALL, self.weights) / "model.onnx"
+            engine = OnnxRuntimeEngine(path, pages=step.pages)
+
+            def run(values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+                engine.write_pages(KV_CACHE, values[KV_CACHE])
+                names = ("hidden_states", "cos", "sin", "query_offsets", "cache_lengths", "block_table")
+                return engine.run({name: values[name] for name in names}, NO_COPIES)
+
+        self.spoil(form, inputs)
+        self.made.append(OnEngine(inputs, run))
+        return self.made[-1], 1.0
+
+    @staticmethod
+    def _on_onnxruntime(model: onnx.ModelProto) -> Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]:
+        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        names, inputs = [entry.name for entry in session.get_outputs()], [entry.name for entry in session.get_inputs()]
+        return lambda values: dict(zip(names, session.run(None, {name: values[name] for name in inputs}), strict=True))
+
+
+@pytest.fixture
+def forms(tmp_path: Path) -> Forms:
+    return Forms(tmp_path, random_weights(SMALL, TensorProto.FLOAT))
+
+
+def measured(forms: Forms, row_formats: tuple[str, ...]) -> dict[str, FormResult]:
+    step = LayerStep(SMALL, CASE, TensorProto.FLOAT, row_formats[0])
+    names = [EXPORTED, ABSORBED, *(f"ours {row_format}" for row_format in row_formats)]
+    results = measure_case("small", step, names, forms.build, references(step, forms.weights.arrays), 1e12)
+    return {result.form: result for result in results}
+
+
+@pytest.mark.parametrize("row_formats", [("f32",), ("fp8", "f32"), ("bf16", "fp8_ds_mla")])
+def test_all_forms_compute_the_same(forms: Forms, row_formats: tuple[str, ...]) -> None:
+    results = measured(forms, row_formats)
+    for form in (EXPORTED, ABSORBED):
+        assert results[form].error is not None
+        assert results[form].error < 1e-5
+    first = results[f"ours {row_formats[0]}"]
+    # The new token's row alone is rounded otherwise.
+    assert first.error is not None
+    assert first.error < (1e-5 if row_formats[0] == "f32" else 5e-3)
+    assert first.us == 8.0
+    assert all(engine.closed for engine in forms.made)
+
+
+@pytest.mark.parametrize(
+    ("form", "name"),
+    [(EXPORTED, "past_rope"), (ABSORBED, "cache"), ("ours f32", KV_CACHE), ("ours f32", "block_table")],
+)
+def test_a_wrong_engine_has_no_figure(forms: Forms, form: str, name: str) -> None:
+    def spoil(built: str, inputs: dict[str, np.ndarray]) -> None:
+        if built == form:
+            inputs[name] = np.roll(inputs[name], 1, axis=-1)
+
+    forms.spoil = spoil
+    results = measured(forms, ("f32",))
+    assert results[form].note.startswith("wrong: error")
+    assert [result.form for result in results.values() if result.us is None] == [form]
+
+
+def test_a_sequence_between_the_checked_ones_is_compared_with_the_absorbed_form(forms: Forms) -> None:
+    def spoil(built: str, inputs: dict[str, np.ndarray]) -> None:
+        if built == "ours f32":
+            inputs["block_table"][1] = inputs["block_table"][1, ::-1]
+            inputs["block_table"][1, -1] = inputs["block_table"][2, -1]
+
+    forms.spoil = spoil
+    assert measured(forms, ("f32",))["ours f32"].note.startswith("wrong: error")
+
+
+def test_what_is_too_large_for_tensorrt_is_said(forms: Forms, monkeypatch: pytest.MonkeyPatch) -> None:
+    expanded = CASE.batch * CASE.keys * SMALL.heads * (SMALL.nope + SMALL.value)
+    monkeypatch.setattr(bench_layer, "TENSOR_LIMIT", expanded - 1)
+    results = measured(forms, ("f32",))
+    assert results[EXPORTED].note.startswith(f"not run: a tensor of {expanded} elements")
+    assert results["ours f32"].us == 8.0
+
+
+def test_the_exported_form_fits_where_it_is_compared() -> None:
+    full = LayerDimensions()
+    fits = {
+        name: case.batch * case.keys * full.heads * (full.nope + full.value) <= bench_layer.TENSOR_LIMIT
+        for name, case in CASES.items()
+    }
+    assert fits == {"b16-4k": True, "b128-4k": False, "b4-32k": False, "b1-32k": True}
+    assert sum(int(np.prod(shape)) for shape in full.weight_shapes().values()) == 187_107_328
+
+
+def test_the_exported_form_is_lowered_and_verified(tmp_path: Path) -> None:
+    export = save_layer(exported_layer(SMALL, random_weights(SMALL, TensorProto.FLOAT)), tmp_path / "export.onnx")
+    report = lower_file(export, tmp_path / "lowered", LowerOptions(kv_format="fp8"))
+    assert report.matched == 1
+    assert report.verification is not None
+    assert report.verification["passed"]
+
+
+def test_tensorrt_knows_every_op_of_the_peers() -> None:
+    weights = random_weights(SMALL, TensorProto.BFLOAT16)
+    for model in (
+        exported_layer(SMALL, weights, batch=2, new=1, past=4),
+        absorbed_layer(SMALL, weights, batch=2, total=5),
+    ):
+        assert illegal_nodes(gs.import_onnx(model), "tensorrt-10.6") == []
+        inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
+        for value in (*inferred.graph.value_info, *inferred.graph.output):
+            assert all(dim.HasField("dim_value") for dim in value.type.tensor_type.shape.dim), value.name
+
+
+def test_in_bfloat16_the_weights_lie_in_one_file(tmp_path: Path) -> None:
+    weights = random_weights(SMALL, TensorProto.BFLOAT16, tmp_path / "layer.data")
+    for model in (exported_layer(SMALL, weights), absorbed_layer(SMALL, weights, batch=2, total=5)):
+        path = save_layer(model, tmp_path / "model.onnx")
+        onnx.checker.check_model(path, full_check=True)
+        loaded = onnx.load(path)
+        for tensor in loaded.graph.initializer:
+            if tensor.name in weights.arrays:
+                found = onnx.numpy_helper.to_array(tensor)
+                assert np.array_equal(found.view(np.uint16), weights.arrays[tensor.name].view(np.uint16))
+    lowered = load_model(lowered_layer(tmp_path, "fp8", SMALL, weights) / "model.onnx").proto
+    assert LoweredMetadata.of(lowered).token_input == "hidden_states"
+    assert {value.type.tensor_type.elem_type for value in lowered.graph.input} == {
+        TensorProto.BFLOAT16,
+        TensorProto.INT32,
+    }
+
+
+MACHINE = Machine("NVIDIA H200", 4.29e12, "10.6.0", "mla-trt bench layer")
+RESULTS = [
+    FormResult("b16-4k", 16, 4088, EXPORTED, 1e-3, 21000.0, 0.01, 0.01, 9.0),
+    FormResult("b16-4k", 16, 4088, ABSORBED, 1e-3, 500.0, 0.01, 0.3, 9.0),
+    FormResult("b16-4k", 16, 4088, "ours fp8", 1e-3, 200.0, 0.02, 0.6, 5.0),
+    FormResult("b128-4k", 128, 4096, EXPORTED, note="not run: a | b"),
+    FormResult("b128-4k", 128, 4096, "ours fp8", 1e-3, 1000.0, 0.02, 0.6, 5.0),
+]
+
+
+def test_the_table() -> None:
+    rows = markdown(MACHINE, RESULTS).splitlines()
+    assert rows[0] == "    mla-trt bench layer"
+    assert rows[2].startswith("NVIDIA H200, copy 4.29 TB/s, TensorRT 10.6.0.")
+    assert rows[6] == "| b16-4k | 4088 | as exported | 21000 | 1.0% | 1% | 1.0e-03 | 9.0 | 105.00 |"
+    assert rows[8] == "| b16-4k | 4088 | ours fp8 | 200 | 2.0% | 60% | 1.0e-03 | 5.0 |  |"
+    assert rows[9] == "| b128-4k | 4096 | as exported | not run: a \\| b |  |  |  |  |  |"
+    assert {row.replace("\\|", "").count("|") for row in rows[4:]} == {10}
+
+
+def test_results_are_written(tmp_path: Path) -> None:
+    folder = tmp_path / "results"
+    for _ in range(2):
+        write_results(folder, MACHINE, "0.1.0 sm_90a", RESULTS)
+    content = json.loads((folder / "layer.json").read_text())
+    assert (content["gpu"], content["plugins"], len(content["results"])) == ("NVIDIA H200", "0.1.0 sm_90a", 5)
+    assert (folder / "layer.md").read_text() == markdown(MACHINE, RESULTS)
+    assert sorted(path.name for path in folder.iterdir()) == ["layer.json", "layer.md"]
+
+
+def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "layer", "--list", "--cases", "^b1"]) == 0
+    assert capsys.readouterr().out.split() == ["b16-4k", "b128-4k", "b1-32k"]
+    for arguments, message in (
+        (["--cases", "nothing like it"], "--list shows them"),
+        (["--cases", "("], "not a regular expression"),
+        (["--formats", "fp7"], "--formats is 'fp7': give some of f32, bf16, fp8"),
+        (["--formats", ""], "--formats is ''"),
+        (["--optimization-level", "6"], "it must be 0 to 5"),
+    ):
+        assert main(["bench", "layer", *arguments]) == 2
+        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["bench", "--help"])
+    assert "mla-trt bench layer" in capsys.readouterr().out
