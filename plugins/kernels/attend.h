@@ -40,10 +40,7 @@ inline int rows_per_block(const Attend& work) {
     return work.heads <= 16 && few ? 16 : 64;
 }
 
-// The kernels behind it: tensor cores (any format but f32, R up to 512), for blocks of 64 rows with warps in two roles where the
-// GPU has the shared memory, and plain cores in f32 (everything).
-bool attend_takes_two_roles(const Attend& work, const Device& device);
-int attend_two_roles(const Attend& work, const Partials& partials, const Device& device, cudaStream_t stream);
+// The two kernels behind it: tensor cores (any format but f32, R up to 512, Dr up to 64), and plain cores in f32 (everything).
 bool attend_takes_tensor_cores(const Attend& work, const Device& device);
 int attend_tensor_cores(const Attend& work, const Partials& partials, const Device& device, cudaStream_t stream);
 int attend_exact(const Attend& work, const Partials& partials, cudaStream_t stream);

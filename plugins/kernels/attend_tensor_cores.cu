@@ -6,8 +6,6 @@
 // share rows and keys, for the output each has all rows and an eighth of the latent. Two barriers separate scores, weights and
 // products; a third lets the next tile in, whose rows are copied while this one is at work. What finding a row needs (list
 // entry, page, scale) is fetched three, two and one tile ahead, so that nothing waits for it.
-//
-// Where shared memory suffices, blocks of 64 rows take attend_two_roles.cu instead.
 #include "attend_block.cuh"
 
 namespace mla {
@@ -418,7 +416,6 @@ bool attend_takes_tensor_cores(const Attend& work, const Device& device) {
 }
 
 int attend_tensor_cores(const Attend& work, const Partials& partials, const Device& device, cudaStream_t stream) {
-    if (attend_takes_two_roles(work, device)) return attend_two_roles(work, partials, device, stream);
     bool const wide = rows_per_block(work) == 64 &&
                       shared_bytes(work.layout, 64, 1) + static_shared_bytes <= device.shared_bytes;
     if (is_direct(work.layout)) {

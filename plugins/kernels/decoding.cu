@@ -75,7 +75,7 @@ int choose_splits(const Attend& work, const Device& device, int block_rows, int6
     double best_cost = 1e30;
     for (int splits = 1; splits <= limit; ++splits) {
         double const waves = static_cast<double>(ceil_div<int64_t>(blocks * splits, device.multiprocessors));
-        double const cost = waves / splits + (splits > 1 ? 0.02 + 0.002 * splits : 0.0);
+        double const cost = waves / splits + (splits > 1 ? 0.01 + 0.0003 * splits : 0.0);
         if (cost < best_cost) {
             best_cost = cost;
             best = splits;
