@@ -469,7 +469,7 @@ def markdown(machine: Machine, results: Sequence[FormResult]) -> str:
     formats = list(dict.fromkeys(result.form for result in results if result.form.startswith(OURS)))
     ours = {(result.case, result.form): result.us for result in results}
     headings = ("case", "keys", "form", "us", "spread", "of the copy speed", "error", "build s")
-    ratios = [f"{form} is as fast times" for form in formats]
+    ratios = [f"times as fast: {form}" for form in formats]
     lines = [
         f"    {machine.command}",
         "",

@@ -9,7 +9,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,13 +18,16 @@ from typing import Any, Protocol
 from mla_trt import __version__
 from mla_trt.cuda import Gpu, find_gpu
 from mla_trt.engine_file import (
-    PROFILES,
+    CACHES,
+    IO,
+    RESIDENT,
     EngineDescription,
     EngineTensor,
     Range,
     description_path,
     engine_tensors,
     plan_digest,
+    without_pools,
 )
 from mla_trt.engine_onnxruntime import embedded_vocabulary
 from mla_trt.errors import BadModelError, UsageError
@@ -32,7 +35,7 @@ from mla_trt.loading import load_model
 from mla_trt.metadata import METADATA_KEY, LoweredMetadata
 from mla_trt.ops import OPS
 from mla_trt.plugin_model import DTYPES, MODEL_FILE, write_plugin_model
-from mla_trt.profiles import input_range, make_profiles
+from mla_trt.profiles import input_range, make_profiles, plan_profiles
 from mla_trt.tensorrt_api import Messages, load_plugins, load_tensorrt, start
 from mla_trt.writing import check_writable
 
@@ -65,6 +68,7 @@ class BuildOptions:
 
     Attributes:
         dtype: "keep" the model's types, or "bf16" (mla_trt.bfloat16).
+        cache: "io", pages are inputs and outputs, or "resident", the engine's plugins hold them (`pages` of each cache).
         max_batch, max_tokens, max_length, pages: see `mla_trt.profiles.make_profiles`.
         optimization_level: TensorRT's, 0 (fastest build) to 5.
         workspace: bytes that a layer may use beside its tensors; None: as much as there is.
@@ -77,6 +81,7 @@ class BuildOptions:
     """
 
     dtype: str = "keep"
+    cache: str = IO
     max_batch: int | None = None
     max_tokens: int | None = None
     max_length: int | None = None
@@ -93,6 +98,12 @@ class BuildOptions:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise UsageError(f"--dtype is '{self.dtype}': choose one of {', '.join(DTYPES)}")
+        if self.cache not in CACHES:
+            raise UsageError(f"--cache is '{self.cache}': choose one of {', '.join(CACHES)}")
+        if self.cache == RESIDENT and self.pages is None:
+            raise UsageError(
+                "--cache resident needs --pages N, the number of pages that the engine holds of each cache"
+            )
         if not 0 <= self.optimization_level <= 5:
             raise UsageError(f"--optimization-level is {self.optimization_level}: it must be 0 to 5")
 
@@ -124,6 +135,8 @@ def build_file(
     model = load_model(path).proto
     metadata = LoweredMetadata.of(model)
     inputs, outputs = engine_tensors(model, metadata)
+    if options.cache == RESIDENT:
+        inputs, outputs = without_pools(inputs, outputs, metadata)
     profiles = make_profiles(
         metadata,
         max_batch=options.max_batch,
@@ -140,14 +153,14 @@ def build_file(
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as place:
         folder = Path(place)
-        write_plugin_model(path, folder, dtype=options.dtype, pages=options.pages)
+        write_plugin_model(path, folder, dtype=options.dtype, pages=options.pages, resident=options.cache == RESIDENT)
         weights = _weight_bytes(folder)
         if options.timing_cache is None and options.keep_times:
             options = replace(options, timing_cache=default_timing_cache(gpu, trt.__version__))
         if options.weight_streaming is None:
             options = replace(options, weight_streaming=weights > STREAMED_SHARE * gpu.memory)
         draft = folder / "plan"
-        _Build(trt, options, inputs, profiles, phases).run(folder / MODEL_FILE, draft)
+        _Build(trt, options, inputs, plan_profiles(profiles, options.cache), phases).run(folder / MODEL_FILE, draft)
         description = EngineDescription(
             metadata=metadata,
             inputs=tuple(inputs),
@@ -159,6 +172,7 @@ def build_file(
             compute_capability=gpu.compute_capability,
             plugins=build,
             dtype=options.dtype,
+            cache=options.cache,
             weight_streaming=bool(options.weight_streaming),
             plan_bytes=draft.stat().st_size,
             plan_digest=plan_digest(draft),
@@ -216,7 +230,7 @@ class _Build:
         trt: Any,
         options: BuildOptions,
         inputs: list[EngineTensor],
-        profiles: dict[str, dict[str, Range]],
+        profiles: Sequence[Mapping[str, Range]],
         phases: Phases | None,
     ) -> None:
         self._trt = trt
@@ -247,8 +261,8 @@ class _Build:
             self._phases.finish("parse")
         config = builder.create_builder_config()
         self._configure(config)
-        for profile in PROFILES:
-            config.add_optimization_profile(self._profile(builder, network, profile))
+        for ranges in self._profiles:
+            config.add_optimization_profile(self._profile(builder, network, ranges))
         cache = self._load_cache(config)
         cancelled = threading.Event()
         monitor = make_monitor(trt, self._phases, cancelled) if self._phases else None
@@ -283,7 +297,7 @@ class _Build:
         if options.weight_streaming:
             config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
 
-    def _profile(self, builder: Any, network: Any, name: str) -> Any:
+    def _profile(self, builder: Any, network: Any, ranges: Mapping[str, Range]) -> Any:
         profile = builder.create_optimization_profile()
         described = {tensor.name: tensor for tensor in self._inputs}
         for index in range(network.num_inputs):
@@ -292,7 +306,7 @@ class _Build:
                 raise BadModelError(
                     f"the input '{tensor.name}' decides shapes, which an engine of this package cannot have"
                 )
-            profile.set_shape(tensor.name, *input_range(described[tensor.name], self._profiles[name]))
+            profile.set_shape(tensor.name, *input_range(described[tensor.name], ranges))
         return profile
 
     def _load_cache(self, config: Any) -> Any:

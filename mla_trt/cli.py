@@ -42,6 +42,7 @@ exit status: 0 equal; 2 bad input; 4 they differ.""",
   mla-trt build lowered/ -o model.engine
   mla-trt build lowered/ -o model.engine --dtype bf16 --max-batch 128 --max-length 8192
   mla-trt build lowered/ -o model.engine --pages 4096 --timing-cache none
+  mla-trt build lowered/ -o model.engine --cache resident --pages 4096
 
 Writes ENGINE, a plan that TensorRT's own tools load too (with the plugin library), and ENGINE.json, which says what it
 holds. Needs a GPU, TensorRT's Python package and the library of 'mla-trt plugins build'.
@@ -141,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     lower.add_argument(
         "--cache",
         default="io",
-        help="io (default): pages are inputs and outputs; resident: the engine's plugins hold them",
+        help="io, the only choice here: pages are inputs and outputs; see 'mla-trt build --cache'",
     )
     lower.add_argument(
         "--target", default="tensorrt-10.6", help="parser to write for: tensorrt-10.6 (default), tensorrt-11, onnx"
@@ -184,6 +185,12 @@ def _parser() -> argparse.ArgumentParser:
         help="most tokens of a sequence (default: as many as the model has positions, at most 32768)",
     )
     build.add_argument("--pages", type=int, metavar="N", help="fixed number of pages in each pool (default: any)")
+    build.add_argument(
+        "--cache",
+        default="io",
+        help="io (default): pages are inputs and outputs; resident: the engine's plugins hold --pages of each cache, for "
+        "servers that copy inputs",
+    )
     build.add_argument("--plugins", type=Path, metavar="FILE.so", help="the plugin library (default: found by itself)")
     build.add_argument(
         "--timing-cache",
@@ -315,7 +322,8 @@ def _lower(options: argparse.Namespace) -> int:
 
     if options.cache != "io":
         raise UsageError(
-            f"--cache is '{options.cache}': this version writes io only; resident pages come with the engine builder"
+            f"--cache is '{options.cache}': a lowered model has its pages as inputs and outputs (io); for an engine "
+            "whose plugins hold them give 'mla-trt build' --cache resident"
         )
     lower_options = LowerOptions(
         kv_format=options.kv_format,
@@ -383,6 +391,7 @@ def _build(options: argparse.Namespace) -> int:
 
     build_options = BuildOptions(
         dtype=options.dtype,
+        cache=options.cache,
         max_batch=options.max_batch,
         max_tokens=options.max_tokens,
         max_length=options.max_length,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,11 @@ from mla_trt.errors import BadModelError
 from mla_trt.interface import Axis
 from mla_trt.metadata import LoweredMetadata
 
-VERSION = 1
+VERSION = 2
 DECODE, PREFILL = "decode", "prefill"
 PROFILES = (DECODE, PREFILL)
+IO, RESIDENT = "io", "resident"
+CACHES = (IO, RESIDENT)
 DIGESTED = 1 << 20  # bytes at the beginning and at the end of a plan
 
 # Axes of the inputs. Others have a fixed size.
@@ -73,7 +75,7 @@ class EngineDescription:
 
     Attributes:
         metadata: the lowered model's own.
-        inputs, outputs: in the engine's order, caches among them.
+        inputs, outputs: in the engine's order, caches among them where `cache` is "io".
         profiles: range of each axis, of each profile.
         vocabulary: number of token ids, None where it is not known.
         tensorrt: version of TensorRT that built the plan, such as "10.6.0".
@@ -81,6 +83,7 @@ class EngineDescription:
         compute_capability: of that GPU, such as "9.0".
         plugins: what the plugin library says of its build.
         dtype: "keep" or "bf16".
+        cache: "io", pages are inputs and outputs, or "resident", the engine's plugins hold them.
         weight_streaming: whether weights may stay in host memory.
         plan_bytes, plan_digest: size of the plan, and a hash of its beginning and end.
         mla_trt: version of this package.
@@ -96,6 +99,7 @@ class EngineDescription:
     compute_capability: str
     plugins: str
     dtype: str
+    cache: str
     weight_streaming: bool
     plan_bytes: int
     plan_digest: str
@@ -165,6 +169,7 @@ class EngineDescription:
                         "compute_capability",
                         "plugins",
                         "dtype",
+                        "cache",
                         "weight_streaming",
                         "plan_bytes",
                         "plan_digest",
@@ -240,6 +245,17 @@ def engine_tensors(model: onnx.ModelProto, metadata: LoweredMetadata) -> tuple[l
         EngineTensor(value.name, value.type.tensor_type.elem_type, tuple(_axes(value))) for value in model.graph.output
     ]
     return inputs, outputs
+
+
+def without_pools(
+    inputs: Sequence[EngineTensor], outputs: Sequence[EngineTensor], metadata: LoweredMetadata
+) -> tuple[list[EngineTensor], list[EngineTensor]]:
+    """Inputs and outputs of an engine whose plugins hold the pages: no caches, and always `page_copies`."""
+    pools = {name for cache in metadata.caches for name in (cache.name, cache.output)}
+    kept = [tensor for tensor in inputs if tensor.name not in pools]
+    if PAGE_COPIES not in {tensor.name for tensor in kept}:
+        kept.append(EngineTensor(PAGE_COPIES, onnx.TensorProto.INT32, (COPIES, 2)))
+    return kept, [tensor for tensor in outputs if tensor.name not in pools]
 
 
 def _axes(value: onnx.ValueInfoProto) -> list[Axis]:

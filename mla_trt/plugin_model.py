@@ -2,7 +2,8 @@
 
 The parser prefers a function body to a plugin, and passes an absent optional input on as a null tensor, which a plugin
 cannot rely on. So bodies go, and each fused node keeps only the inputs and outputs that it has, with their formal names
-in the attributes `inputs` and `outputs`, separated by spaces, which the plugins read.
+in the attributes `inputs` and `outputs`, separated by spaces, which the plugins read. With resident pages the plugins
+hold the pools that the attribute `resident` names, of `resident_pages` pages each.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import onnx
 from onnx import helper
 
 from mla_trt.bfloat16 import to_bfloat16
-from mla_trt.errors import UsageError
+from mla_trt.engine import PAGE_COPIES
+from mla_trt.engine_file import COPIES
+from mla_trt.errors import BadModelError, UsageError
 from mla_trt.loading import load_model
 from mla_trt.ops import OPS, mla_nodes, strip_functions
 from mla_trt.weight_file import WeightFile
@@ -21,6 +24,8 @@ from mla_trt.writing import external_locations
 
 DTYPES = ("keep", "bf16")
 MODEL_FILE = "model.onnx"
+POOLS = {"kv_cache": "kv_cache_out", "indexer_cache": "indexer_cache_out"}
+"""Formal inputs and outputs of the pools that ops update."""
 
 
 def compact(model: onnx.ModelProto) -> None:
@@ -44,7 +49,53 @@ def fix_pages(model: onnx.ModelProto, pages: int) -> None:
             dims[0].dim_value = pages
 
 
-def write_plugin_model(source: Path, folder: Path, *, dtype: str = "keep", pages: int | None = None) -> onnx.ModelProto:
+def hold_pages(model: onnx.ModelProto, pages: int) -> None:
+    """Moves the page pools of a compact model into its plugins, in place: they are neither inputs nor outputs any more.
+    Pages can then be copied only by the plugins, so the model gets the input `page_copies` if it has none.
+
+    Args:
+        model: as `compact` left it.
+        pages: pages of each pool.
+
+    Raises:
+        BadModelError: a pool is not that of one node alone.
+    """
+    for node in mla_nodes(model):
+        texts = {entry.name: entry for entry in node.attribute if entry.name in ("inputs", "outputs")}
+        inputs = dict(zip(texts["inputs"].s.decode().split(), node.input, strict=True))
+        outputs = dict(zip(texts["outputs"].s.decode().split(), node.output, strict=True))
+        held = [pool for pool in POOLS if pool in inputs]
+        if not held:
+            continue
+        for pool in held:
+            _remove_pool(model, node, inputs.pop(pool), outputs.pop(POOLS[pool], ""))
+        inputs.setdefault(PAGE_COPIES, PAGE_COPIES)
+        for texted, values, kept in (("inputs", node.input, inputs), ("outputs", node.output, outputs)):
+            del values[:]
+            values.extend(kept.values())
+            texts[texted].s = " ".join(kept).encode()
+        node.attribute.append(helper.make_attribute("resident", " ".join(held)))
+        node.attribute.append(helper.make_attribute("resident_pages", pages))
+    if PAGE_COPIES not in {value.name for value in model.graph.input}:
+        copies = helper.make_tensor_value_info(PAGE_COPIES, onnx.TensorProto.INT32, [COPIES, 2])
+        model.graph.input.append(copies)
+
+
+def _remove_pool(model: onnx.ModelProto, node: onnx.NodeProto, before: str, after: str) -> None:
+    readers = [name for other in model.graph.node for name in other.input if name in (before, after)]
+    given = [value for value in model.graph.input if value.name == before]
+    result = [value for value in model.graph.output if value.name == after]
+    if readers != [before] or not given or not result:
+        raise BadModelError(
+            f"--cache resident: the pages '{before}' of the node '{node.name}' ({node.op_type}) are not its own alone: build with --cache io"
+        )
+    model.graph.input.remove(given[0])
+    model.graph.output.remove(result[0])
+
+
+def write_plugin_model(
+    source: Path, folder: Path, *, dtype: str = "keep", pages: int | None = None, resident: bool = False
+) -> onnx.ModelProto:
     """Writes `model.onnx` for the parser into a folder. Weights that stay as they are stay where they are: links lead to
     their files.
 
@@ -53,6 +104,7 @@ def write_plugin_model(source: Path, folder: Path, *, dtype: str = "keep", pages
         folder: an empty folder.
         dtype: "bf16" to multiply in bfloat16 what is float32 in the model, or "keep".
         pages: fixed number of pages of the pools; None: dynamic.
+        resident: the plugins hold the pools, of that number of pages.
 
     Returns:
         the lowered model as it was, without its external data.
@@ -72,7 +124,10 @@ def write_plugin_model(source: Path, folder: Path, *, dtype: str = "keep", pages
         to_bfloat16(model, source.parent, WeightFile(folder / name))
     compact(model)
     if pages is not None:
-        fix_pages(model, pages)
+        if resident:
+            hold_pages(model, pages)
+        else:
+            fix_pages(model, pages)
     for location in external_locations(model) & before:
         link = folder / location
         link.parent.mkdir(parents=True, exist_ok=True)

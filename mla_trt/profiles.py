@@ -15,10 +15,12 @@ from mla_trt.engine_file import (
     COLUMNS,
     COPIES,
     DECODE,
+    IO,
     NEW,
     OFFSETS,
     PAGES,
     PREFILL,
+    PROFILES,
     SEQUENCES,
     TOKENS,
     TOTAL,
@@ -106,6 +108,23 @@ def make_profiles(
             TOTAL: Range(1, length, length),
         }
     return found
+
+
+def plan_profiles(profiles: Mapping[str, Mapping[str, Range]], cache: str) -> list[Mapping[str, Range]]:
+    """The optimization profiles that a plan has, in order.
+
+    With resident pages it is one that takes what any of `profiles` takes and is tuned for decode: of a plan with two
+    TensorRT may make each plugin twice, and each would have pages of its own.
+    """
+    if cache == IO:
+        return [profiles[name] for name in PROFILES]
+    sizes = {axis: [profiles[name][axis] for name in PROFILES] for axis in profiles[DECODE]}
+    return [
+        {
+            axis: Range(min(size.least for size in each), each[0].best, max(size.most for size in each))
+            for axis, each in sizes.items()
+        }
+    ]
 
 
 def input_range(tensor: EngineTensor, ranges: Mapping[str, Range]) -> tuple[list[int], list[int], list[int]]:

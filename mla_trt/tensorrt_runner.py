@@ -15,7 +15,7 @@ import onnx
 from onnx import TensorProto
 
 from mla_trt.cuda import Cuda, DeviceBuffer, PinnedBuffer, find_gpu
-from mla_trt.engine_file import PROFILES, EngineDescription
+from mla_trt.engine_file import PROFILES, RESIDENT, EngineDescription
 from mla_trt.errors import BadModelError, MlaTrtError
 from mla_trt.tensorrt_api import Messages, check_fits, load_plugins, load_tensorrt, start
 
@@ -81,7 +81,9 @@ class TensorRtRunner:
             raise BadModelError(f"TensorRT cannot load '{path}': {self._messages.take()}")
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
         described = {tensor.name for tensor in (*description.inputs, *description.outputs)}
-        kept = {tensor.name for tensor in description.outputs} | {cache.name for cache in description.metadata.caches}
+        self._resident = description.cache == RESIDENT
+        caches = () if self._resident else description.metadata.caches
+        kept = {tensor.name for tensor in description.outputs} | {cache.name for cache in caches}
         # TensorRT may leave out inputs that reach no output.
         if not kept <= set(names) <= described:
             raise BadModelError(f"'{path}' and its description name different inputs and outputs: build it again")
@@ -91,11 +93,11 @@ class TensorRtRunner:
         self._dtypes = {name: numpy_dtype(trt, self._engine.get_tensor_dtype(name)) for name in names}
         self._described = {tensor.name: tensor.numpy_dtype for tensor in (*description.inputs, *description.outputs)}
         self._cuda = Cuda()
-        self._words = {cache.name: cache.page_words for cache in description.metadata.caches}
+        self._words = {cache.name: cache.page_words for cache in caches}
         self._pools = {name: self._cuda.allocate(pages * words * WORD) for name, words in self._words.items()}
         for name, words in self._words.items():
             self._cuda.clear(self._pools[name], pages * words * WORD)
-        next_values = {cache.output: self._pools[cache.name] for cache in description.metadata.caches}
+        next_values = {cache.output: self._pools[cache.name] for cache in caches}
         self._fixed = self._pools | next_values
         self._results = [tensor.name for tensor in description.outputs if tensor.name not in next_values]
         self._device = {name: DeviceBuffer(self._cuda) for name in names if name not in self._fixed}
@@ -133,6 +135,7 @@ class TensorRtRunner:
 
     def copy_pages(self, page_copies: np.ndarray) -> None:
         """Copies (from, to) pages, int32 [n, 2], in every pool."""
+        self._check_reachable()
         for name, pool in self._pools.items():
             size = self._words[name] * WORD
             for source, target in page_copies.tolist():
@@ -140,6 +143,7 @@ class TensorRtRunner:
 
     def read_pages(self, cache: str) -> np.ndarray:
         """A copy of a pool, int32 [pages, page_words]."""
+        self._check_reachable()
         pages = np.empty((self._pages, self._words[cache]), np.int32)
         self._cuda.copy(pages.ctypes.data, self._pools[cache], pages.nbytes)
         self._cuda.synchronize()
@@ -147,6 +151,7 @@ class TensorRtRunner:
 
     def write_pages(self, cache: str, pages: np.ndarray) -> None:
         """Replaces a pool."""
+        self._check_reachable()
         if pages.shape != (self._pages, self._words[cache]):
             raise MlaTrtError(f"the pool '{cache}' is [{self._pages}, {self._words[cache]}], not {list(pages.shape)}")
         self._cuda.copy(self._pools[cache], pages.ctypes.data, pages.nbytes)
@@ -173,6 +178,12 @@ class TensorRtRunner:
             self._cuda.free(pointer)
         self._cuda.close()
 
+    def _check_reachable(self) -> None:
+        if self._resident:
+            raise MlaTrtError(
+                "the engine's plugins hold its pages, which cannot be read or replaced: build it with --cache io"
+            )
+
     def _new_context(self, profile: str) -> Any:
         strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
         context = self._engine.create_execution_context(strategy)
@@ -180,7 +191,8 @@ class TensorRtRunner:
             raise MlaTrtError(f"TensorRT cannot prepare the engine to run: {self._messages.take()}")
         # All contexts work in the same memory, one after the other on one stream.
         context.set_device_memory(self._scratch, self._scratch_size)
-        if not context.set_optimization_profile_async(PROFILES.index(profile), self._cuda.stream):
+        index = 0 if self._resident else PROFILES.index(profile)
+        if not context.set_optimization_profile_async(index, self._cuda.stream):
             raise MlaTrtError(f"TensorRT does not take the {profile} profile: {self._messages.take()}")
         return context
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from mla_trt.engine_file import EngineDescription, engine_tensors
+from mla_trt.engine_file import IO, RESIDENT, EngineDescription, engine_tensors, without_pools
 from mla_trt.engine_onnxruntime import OnnxRuntimeEngine, embedded_vocabulary
 from mla_trt.engine_tensorrt import TensorRtEngine
 from mla_trt.metadata import LoweredMetadata
@@ -29,10 +29,12 @@ def with_known_axes(model: onnx.ModelProto) -> onnx.ModelProto:
     return copy
 
 
-def describe(model: onnx.ModelProto, **limits: int) -> EngineDescription:
+def describe(model: onnx.ModelProto, cache: str = IO, **limits: int) -> EngineDescription:
     """The description that an engine of a model would have."""
     metadata = LoweredMetadata.of(model)
     inputs, outputs = engine_tensors(model, metadata)
+    if cache == RESIDENT:
+        inputs, outputs = without_pools(inputs, outputs, metadata)
     return EngineDescription(
         metadata=metadata,
         inputs=tuple(inputs),
@@ -44,6 +46,7 @@ def describe(model: onnx.ModelProto, **limits: int) -> EngineDescription:
         compute_capability="9.0",
         plugins="0.1.0 sm_80 sm_90a",
         dtype="keep",
+        cache=cache,
         weight_streaming=False,
         plan_bytes=0,
         plan_digest="",

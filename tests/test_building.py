@@ -48,6 +48,8 @@ def has_gpu() -> bool:
         (["--dtype", "fp16"], "--dtype is 'fp16': choose one of keep, bf16"),
         (["--max-batch", "0"], "--max-batch is 0: it must be at least 1"),
         (["--max-tokens", "3"], "--max-tokens is 3: a step of 16 sequences"),
+        (["--cache", "disk"], "--cache is 'disk': choose one of io, resident"),
+        (["--cache", "resident"], "--cache resident needs --pages N"),
         (["--pages", "0"], "--pages is 0: this model's pools can have 1 to"),
         (["--optimization-level", "6"], "--optimization-level is 6: it must be 0 to 5"),
         (["--workspace", "many"], "--workspace is 'many'"),

@@ -51,6 +51,12 @@ def test_lower_writes_model_and_report(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["verify", str(EXAMPLE), str(output)]) == 0
 
 
+def test_resident_pages_are_an_option_of_build(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["lower", str(EXAMPLE), "-o", str(tmp_path / "out"), "--cache", "resident"]) == 2
+    assert "give 'mla-trt build' --cache resident" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_run_generates_what_other_batches_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "lowered"
     assert main(["lower", str(EXAMPLE), "-o", str(output), "--quiet"]) == 0

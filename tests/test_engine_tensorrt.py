@@ -15,6 +15,9 @@ from tensorrt_stand_in import describe, stand_in, with_known_axes
 
 from mla_trt.cuda import Gpu, NoGpuError, find_gpu
 from mla_trt.engine_file import (
+    CACHES,
+    IO,
+    RESIDENT,
     EngineDescription,
     EngineTensor,
     Range,
@@ -29,7 +32,7 @@ from mla_trt.errors import BadModelError, MlaTrtError, UsageError
 from mla_trt.generation import generate
 from mla_trt.opening import open_engine
 from mla_trt.plugins.library import Library
-from mla_trt.profiles import at_least, bucket, bucketed, input_range, make_profiles, pad, read_sizes
+from mla_trt.profiles import at_least, bucket, bucketed, input_range, make_profiles, pad, plan_profiles, read_sizes
 from mla_trt.session import Session
 from mla_trt.tensorrt_api import Messages, check_fits, check_plugins, serves
 from mla_trt.verification_cases import FORKED, TOGETHER, Case, run_step
@@ -207,6 +210,17 @@ def test_profiles_follow_the_model_and_the_options(model: onnx.ModelProto) -> No
     assert shapes == ([9, 48], [9, 48], [9, 48])
 
 
+def test_a_plan_that_holds_its_pages_has_one_profile_for_every_step(model: onnx.ModelProto) -> None:
+    profiles = make_profiles(describe(model).metadata, max_batch=4, max_tokens=20, max_length=64, pages=9)
+    assert plan_profiles(profiles, IO) == [profiles["decode"], profiles["prefill"]]
+    (found,) = plan_profiles(profiles, RESIDENT)
+    for ranges in profiles.values():
+        for axis, size in ranges.items():
+            assert found[axis].least <= size.least
+            assert found[axis].most >= size.most
+    assert found["T"] == Range(1, 4, 20)
+
+
 def test_sizes_are_read_from_all_inputs() -> None:
     tensors = [EngineTensor("a", 6, ("B",)), EngineTensor("b", 6, ("B", "T", 3))]
     assert read_sizes(tensors, {"a": np.zeros(2), "b": np.zeros((2, 5, 3))}) == {"B": 2, "T": 5}
@@ -221,8 +235,9 @@ def write_engine(folder: Path, description: EngineDescription, model: onnx.Model
     return path
 
 
-def test_a_description_comes_back_as_it_was(model: onnx.ModelProto, tmp_path: Path) -> None:
-    description = describe(model)
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_description_comes_back_as_it_was(model: onnx.ModelProto, tmp_path: Path, cache: str) -> None:
+    description = describe(model, cache)
     path = write_engine(tmp_path, description, model)
     found = read_description(path)
     assert replace(found, plan_bytes=0, plan_digest="") == description
@@ -239,7 +254,7 @@ def test_files_that_do_not_belong_together_are_refused(model: onnx.ModelProto, t
     description_path(path).write_text(text[:-40])
     with pytest.raises(BadModelError, match="cannot be read"):
         read_description(path)
-    description_path(path).write_text(text.replace('"version": 1', '"version": 7', 1))
+    description_path(path).write_text(text.replace('"version": 2', '"version": 7', 1))
     with pytest.raises(BadModelError, match="has version 7"):
         read_description(path)
     description_path(path).unlink()

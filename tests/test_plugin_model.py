@@ -10,14 +10,17 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from small_models import SPARSE, Config, lowered
+from tensorrt_stand_in import with_known_axes
 
 from mla_trt.bfloat16 import element_types, to_bfloat16
 from mla_trt.cli import main
-from mla_trt.errors import UsageError
+from mla_trt.engine_file import engine_tensors, without_pools
+from mla_trt.errors import BadModelError, UsageError
 from mla_trt.float32 import to_float32
+from mla_trt.metadata import LoweredMetadata
 from mla_trt.ops import DOMAIN, OPS, attach_functions, mla_nodes
 from mla_trt.ops.schema import WEIGHT, F
-from mla_trt.plugin_model import compact, fix_pages, write_plugin_model
+from mla_trt.plugin_model import compact, fix_pages, hold_pages, write_plugin_model
 from mla_trt.session import Session
 from mla_trt.weight_file import WeightFile
 
@@ -69,6 +72,42 @@ def test_a_compact_node_names_what_it_has(config: Config) -> None:
         assert "w_uk_scale" not in attributes["inputs"].decode().split()
     expand(model)
     np.testing.assert_array_equal(logits_of(model), wanted)
+
+
+@pytest.mark.parametrize("config", [CONFIG, SPARSE], ids=["dense", "sparse"])
+@pytest.mark.parametrize("page_copies", [False, True])
+def test_pools_move_into_the_plugins(config: Config, page_copies: bool, tmp_path: Path) -> None:
+    model = with_known_axes(lowered(config, page_copies=page_copies))
+    (tmp_path / "lowered").mkdir()
+    (tmp_path / "plugins").mkdir()
+    onnx.save(model, tmp_path / "lowered" / "model.onnx")
+    write_plugin_model(tmp_path / "lowered" / "model.onnx", tmp_path / "plugins", pages=12, resident=True)
+    written = onnx.load(tmp_path / "plugins" / "model.onnx")
+    metadata = LoweredMetadata.of(written)
+    expected = without_pools(*engine_tensors(model, metadata), metadata)
+    assert engine_tensors(written, metadata) == expected
+    assert not any("cache" in tensor.name and "." in tensor.name for each in expected for tensor in each)
+    held = []
+    for node in mla_nodes(written):
+        attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+        if "resident" not in attributes:
+            assert node.op_type == "MlaPlan"
+            continue
+        assert attributes["resident_pages"] == 12
+        held += attributes["resident"].decode().split()
+        named = dict(zip(attributes["inputs"].decode().split(), node.input, strict=True))
+        assert named["page_copies"] == "page_copies"
+        assert not {"kv_cache", "indexer_cache"} & named.keys()
+        assert len(attributes["outputs"].decode().split()) == len(node.output)
+    assert len(held) == len(metadata.caches)
+
+
+def test_pools_that_nodes_share_stay_where_they_are() -> None:
+    model = lowered(CONFIG)
+    compact(model)
+    model.graph.node.add(op_type="Identity", input=["kv_cache.0"], output=["copy"])
+    with pytest.raises(BadModelError, match=r"the pages 'kv_cache\.0' of the node .* are not its own alone"):
+        hold_pages(model, 12)
 
 
 def test_pools_of_a_fixed_number_of_pages() -> None:

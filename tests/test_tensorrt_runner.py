@@ -19,10 +19,11 @@ from small_models import SPARSE, Config, lowered
 from tensorrt_stand_in import describe, with_known_axes
 
 from mla_trt.cuda import Gpu
-from mla_trt.engine_file import EngineDescription
+from mla_trt.engine_file import CACHES, IO, RESIDENT, EngineDescription
 from mla_trt.engine_onnxruntime import OnnxRuntimeEngine
 from mla_trt.engine_tensorrt import TensorRtEngine
 from mla_trt.errors import BadModelError, MlaTrtError
+from mla_trt.profiles import plan_profiles
 from mla_trt.session import Session
 from mla_trt.tensorrt_runner import TensorRtRunner
 
@@ -101,6 +102,7 @@ class Context:
         assert size >= self.engine.device_memory_size_v2
 
     def set_optimization_profile_async(self, index: int, stream: int) -> bool:
+        assert index < len(plan_profiles(self.engine.description.profiles, self.engine.description.cache))
         self.profile = index
         return stream == self.engine.cuda.stream
 
@@ -163,7 +165,8 @@ class Engine:
 
     def compute(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
         """The step that lies at the addresses, on the pools that lie there."""
-        caches = self.description.metadata.caches
+        held = self.description.cache == RESIDENT
+        caches = () if held else self.description.metadata.caches
         for cache in caches:
             assert addresses[cache.output] == addresses[cache.name]
             self.onnx.write_pages(cache.name, self.array(cache.name, shapes[cache.name], addresses[cache.name]))
@@ -196,8 +199,10 @@ def open_runner(
     """Opens a model as if it were an engine; gives the engine, and what stands in for CUDA and TensorRT."""
     opened: list[tuple[TensorRtEngine, HostMemory]] = []
 
-    def open_model(model: onnx.ModelProto, loadable: bool = True) -> tuple[TensorRtEngine, HostMemory, Engine]:
-        cuda, description = HostMemory(), describe(model, **LIMITS)
+    def open_model(
+        model: onnx.ModelProto, loadable: bool = True, cache: str = IO
+    ) -> tuple[TensorRtEngine, HostMemory, Engine]:
+        cuda, description = HostMemory(), describe(model, cache, **LIMITS)
         engine = Engine(model, description, cuda)
         kinds = SimpleNamespace(FLOAT=1, UINT8=2, INT8=3, INT32=6, INT64=7, BOOL=9, HALF=10, BF16=16)
         trt = SimpleNamespace(
@@ -225,12 +230,13 @@ def open_runner(
         assert cuda.blocks == {}
 
 
+@pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("config", [CONFIG, SPARSE], ids=["dense", "sparse"])
 def test_sessions_run_and_recurring_steps_are_recorded(
-    config: Config, open_runner: Callable[..., tuple[TensorRtEngine, HostMemory, Engine]]
+    config: Config, cache: str, open_runner: Callable[..., tuple[TensorRtEngine, HostMemory, Engine]]
 ) -> None:
     model = with_known_axes(lowered(config, page_copies=True))
-    engine, cuda, _ = open_runner(model)
+    engine, cuda, _ = open_runner(model, cache=cache)
     sessions = [Session(engine), Session(OnnxRuntimeEngine(model, pages=PAGES))]
     prompts = [[1, 2, 3, 4, 5], [6, 7], [8]]
     numbers = [[session.prefill(prompt)[0] for prompt in prompts] for session in sessions]
@@ -282,6 +288,19 @@ def test_pages_are_read_written_and_copied(
     assert (engine.read_pages(name)[7] == 5).all()
     with pytest.raises(MlaTrtError, match=r"the pool 'kv_cache\.0' is"):
         engine.write_pages(name, pages[1:])
+
+
+def test_pages_that_the_plugins_hold_are_out_of_reach(
+    open_runner: Callable[..., tuple[TensorRtEngine, HostMemory, Engine]],
+) -> None:
+    engine, cuda, stand_in = open_runner(with_known_axes(lowered(CONFIG)), cache=RESIDENT)
+    assert [len(block) - 64 for block in cuda.blocks.values()] == [stand_in.device_memory_size_v2]  # no pools
+    Session(engine).prefill([1, 2, 3])
+    assert engine.pages == PAGES
+    name = engine.metadata.caches[0].name
+    for use in (lambda: engine.read_pages(name), lambda: engine.write_pages(name, np.zeros((PAGES, 1), np.int32))):
+        with pytest.raises(MlaTrtError, match="the engine's plugins hold its pages, which cannot be read"):
+            use()
 
 
 def test_a_plan_that_does_not_load_is_an_error(

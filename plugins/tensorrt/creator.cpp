@@ -5,6 +5,7 @@
 //   registry: the next look-up crashes. So asking for the creators takes the static registration back.
 #include <array>
 #include <atomic>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -28,6 +29,8 @@ public:
         }
         fields_.emplace_back(inputs_field, nullptr, PluginFieldType::kCHAR, 1);
         fields_.emplace_back(outputs_field, nullptr, PluginFieldType::kCHAR, 1);
+        fields_.emplace_back(resident_field, nullptr, PluginFieldType::kCHAR, 1);
+        fields_.emplace_back(pages_field, nullptr, PluginFieldType::kINT32, 1);
         collection_ = {static_cast<int32_t>(fields_.size()), fields_.data()};
     }
 
@@ -35,12 +38,16 @@ public:
     Creator& operator=(const Creator&) = delete;
 
     nvinfer1::IPluginV3* createPlugin(const char* name, const nvinfer1::PluginFieldCollection* fields,
-                                      nvinfer1::TensorRTPhase) noexcept override {
+                                      nvinfer1::TensorRTPhase phase) noexcept override {
         nvinfer1::IPluginV3* plugin = nullptr;
         guarded(getPluginName(), [&] {
             try {
                 nvinfer1::PluginFieldCollection const none{};
-                plugin = new Plugin(read_instance(op_, fields == nullptr ? none : *fields));
+                Instance instance = read_instance(op_, fields == nullptr ? none : *fields);
+                // An engine that is built has no pools: they would take memory that its layers are timed with.
+                bool const holds = phase == nvinfer1::TensorRTPhase::kRUNTIME && !instance.resident.empty();
+                auto resident = holds ? std::make_shared<ResidentPools>(instance) : nullptr;
+                plugin = new Plugin(std::move(instance), std::move(resident));
             } catch (const std::invalid_argument& error) {
                 throw std::invalid_argument("node '" + std::string(name == nullptr ? "" : name) + "': " + error.what());
             }

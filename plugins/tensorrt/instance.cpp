@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <iterator>
 #include <sstream>
 #include <stdexcept>
 
@@ -92,22 +93,30 @@ void set_from(MlaAttributes& attributes, const AttributeSpec& attribute, const P
     }
 }
 
-// Formals by their names, each at most once, and none that must be there left out.
-std::vector<int32_t> formals_named(const char* field, const std::string& names, const TensorSpec* specs,
-                                   int32_t count) {
+int32_t formal_named(const std::string& name, const TensorSpec* specs, int32_t count) {
+    return static_cast<int32_t>(
+        std::find_if(specs, specs + count, [&](const TensorSpec& spec) { return spec.name == name; }) - specs);
+}
+
+// Formals by their names, each at most once, none that is `held`, and none that must be there left out.
+std::vector<int32_t> formals_named(const char* field, const std::string& names, const TensorSpec* specs, int32_t count,
+                                   const std::vector<std::string>& held) {
     std::vector<int32_t> formals;
+    auto const is_held = [&](const std::string& name) {
+        return std::find(held.begin(), held.end(), name) != held.end();
+    };
     auto const has = [&](int32_t formal) {
         return std::find(formals.begin(), formals.end(), formal) != formals.end();
     };
     for (const std::string& name : split(names)) {
-        auto const formal = static_cast<int32_t>(
-            std::find_if(specs, specs + count, [&](const TensorSpec& spec) { return spec.name == name; }) - specs);
+        int32_t const formal = formal_named(name, specs, count);
         if (formal == count) refuse(field, "names '" + name + "', which the op does not have");
+        if (is_held(name)) refuse(field, "names '" + name + "', which the plugin holds");
         if (has(formal)) refuse(field, "names '" + name + "' twice");
         formals.push_back(formal);
     }
     for (int32_t formal = 0; formal < count; ++formal) {
-        if (!specs[formal].optional && !has(formal)) {
+        if (!specs[formal].optional && !has(formal) && !is_held(specs[formal].name)) {
             refuse(field, "lacks '" + std::string(specs[formal].name) + "', which the op needs");
         }
     }
@@ -118,6 +127,35 @@ std::vector<int32_t> first_formals(int32_t count) {
     std::vector<int32_t> formals(static_cast<size_t>(count));
     for (int32_t i = 0; i < count; ++i) formals[static_cast<size_t>(i)] = i;
     return formals;
+}
+
+std::vector<const Pool*> pools_named(const std::string& names, const OpSpec& spec) {
+    std::vector<const Pool*> found;
+    for (const std::string& name : split(names)) {
+        auto const* const pool =
+            std::find_if(std::begin(pools), std::end(pools), [&](const Pool& entry) { return name == entry.input; });
+        if (pool == std::end(pools) || formal_named(pool->input, spec.input, spec.inputs) == spec.inputs ||
+            formal_named(pool->output, spec.output, spec.outputs) == spec.outputs) {
+            refuse(resident_field, "names '" + name + "', which is no pool that the op updates");
+        }
+        if (std::find(found.begin(), found.end(), pool) != found.end()) {
+            refuse(resident_field, "names '" + name + "' twice");
+        }
+        found.push_back(pool);
+    }
+    return found;
+}
+
+void read_resident(Instance& instance, const nvinfer1::PluginFieldCollection& fields) {
+    const PluginField* names = find(fields, resident_field);
+    if (names == nullptr) return;
+    instance.resident = pools_named(text_of(*names), instance.spec());
+    if (instance.resident.empty()) return;
+    for (const char* const needed : {inputs_field, outputs_field, pages_field}) {
+        if (find(fields, needed) == nullptr) refuse(needed, "is missing, which a node with resident pools needs");
+    }
+    instance.resident_pages = integer_of(*find(fields, pages_field));
+    if (instance.resident_pages < 1) refuse(pages_field, "is less than 1");
 }
 
 std::string names_of(const std::vector<int32_t>& formals, const TensorSpec* specs) {
@@ -170,14 +208,21 @@ Instance read_instance(int32_t op, const nvinfer1::PluginFieldCollection& fields
             set_default(instance.attributes, attribute);
         }
     }
+    read_resident(instance, fields);
+    std::vector<std::string> held_inputs, held_outputs;
+    for (const Pool* pool : instance.resident) {
+        held_inputs.emplace_back(pool->input);
+        held_outputs.emplace_back(pool->output);
+    }
     const PluginField* inputs = find(fields, inputs_field);
     if (inputs != nullptr) {
-        instance.inputs = formals_named(inputs_field, text_of(*inputs), spec.input, spec.inputs);
+        instance.inputs = formals_named(inputs_field, text_of(*inputs), spec.input, spec.inputs, held_inputs);
         instance.knows_inputs = true;
     }
     const PluginField* outputs = find(fields, outputs_field);
-    instance.outputs = outputs == nullptr ? first_formals(spec.outputs)
-                                          : formals_named(outputs_field, text_of(*outputs), spec.output, spec.outputs);
+    instance.outputs = outputs == nullptr
+                           ? first_formals(spec.outputs)
+                           : formals_named(outputs_field, text_of(*outputs), spec.output, spec.outputs, held_outputs);
     return instance;
 }
 
@@ -185,9 +230,10 @@ std::string choice_text(const AttributeSpec& attribute, int32_t number) {
     return split(attribute.choices).at(static_cast<size_t>(number));
 }
 
-InstanceFields::InstanceFields(const Instance& instance) : attributes_(instance.attributes) {
+InstanceFields::InstanceFields(const Instance& instance)
+    : attributes_(instance.attributes), resident_pages_(instance.resident_pages) {
     const OpSpec& spec = instance.spec();
-    texts_.reserve(static_cast<size_t>(spec.attributes) + 2);  // fields point into the texts: they must not move
+    texts_.reserve(static_cast<size_t>(spec.attributes) + 3);  // fields point into the texts: they must not move
     for (int32_t i = 0; i < spec.attributes; ++i) {
         const AttributeSpec& attribute = spec.attribute[i];
         if (attribute.kind == AttributeSpec::text) {
@@ -200,6 +246,12 @@ InstanceFields::InstanceFields(const Instance& instance) : attributes_(instance.
     }
     if (instance.knows_inputs) add_text(inputs_field, names_of(instance.inputs, spec.input));
     add_text(outputs_field, names_of(instance.outputs, spec.output));
+    if (!instance.resident.empty()) {
+        std::string names;
+        for (const Pool* pool : instance.resident) names += (names.empty() ? "" : " ") + std::string(pool->input);
+        add_text(resident_field, names);
+        fields_.emplace_back(pages_field, &resident_pages_, PluginFieldType::kINT32, 1);
+    }
     collection_ = {static_cast<int32_t>(fields_.size()), fields_.data()};
 }
 

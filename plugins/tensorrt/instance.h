@@ -15,12 +15,27 @@ namespace mla::tensorrt {
 constexpr const char* inputs_field = "inputs";
 constexpr const char* outputs_field = "outputs";
 
+// Fields of a node whose plugins hold page pools themselves: formal names of these inputs, and the pages of each pool.
+constexpr const char* resident_field = "resident";
+constexpr const char* pages_field = "resident_pages";
+
+// Pools that an op updates in place: TensorRT binds both names to one address, or neither is a tensor of the node.
+struct Pool {
+    const char* input;
+    const char* output;
+    int (*page_words)(const MlaAttributes* attributes, int64_t* words);
+};
+inline constexpr Pool pools[] = {{"kv_cache", "kv_cache_out", mla_kv_page_words},
+                                 {"indexer_cache", "indexer_cache_out", mla_index_page_words}};
+
 struct Instance {
     int32_t op = 0;
     MlaAttributes attributes{};
     bool knows_inputs = false;  // false: the node has as many of the op's first inputs as TensorRT will say
     std::vector<int32_t> inputs;   // the formal of each input
     std::vector<int32_t> outputs;  // the formal of each output
+    std::vector<const Pool*> resident;  // the pools that the plugin holds
+    int32_t resident_pages = 0;
 
     const OpSpec& spec() const { return ops[op]; }
     int32_t input_count() const { return static_cast<int32_t>(inputs.size()); }
@@ -56,6 +71,7 @@ private:
     void add_text(const char* name, const std::string& text);
 
     MlaAttributes attributes_;
+    int32_t resident_pages_;
     std::vector<std::string> texts_;
     std::vector<nvinfer1::PluginField> fields_;
     nvinfer1::PluginFieldCollection collection_;

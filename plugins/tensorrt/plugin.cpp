@@ -5,6 +5,8 @@
 #include <cstring>
 #include <limits>
 #include <stdexcept>
+#include <string_view>
+#include <vector>
 
 #include "log.h"
 #include "shapes.h"
@@ -17,13 +19,6 @@ using nvinfer1::Dims;
 using nvinfer1::DimensionOperation;
 using nvinfer1::IDimensionExpr;
 
-// Pools that an op updates in place: TensorRT binds both names to one address.
-struct Pool {
-    const char* output;
-    const char* input;
-};
-constexpr Pool pools[] = {{"kv_cache_out", "kv_cache"}, {"indexer_cache_out", "indexer_cache"}};
-
 constexpr int32_t most(int32_t OpSpec::* count) {
     int32_t largest = 0;
     for (const OpSpec& op : ops) largest = op.*count > largest ? op.*count : largest;
@@ -35,9 +30,9 @@ struct CallTensors {
     std::array<MlaTensor, most(&OpSpec::inputs)> inputs;
     std::array<MlaTensor, most(&OpSpec::outputs)> outputs;
 
-    // input(i) and output(i) make the tensors of the node's positions.
+    // input(i) and output(i) make the tensors of the node's positions; `memory` is that of the resident pools.
     template <typename Input, typename Output>
-    CallTensors(const Instance& instance, Input&& input, Output&& output) {
+    CallTensors(const Instance& instance, Input&& input, Output&& output, const std::vector<void*>* memory = nullptr) {
         inputs.fill({nullptr, 0, -1, {}});
         outputs.fill({nullptr, 0, -1, {}});
         for (int32_t i = 0; i < instance.input_count(); ++i) {
@@ -46,6 +41,19 @@ struct CallTensors {
         for (int32_t i = 0; i < instance.output_count(); ++i) {
             outputs[static_cast<size_t>(instance.output_formal(i))] = output(i);
         }
+        for (size_t pool = 0; pool < instance.resident.size(); ++pool) {
+            MlaTensor const tensor = resident_tensor(instance, pool, memory == nullptr ? nullptr : memory->at(pool));
+            const Pool& names = *instance.resident[pool];
+            inputs[formal_of(names.input, instance.spec().input)] = tensor;
+            outputs[formal_of(names.output, instance.spec().output)] = tensor;
+        }
+    }
+
+private:
+    static size_t formal_of(std::string_view name, const TensorSpec* specs) {
+        size_t formal = 0;
+        while (name != specs[formal].name) ++formal;
+        return formal;
     }
 };
 
@@ -248,7 +256,8 @@ void check_output_count(const Instance& instance, int32_t output_count) {
 
 }  // namespace
 
-Plugin::Plugin(Instance instance) : instance_(std::move(instance)) {}
+Plugin::Plugin(Instance instance, std::shared_ptr<ResidentPools> resident)
+    : instance_(std::move(instance)), resident_(std::move(resident)) {}
 
 nvinfer1::IPluginCapability* Plugin::getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept {
     switch (type) {
@@ -261,11 +270,16 @@ nvinfer1::IPluginCapability* Plugin::getCapabilityInterface(nvinfer1::PluginCapa
 
 nvinfer1::IPluginV3* Plugin::clone() noexcept {
     nvinfer1::IPluginV3* copy = nullptr;
-    guarded(getPluginName(), [&] { copy = new Plugin(instance_); });
+    guarded(getPluginName(), [&] { copy = new Plugin(instance_, resident_); });
     return copy;
 }
 
-nvinfer1::IPluginV3* Plugin::attachToContext(nvinfer1::IPluginResourceContext*) noexcept { return clone(); }
+nvinfer1::IPluginV3* Plugin::attachToContext(nvinfer1::IPluginResourceContext*) noexcept {
+    int32_t const failed = guarded(getPluginName(), [&] {
+        if (resident_ != nullptr) resident_->memory();  // too little of it is an error here, not in a step
+    });
+    return failed ? nullptr : clone();
+}
 
 int32_t Plugin::getOutputDataTypes(DataType* output_types, int32_t output_count, const DataType* input_types,
                                    int32_t input_count) const noexcept {
@@ -371,6 +385,7 @@ int32_t Plugin::enqueue(const nvinfer1::PluginTensorDesc* input_descriptions,
                         const nvinfer1::PluginTensorDesc* output_descriptions, const void* const* inputs,
                         void* const* outputs, void* workspace, cudaStream_t stream) noexcept {
     return guarded(getPluginName(), [&] {
+        if (!instance_.resident.empty() && resident_ == nullptr) return;  // timed while an engine is built
         CallTensors const call(
             instance_,
             [&](int32_t i) {
@@ -380,7 +395,8 @@ int32_t Plugin::enqueue(const nvinfer1::PluginTensorDesc* input_descriptions,
             [&](int32_t i) {
                 const nvinfer1::PluginTensorDesc& described = output_descriptions[i];
                 return tensor_of_dims(instance_.output(i), described.type, described.dims, outputs[i]);
-            });
+            },
+            resident_ == nullptr ? nullptr : &resident_->memory());
         // TensorRT does not say how large the workspace is; it was sized for the largest shapes of the profile.
         check(mla_enqueue(instance_.op, &instance_.attributes, call.inputs.data(), call.outputs.data(), workspace,
                           std::numeric_limits<size_t>::max(), stream));

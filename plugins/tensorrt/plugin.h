@@ -4,6 +4,7 @@
 #include <memory>
 
 #include "instance.h"
+#include "resident.h"
 
 namespace mla::tensorrt {
 
@@ -15,7 +16,8 @@ class Plugin final : public nvinfer1::IPluginV3,
                      public nvinfer1::IPluginV3OneBuildV2,
                      public nvinfer1::IPluginV3OneRuntime {
 public:
-    explicit Plugin(Instance instance);
+    // `resident`: the pools that the instance names; null while an engine is built.
+    Plugin(Instance instance, std::shared_ptr<ResidentPools> resident);
 
     nvinfer1::IPluginCapability* getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept override;
     nvinfer1::IPluginV3* clone() noexcept override;
@@ -51,6 +53,7 @@ public:
 
 private:
     Instance instance_;
+    std::shared_ptr<ResidentPools> resident_;
     std::unique_ptr<InstanceFields> serialized_;
     std::string timing_cache_id_;
 };

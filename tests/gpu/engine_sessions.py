@@ -28,12 +28,14 @@ if importlib.util.find_spec("mla_trt.plugins") is None:
     mla_trt.__path__.append(str(ROOT))  # a bare source tree: parts of the package lie beside it
 
 from mla_trt.engine import Engine  # noqa: E402
+from mla_trt.engine_file import IO, RESIDENT  # noqa: E402
 from mla_trt.engine_recorder import RecordingEngine  # noqa: E402
 from mla_trt.ops import retarget, strip_functions  # noqa: E402
 from mla_trt.session import Session  # noqa: E402
 from mla_trt.verification_cases import Case, Script, Step, run_step  # noqa: E402
 
 SPARE_PAGES = 6
+MOST_FILLED = 32
 
 Rows = dict[str, dict[str, np.ndarray]]
 """Results of each sequence by name, [n, ...]; NaN where there is none."""
@@ -52,6 +54,8 @@ class Variant:
             largest result.
         outliers: share of the tokens that may differ by more, because rounding makes a router choose otherwise.
         sparse_outliers: the same where there are indexers too, whose choices reach later tokens through the cache.
+        cache: of `mla-trt build`.
+        like: the variant whose results on ONNX Runtime are this one's too, where it is another.
     """
 
     name: str
@@ -62,6 +66,8 @@ class Variant:
     tolerance: float
     outliers: float
     sparse_outliers: float
+    cache: str = IO
+    like: str | None = None
 
     def model(self, lowered: onnx.ModelProto) -> onnx.ModelProto:
         """The lowered model over this variant's pages."""
@@ -74,6 +80,7 @@ VARIANTS = {
         Variant("f32", "f32", "f32", 4, "keep", 2e-4, 0.0, 0.0),
         Variant("fp8", "fp8", "fp8", 16, "keep", 3e-2, 0.1, 0.4),
         Variant("bf16", "bf16", "fp8", 32, "bf16", 5e-2, 0.1, 0.45),
+        Variant("resident", "f32", "f32", 4, "keep", 2e-4, 0.0, 0.0, RESIDENT, "f32"),
     )
 }
 HALF_TOLERANCE, HALF_OUTLIERS = 1e-2, 0.1
@@ -184,13 +191,15 @@ def pages_needed(scripts: Sequence[Script], page_size: int) -> int:
     return max(needed, default=0) + SPARE_PAGES
 
 
-def replay(engine: Engine, model: onnx.ModelProto, script: Script) -> Rows:
+def replay(engine: Engine, model: onnx.ModelProto, script: Script, *, beside: Engine | None = None) -> Rows:
     """Runs a session on an engine, with NaN in every page that no sequence holds.
 
     Args:
         engine: the engine.
         model: the lowered model that it runs.
         script: the session.
+        beside: where pages cannot be written, the same plan loaded once more: between the steps it fills its own with
+            other tokens, which must not show.
 
     Returns:
         the results.
@@ -202,7 +211,8 @@ def replay(engine: Engine, model: onnx.ModelProto, script: Script) -> Rows:
         sequence: {name: np.full(values.shape, np.nan) for name, values in results.items()}
         for sequence, results in script.expected.items()
     }
-    recorder.poison(tuple(range(engine.pages)))
+    if beside is None:
+        recorder.poison(tuple(range(engine.pages)))
     for step, spans in script.case.spans():
         for child, parent in step.forked:
             numbers[child] = session.fork(numbers[parent])
@@ -211,7 +221,10 @@ def replay(engine: Engine, model: onnx.ModelProto, script: Script) -> Rows:
         for sequence in spans:
             if sequence not in numbers:
                 numbers[sequence] = session.create()
-        recorder.poison(session.free_pages)
+        if beside is None:
+            recorder.poison(session.free_pages)
+        else:
+            _fill(beside, model, script)
         batch = {numbers[name]: script.tokens[name][start:end] for name, (start, end) in spans.items()}
         found = run_step(session, model, step, batch, spans)
         for sequence, (start, end) in spans.items():
@@ -220,6 +233,12 @@ def replay(engine: Engine, model: onnx.ModelProto, script: Script) -> Rows:
                     # NaN stands for tokens that a sequence did not get itself, as those of its parent.
                     rows[sequence][name][end - len(values) : end] = np.where(np.isfinite(values), values, np.inf)
     return rows
+
+
+def _fill(engine: Engine, model: onnx.ModelProto, script: Script) -> None:
+    tokens = next(iter(script.tokens.values()))[:MOST_FILLED][::-1]
+    session = Session(engine)
+    run_step(session, model, Step(new=(("x", len(tokens)),)), {session.create(): tokens}, {"x": (0, len(tokens))})
 
 
 def errors(script: Script, rows: Rows, reference: Rows | None = None) -> np.ndarray:

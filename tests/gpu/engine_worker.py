@@ -18,6 +18,7 @@ import onnx
 from engine_sessions import VARIANTS, Record, errors, pages_needed, replay
 
 from mla_trt.building import BuildOptions, build_file
+from mla_trt.engine_file import RESIDENT
 from mla_trt.engine_tensorrt import TensorRtEngine
 from mla_trt.metadata import LoweredMetadata
 from mla_trt.selection import top_k
@@ -34,14 +35,19 @@ def run_case(folder: Path, variant_name: str, level: int, scratch: Path) -> dict
     result["sparse"] = top_k(record.model) is not None
     start = time.monotonic()
     engine: TensorRtEngine | None = None
+    beside: TensorRtEngine | None = None
     try:
         model = variant.model(record.model)
         source = scratch / f"{record.name}.{variant_name}"
         source.mkdir(exist_ok=True)
         onnx.save(model, source / "model.onnx")
+        pages = pages_needed(record.scripts, variant.page_size)
+        on_cpu = record.given[variant.like or variant_name]
         longest = LoweredMetadata.of(model).max_position or LONGEST
         options = BuildOptions(
             dtype=variant.dtype,
+            cache=variant.cache,
+            pages=pages if variant.cache == RESIDENT else None,
             max_batch=8,
             max_tokens=64,
             max_length=min(longest, LONGEST),
@@ -53,19 +59,20 @@ def run_case(folder: Path, variant_name: str, level: int, scratch: Path) -> dict
         path = scratch / f"{record.name}.{variant_name}.engine"
         _, result["build_seconds"] = build_file(source, path, options)
         result["stage"] = "load"
-        engine = TensorRtEngine.open(path, pages=pages_needed(record.scripts, variant.page_size))
+        engine = TensorRtEngine.open(path, pages=pages)
+        if variant.cache == RESIDENT:
+            beside = TensorRtEngine.open(path)
         result["stage"] = "run"
         given = []
         for script in record.scripts:
             result["session"] = script.case.name
-            given.append(replay(engine, model, script))
+            given.append(replay(engine, model, script, beside=beside))
         result["graphs"] = engine.recordings
         result["stage"] = "compare"
         pairs = list(zip(record.scripts, given, strict=True))
         found = np.concatenate([errors(script, rows) for script, rows in pairs])
-        on_cpu = zip(record.scripts, record.given[variant_name], strict=True)
-        formats = np.concatenate([errors(script, rows) for script, rows in on_cpu])
-        triples = zip(record.scripts, given, record.given[variant_name], strict=True)
+        formats = np.concatenate([errors(script, rows) for script, rows in zip(record.scripts, on_cpu, strict=True)])
+        triples = zip(record.scripts, given, on_cpu, strict=True)
         between = np.concatenate([errors(script, rows, reference) for script, rows, reference in triples])
         result |= {
             "tokens": len(found),
@@ -83,8 +90,9 @@ def run_case(folder: Path, variant_name: str, level: int, scratch: Path) -> dict
     except Exception as error:  # whatever it is, the table says so
         result["error"] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:800]
     finally:
-        if engine is not None:
-            engine.close()
+        for opened in (engine, beside):
+            if opened is not None:
+                opened.close()
     result["seconds"] = time.monotonic() - start
     return result
 

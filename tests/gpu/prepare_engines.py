@@ -68,6 +68,8 @@ def record(path: Path, seed: int) -> Record:
     ]
     given = {}
     for name, variant in VARIANTS.items():
+        if variant.like is not None:
+            continue
         written = variant.model(model)
         if half:
             written = _lowered_in_float32(written, loaded.base_dir)

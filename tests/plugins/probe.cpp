@@ -6,6 +6,7 @@
 #include <NvInferRuntime.h>
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -276,6 +277,14 @@ int probe_node(IPluginCreatorInterface* const* creators, int32_t creator_count) 
     auto* const execution = capability<IPluginV3OneRuntime>(read.get(), PluginCapabilityType::kRUNTIME);
     int32_t const shape_change =
         execution->onShapeChange(plain.data(), input_count, plain.data() + input_count, output_count);
+    // pools in the plugin: none while an engine is built, where enqueue does nothing; then memory, of which there is none here
+    bool const resident = std::any_of(fields.names.begin(), fields.names.end(),
+                                      [](const std::string& name) { return name == "resident"; });
+    auto* const building = capability<IPluginV3OneRuntime>(plugin.get(), PluginCapabilityType::kRUNTIME);
+    int32_t const timed = resident ? building->enqueue(plain.data(), plain.data() + input_count, data.data(),
+                                                       output_data.data(), nullptr, nullptr)
+                                   : 0;
+    std::unique_ptr<IPluginV3> const attached(execution->attachToContext(nullptr));
     plain[0].dims.nbDims = 4;  // no tensor of any op that has this rank begins with such sizes
     plain[0].dims.d[0] = plain[0].dims.d[1] = plain[0].dims.d[2] = plain[0].dims.d[3] = 3;
     int32_t const wrong_enqueue = execution->enqueue(plain.data(), plain.data() + input_count, data.data(),
@@ -283,6 +292,7 @@ int probe_node(IPluginCreatorInterface* const* creators, int32_t creator_count) 
 
     printf("{\"created\": true, \"inferred\": true, \"outputs\": %s], \"aliases\": %s], \"formats\": %s], ",
            outputs.c_str(), aliases.c_str(), formats.c_str());
+    printf("\"timed\": %d, \"attached\": %s, ", timed, attached == nullptr ? "false" : "true");
     printf("\"takes_only_linear\": %s, \"configured\": %d, \"shape_change\": %d, \"wrong_enqueue\": %d, ",
            takes_only_linear ? "true" : "false", configured, shape_change, wrong_enqueue);
     printf("\"timing_cache_id\": %s, \"fields\": %s, \"fields_of_configured\": %s, \"fields_of_read\": %s, ",

@@ -35,6 +35,8 @@ ALL_TYPES = [0, 1, 2, 3, 6, 7, 8]
 TYPES_OF_KINDS = {F: [0, 1, 7], F32: [0], I32: [3], WEIGHT: [0, 1, 6, 7], E4M3: [6], ANY: ALL_TYPES}
 ALIASES = {"kv_cache_out": "kv_cache", "indexer_cache_out": "indexer_cache"}
 
+RESIDENT = [["resident", 6, None], ["resident_pages", 5, None]]
+
 ATTRIBUTES: dict[str, int | float | str] = {
     "num_partitions": 24,
     "page_size": 16,
@@ -93,6 +95,7 @@ class Case:
     weight_type: int = TensorProto.BFLOAT16
     named: bool = True
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    resident: tuple[str, ...] = ()
 
     @property
     def attributes(self) -> dict[str, int | float | str]:
@@ -109,15 +112,20 @@ class Case:
         shape = self.shapes.get(formal.name, tuple(dims.evaluate(word) for word in words))
         return TensorType(kinds[formal.kind], shape)
 
+    def _all_inputs(self) -> list[str]:
+        """Those that the op has, resident pools among them."""
+        return [formal.name for formal in self.op.inputs if formal.name in (*self.inputs, *self.resident)]
+
     def input_types(self) -> list[TensorType | None]:
         """One for each formal input, None for those that are absent."""
-        return [self.input_type(formal) if formal.name in self.inputs else None for formal in self.op.inputs]
+        given = self._all_inputs()
+        return [self.input_type(formal) if formal.name in given else None for formal in self.op.inputs]
 
     def expected(self) -> list[TensorType]:
         """Types of the outputs that are given, as the op set infers them."""
         node = make_node(
             self.op.name,
-            {name: name for name in self.inputs},
+            {name: name for name in self._all_inputs()},
             {formal.name: f"{formal.name}_" for formal in self.op.outputs},
             **self.attributes,
         )
@@ -133,6 +141,8 @@ class Case:
         if self.named:
             lines.append(f"text inputs {' '.join(self.inputs)}")
             lines.append(f"text outputs {' '.join(self.outputs)}")
+        if self.resident:
+            lines += [f"text resident {' '.join(self.resident)}", f"int resident_pages {LETTERS['pages']}"]
         for formal in self.op.inputs:
             if formal.name in self.inputs:
                 tensor = self.input_type(formal)
@@ -156,16 +166,31 @@ def _cases() -> Iterator[Any]:
             yield pytest.param(Case(op, own, ("output", "kv_cache_out", "indexer_cache_out")), id=f"{op.name}-no-list")
             yield pytest.param(Case(op, taken, ("output", "kv_cache_out")), id=f"{op.name}-taken")
             yield pytest.param(Case(op, taken, ("output", "kv_cache_out", "indices")), id=f"{op.name}-passed-on")
+            yield pytest.param(_resident(Case(op, own, outputs)), id=f"{op.name}-resident")
+            yield pytest.param(_resident(Case(op, taken, ("output", "kv_cache_out"))), id=f"{op.name}-taken-resident")
             continue
         if op.name == "MlaAttention":
             needed += ("w_uk", "w_uv")
             needed = tuple(name for name in everything if name in needed)
         yield pytest.param(Case(op, everything, outputs), id=f"{op.name}-all")
         yield pytest.param(Case(op, needed, needed_outputs), id=f"{op.name}-needed")
+        if op.name in ("MlaAttention", "MlaDecodeBranchFp8"):
+            yield pytest.param(_resident(Case(op, everything, outputs)), id=f"{op.name}-resident")
         yield pytest.param(Case(op, everything, outputs, named=False), id=f"{op.name}-unnamed")
         for dtype in (TensorProto.FLOAT, TensorProto.FLOAT16):
             case = Case(op, everything, outputs, dtype, TensorProto.FLOAT8E4M3FN)
             yield pytest.param(case, id=f"{op.name}-{TensorProto.DataType.Name(dtype)}")
+
+
+def _resident(case: Case) -> Case:
+    """The node with its pools in the plugin."""
+    held = tuple(name for name in ALIASES.values() if name in case.inputs)
+    return replace(
+        case,
+        inputs=tuple(name for name in case.inputs if name not in held),
+        outputs=tuple(name for name in case.outputs if ALIASES.get(name) not in held),
+        resident=held,
+    )
 
 
 CASES = list(_cases())
@@ -230,7 +255,7 @@ def test_every_op_has_a_creator_with_its_attributes(probe: Probe):
         assert (creator["version"], creator["namespace"]) == ("1", "mla_trt")
         assert creator["interface"] == "PLUGIN CREATOR_V3ONE"
         attributes = [[attribute.name, FIELD_TYPES[attribute.kind], None] for attribute in op.attributes]
-        assert creator["fields"] == [*attributes, ["inputs", 6, None], ["outputs", 6, None]]
+        assert creator["fields"] == [*attributes, ["inputs", 6, None], ["outputs", 6, None], *RESIDENT]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -255,6 +280,8 @@ def test_plugin_read_from_its_fields_is_the_same(probe: Probe, case: Case):
     answer = probe.run("node", text=case.text())
     expected: dict[str, Any] = {**case.attributes}
     expected |= {"inputs": " ".join(case.inputs), "outputs": " ".join(case.outputs)}
+    if case.resident:
+        expected |= {"resident": " ".join(case.resident), "resident_pages": LETTERS["pages"]}
     fields = {name: value for name, _, value in answer["fields_of_configured"]}
     for name, value in expected.items():
         assert fields[name] == (pytest.approx(value, rel=1e-6) if isinstance(value, float) else value), name
@@ -268,6 +295,46 @@ def test_call_that_contradicts_the_op_is_logged_and_launches_nothing(probe: Prob
     answer = probe.run("node", text=_of(op).text() if op != "MlaSparseAttention" else _sparse().text())
     assert answer["wrong_enqueue"] != 0
     assert answer["messages"][-1].startswith(f"mla_trt: {op}: ")
+
+
+def test_pools_in_the_plugin_are_of_engines_and_not_of_builds(probe: Probe):
+    answer = probe.run("node", text=_of("MlaAttention").text())
+    assert answer["attached"]
+    answer = probe.run("node", text=_resident(_of("MlaAttention")).text())
+    assert answer["timed"] == 0
+    if not answer["attached"]:  # without a GPU
+        failed = re.compile(r"mla_trt: MlaAttention: no (stream|memory) for (the|a) page pool")
+        assert any(failed.match(message) for message in answer["messages"]), answer["messages"]
+
+
+def test_an_op_that_only_reads_a_pool_cannot_hold_it(probe: Probe):
+    answer = probe.run("node", text=_resident(_of("MlaDecoding")).text())
+    assert not answer["created"]
+    assert answer["messages"][0].endswith("'resident' names 'kv_cache', which is no pool that the op updates")
+
+
+@pytest.mark.parametrize(
+    ("line", "replaced", "message"),
+    [
+        (
+            r"text resident .*",
+            "text resident latent",
+            "'resident' names 'latent', which is no pool that the op updates",
+        ),
+        (r"text resident .*", "text resident kv_cache kv_cache", "'resident' names 'kv_cache' twice"),
+        (r"text resident .*", "text resident indexer_cache", "'inputs' lacks 'kv_cache', which the op needs"),
+        (r"int resident_pages .*", "int resident_pages 0", "'resident_pages' is less than 1"),
+        (r"int resident_pages .*\n", "", "'resident_pages' is missing, which a node with resident pools needs"),
+        (r"text inputs ", "text inputs kv_cache ", "'inputs' names 'kv_cache', which the plugin holds"),
+        (r"text outputs ", "text outputs kv_cache_out ", "'outputs' names 'kv_cache_out', which the plugin holds"),
+    ],
+)
+def test_resident_pools_without_sense_are_refused(probe: Probe, line: str, replaced: str, message: str):
+    text, count = re.subn(line, replaced, _resident(_sparse()).text())
+    assert count == 1
+    answer = probe.run("node", text=text)
+    assert not answer["created"]
+    assert answer["messages"] == [f"mla_trt: MlaSparseAttention: node 'probed': attribute {message}"]
 
 
 def _sparse() -> Case:
