@@ -59,16 +59,38 @@ class UpProjection:
         stored = isinstance(self.operand, gs.Constant)
         operand = constant_value(self.operand, probe.base_dir) if stored else probe.known(self.operand)
         array = (self.view.right_array if self.right else self.view.left_array)(operand)
-        result = array[self.group, self.column, self.summed]
-        if not np.allclose(self.factor, 1, rtol=1e-9):
-            result = (result.astype(np.float64) * self.factor).astype(np.float32)
-            return np.ascontiguousarray(result)
+        result = self._gather(array)
+        if not np.allclose(_without_repeats(self.factor), 1, rtol=1e-9):
+            return (result.astype(np.float64) * self.factor).astype(np.float32)
         exported = self.operand.dtype
-        return np.ascontiguousarray(
-            result.astype(
-                helper.tensor_dtype_to_np_dtype(exported) if isinstance(exported, int) else exported or np.float32
-            )
-        )
+        dtype = helper.tensor_dtype_to_np_dtype(exported) if isinstance(exported, int) else exported or np.float32
+        return result.astype(dtype, copy=False)
+
+    def _gather(self, array: np.ndarray) -> np.ndarray:
+        """The chosen entries of [group, column, summed], in any memory order."""
+        last = self.summed.ndim - 1
+        by_row = _repeats(self.group, range(last, last + 1)) and _repeats(self.column, range(last, last + 1))
+        if not by_row or not _repeats(self.summed, range(last)):
+            return array[self.group, self.column, self.summed]
+        # Rows of what is summed, taken in the order in which the weight lies in memory: a stored [in, out] weight would
+        # otherwise be read entry by entry, each from a cache line of its own.
+        groups, columns, summed = array.shape
+        rows = (self.group[..., 0] * columns + self.column[..., 0]).ravel()
+        chosen = np.take(array.transpose(2, 0, 1).reshape(summed, groups * columns), rows, axis=1)
+        order = self.summed[(0,) * last]
+        if not np.array_equal(order, np.arange(summed)):
+            chosen = chosen[order]
+        return chosen.reshape(len(order), *self.shape[:last]).transpose(*range(1, last + 1), 0)
+
+
+def _repeats(array: np.ndarray, axes: range) -> bool:
+    """Whether an array is only broadcast along some axes."""
+    return all(array.strides[axis] == 0 or array.shape[axis] == 1 for axis in axes)
+
+
+def _without_repeats(array: np.ndarray) -> np.ndarray:
+    """The array with one entry along each axis that is only broadcast."""
+    return array[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in array.strides)]
 
 
 @dataclass(frozen=True)

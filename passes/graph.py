@@ -133,9 +133,10 @@ def _captured(graph: gs.Graph) -> list[gs.Tensor]:
 
 def _makers(node: gs.Node) -> list[gs.Node]:
     """The nodes that a node reads from."""
-    found = [tensor.inputs[0] for tensor in node.inputs if tensor.inputs]
-    for graph in subgraphs(node):
-        found += [tensor.inputs[0] for tensor in _captured(graph) if tensor.inputs]
+    found = [ends[0] for tensor in node.inputs if (ends := tensor.inputs)]
+    if any(isinstance(value, gs.Graph | list) for value in node.attrs.values()):
+        for graph in subgraphs(node):
+            found += [tensor.inputs[0] for tensor in _captured(graph) if tensor.inputs]
     return found
 
 
