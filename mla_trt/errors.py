@@ -37,5 +37,13 @@ class OutOfPagesError(MlaTrtError):
     """The page pool has no room for the tokens asked for. No sequence was changed."""
 
 
+class QueueFullError(MlaTrtError):
+    """As many requests wait as may: try again later."""
+
+
+class RequestFailedError(MlaTrtError):
+    """A request ended with an error after it was accepted."""
+
+
 class PluginLibraryError(MlaTrtError):
     """The plugin library cannot be built, is missing, or is of another version."""

@@ -1,0 +1,1 @@
+"""Serves many requests at a time with one session: `loop` decides what each step runs, `runner` gives it a thread."""
