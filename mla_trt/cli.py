@@ -50,6 +50,7 @@ exit status: 0 done; 2 bad input or usage, no GPU, or TensorRT refuses the model
     "run": """examples:
   mla-trt run lowered/ --prompt-ids 1,5,9 --prompt-ids 3,4 --max-new-tokens 16
   mla-trt run lowered/ --prompt-ids 1,5,9 --stop-ids 2 --json
+  mla-trt run lowered/ --prompt-ids 1,5,9 --temperature 0.8 --top-p 0.95 --seed 1
   mla-trt run model.engine --prompt-ids 1,5,9
 
 A folder that 'mla-trt lower' wrote runs on ONNX Runtime, an engine that 'mla-trt build' wrote on TensorRT.""",
@@ -220,6 +221,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--max-new-tokens", type=int, default=16, help="tokens to add to each prompt (default 16)")
     run.add_argument("--stop-ids", default="", metavar="ID,...", help="ids that end a sequence")
+    run.add_argument(
+        "--temperature", type=float, default=0.0, help="draw tokens at random; 0 (default) takes the likeliest one"
+    )
+    run.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest tokens only")
+    run.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="draw from the likeliest tokens that make up a share P only",
+    )
+    run.add_argument(
+        "--seed", type=int, metavar="N", help="of the first prompt; that of the next one is N + 1, and so on"
+    )
     run.add_argument("--pages", type=int, help="pages in the pool (default 256, or as many as an engine was built for)")
     run.add_argument("--plugins", type=Path, metavar="FILE.so", help="the plugin library (default: found by itself)")
     run.add_argument("--json", action="store_true", help="print one JSON object with all sequences at the end")
@@ -421,13 +436,24 @@ def _build(options: argparse.Namespace) -> int:
 def _run(options: argparse.Namespace) -> int:
     from mla_trt.generation import generate
     from mla_trt.opening import open_engine
+    from mla_trt.serving.sampling import Sampling
     from mla_trt.session import Session
 
     prompts = [_ids(text, "--prompt-ids") for text in options.prompt_ids]
+    if options.temperature == 0 and (options.top_k != 0 or options.top_p != 1 or options.seed is not None):
+        raise UsageError("--top-k, --top-p and --seed are for tokens drawn at random: give --temperature too")
+    samplings = [
+        Sampling(options.temperature, options.top_k, options.top_p, None if options.seed is None else options.seed + n)
+        for n in range(len(prompts))
+    ]
     session = Session(open_engine(options.lowered, pages=options.pages, plugins=options.plugins))
     sequences: list[list[int]] = [[] for _ in prompts]
     for index, token in generate(
-        session, prompts, max_new_tokens=options.max_new_tokens, stop_ids=_ids(options.stop_ids, "--stop-ids")
+        session,
+        prompts,
+        max_new_tokens=options.max_new_tokens,
+        stop_ids=_ids(options.stop_ids, "--stop-ids"),
+        samplings=samplings,
     ):
         sequences[index].append(token)
         if not options.json:

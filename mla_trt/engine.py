@@ -22,7 +22,9 @@ class Engine(Protocol):
         token_dtype: type of the token input.
         token_features: sizes of its axes behind those of tokens: () for ids, (hidden size,) for embeddings.
         vocabulary: number of token ids, None where it is not known.
-        max_tokens: most tokens of a step, None where there is no limit.
+        max_tokens: most tokens of a step, in a model that cannot be packed of a sequence in a step; None: no limit.
+        max_sequences: most sequences of a step, None where there is no limit.
+        max_length: most tokens of a sequence, None where only the model and the pool limit it.
         results: names of the outputs that are neither caches nor states, the main one (logits) first.
     """
 
@@ -32,6 +34,8 @@ class Engine(Protocol):
     token_features: tuple[int, ...]
     vocabulary: int | None
     max_tokens: int | None
+    max_sequences: int | None
+    max_length: int | None
     results: tuple[str, ...]
 
     def run(self, inputs: Mapping[str, np.ndarray], page_copies: np.ndarray) -> dict[str, np.ndarray]:

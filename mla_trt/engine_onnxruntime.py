@@ -32,6 +32,8 @@ class OnnxRuntimeEngine:
         self.metadata = LoweredMetadata.of(graph_only)
         self.pages = pages
         self.max_tokens: int | None = None
+        self.max_sequences: int | None = None
+        self.max_length: int | None = None
         self.vocabulary = self.metadata.vocabulary or embedded_vocabulary(graph_only, self.metadata.token_input)
         self._session = open_session(model, base_dir=base_dir)
         inputs = {entry.name: entry for entry in self._session.get_inputs()}

@@ -27,6 +27,8 @@ class RecordingEngine:
         self.token_features = engine.token_features
         self.vocabulary = engine.vocabulary
         self.max_tokens = engine.max_tokens
+        self.max_sequences = engine.max_sequences
+        self.max_length = engine.max_length
         self.results = engine.results
         self.inputs: dict[str, np.ndarray] = {}
         self.outputs: dict[str, np.ndarray] = {}

@@ -74,7 +74,10 @@ class TensorRtEngine:
         self.metadata = description.metadata
         self.pages = pages
         self.vocabulary = description.vocabulary
-        self.max_tokens: int | None = description.limits()["tokens"]
+        limits = description.limits()
+        self.max_tokens: int | None = limits["tokens"]
+        self.max_sequences: int | None = limits["sequences"]
+        self.max_length: int | None = limits["tokens of a sequence"]
         self.results = description.results
         self._runner = runner
         caches = {cache.name for cache in self.metadata.caches}

@@ -1,15 +1,16 @@
-"""Greedy generation with a session, for `mla-trt run` and the demo."""
+"""Generation with a session that nobody else uses, for `mla-trt run` and the demo."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Generator, Sequence
 
-import numpy as np
-
-from mla_trt.errors import UsageError
+from mla_trt.errors import RequestFailedError, UsageError
+from mla_trt.serving.loop import EngineLoop
+from mla_trt.serving.request import Request
+from mla_trt.serving.sampling import Sampling
 from mla_trt.session import Session
 
-PREFILL_CHUNK = 512
+STEP_TOKENS = 512
 
 
 def generate(
@@ -18,63 +19,44 @@ def generate(
     *,
     max_new_tokens: int,
     stop_ids: Collection[int] = (),
-    prefill_chunk: int = PREFILL_CHUNK,
+    samplings: Sequence[Sampling] | None = None,
+    max_step_tokens: int = STEP_TOKENS,
 ) -> Generator[tuple[int, int], None, None]:
-    """Continues prompts with the likeliest token, again and again, all prompts together.
+    """Continues prompts, all together as far as pages and engine allow.
 
     Args:
-        session: a session over a model of token ids.
+        session: a session without sequences over a model of token ids.
         prompts: token ids of each prompt, at least one.
         max_new_tokens: most tokens to add to each.
         stop_ids: ids that end a sequence; they are given out as well.
-        prefill_chunk: most tokens of a prompt in one step, where the engine takes so many.
+        samplings: how the tokens of each are chosen; None: the likeliest.
+        max_step_tokens: most tokens of a step, where the engine takes so many.
 
     Yields:
         (index of the prompt, token), as soon as it is known.
 
     Raises:
-        UsageError: an empty prompt, ids outside the vocabulary, or more positions than the model has.
-        OutOfPagesError: the pool has no room. The sequences of this call are freed, as they are in the end in any case.
+        UsageError: an empty prompt, ids outside the vocabulary, or more positions than the model or the pool has.
+        RequestFailedError: the engine failed. All pages are free again then, as they are in the end in any case.
     """
-    if max_new_tokens < 1:
+    if max_new_tokens < 1 or not prompts:
         return
-    live: dict[int, int] = {}
-    latest: dict[int, int] = {}
-    produced = [0] * len(prompts)
+    count = len(prompts)
+    loop = EngineLoop(session, max_batch=count, max_step_tokens=max_step_tokens, max_waiting=count, prefix_sources=0)
+    indices = {}
+    for index, prompt in enumerate(prompts):
+        sampling = Sampling() if samplings is None else samplings[index]
+        try:
+            indices[loop.submit(Request(prompt, max_new_tokens, stop_ids, sampling))] = index
+        except UsageError as error:
+            raise UsageError(f"prompt {index}: {error}") from None
     try:
-        for index, prompt in enumerate(prompts):
-            if not len(prompt):
-                raise UsageError(f"prompt {index} is empty: give at least one token id")
-            sequence = session.create()
-            live[sequence] = index
-            latest[sequence] = _greedy(_prefill(session, sequence, prompt, prefill_chunk))
-            yield index, latest[sequence]
-            produced[index] = 1
-        while True:
-            for sequence, index in list(live.items()):
-                if latest[sequence] in stop_ids or produced[index] >= max_new_tokens:
-                    session.free(sequence)
-                    del live[sequence], latest[sequence]
-            if not live:
-                return
-            logits = session.decode(latest)
-            for sequence, index in live.items():
-                latest[sequence] = _greedy(logits[sequence])
-                produced[index] += 1
-                yield index, latest[sequence]
+        while not loop.idle:
+            for event in loop.step():
+                if event.error is not None:
+                    raise RequestFailedError(f"prompt {indices[event.request_id]}: {event.error}")
+                for token in event.tokens:
+                    yield indices[event.request_id], token
     finally:
-        for sequence in live:
-            session.free(sequence)
-
-
-def _prefill(session: Session, sequence: int, prompt: Sequence[int], chunk: int) -> np.ndarray:
-    main = session.engine.results[0]
-    tokens = np.asarray(prompt)
-    chunk = min(chunk, session.engine.max_tokens or chunk)
-    for start in range(0, len(tokens), chunk):
-        results = session.step({sequence: tokens[start : start + chunk]})[sequence]
-    return results[main][-1]
-
-
-def _greedy(logits: np.ndarray) -> int:
-    return int(np.argmax(logits))
+        loop.abort("generation was ended")
+        loop.step()

@@ -91,6 +91,11 @@ class PageTable:
         return tuple(self._free)
 
     @property
+    def free_count(self) -> int:
+        """Number of pages that no sequence holds."""
+        return len(self._free)
+
+    @property
     def sequences(self) -> tuple[int, ...]:
         """The sequences there are, oldest first."""
         return tuple(self._sequences)

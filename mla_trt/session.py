@@ -78,6 +78,15 @@ class Session:
         """Pages that no sequence holds."""
         return self._table.free_pages
 
+    @property
+    def free_count(self) -> int:
+        """Number of pages that no sequence holds."""
+        return self._table.free_count
+
+    def pages_of(self, sequence: int) -> tuple[int, ...]:
+        """Pages of a sequence, in the order of its tokens."""
+        return self._table.pages_of(sequence)
+
     def length(self, sequence: int) -> int:
         """Tokens of a sequence.
 

@@ -230,7 +230,7 @@ def test_generation_streams_what_the_export_would_say(
     prompts = [[3, 1, 4, 1, 5, 9, 2], [6, 5]]
     wanted = [greedy(expected, prompt, 6) for prompt in prompts]
     session = Session(model, pages=16)
-    stream = generate(session, prompts, max_new_tokens=6, prefill_chunk=3)
+    stream = generate(session, prompts, max_new_tokens=6, max_step_tokens=3)
     assert next(stream) == (0, wanted[0][0])
     found: list[list[int]] = [wanted[0][:1], []]
     for index, token in stream:
@@ -252,7 +252,7 @@ def test_generation_ends_at_a_stop_id_and_frees_its_pages(
     next(stream)
     stream.close()
     assert len(session.free_pages) == 16
-    with pytest.raises(UsageError, match="prompt 0 is empty"):
+    with pytest.raises(UsageError, match="prompt 0: the prompt is empty"):
         next(generate(session, [[]], max_new_tokens=1))
     assert list(generate(session, [prompt], max_new_tokens=0)) == []
 
