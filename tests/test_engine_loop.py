@@ -374,10 +374,10 @@ def test_a_full_queue_refuses_until_there_is_room(model: onnx.ModelProto) -> Non
     ("request_", "message"),
     [
         (Request([], 1), "the prompt is empty"),
-        (Request([[1, 2]], 1), "must be a list of token ids"),  # type: ignore[list-item]
-        (Request([1.5], 1), "must be a list of token ids"),  # type: ignore[list-item]
-        (Request(["a"], 1), "must be a list of token ids"),  # type: ignore[list-item]
-        (Request([[1], [2, 3]], 1), "must be a list of token ids"),  # type: ignore[list-item]
+        (Request([[1, 2]], 1), "must be a list of token ids"),
+        (Request([1.5], 1), "must be a list of token ids"),
+        (Request(["a"], 1), "must be a list of token ids"),
+        (Request([[1], [2, 3]], 1), "must be a list of token ids"),
         (Request([2**70], 1), "must be a list of token ids"),
         (
             Request([0, CONFIG.vocabulary], 1),
