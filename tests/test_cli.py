@@ -69,6 +69,45 @@ def test_run_generates_what_other_batches_generate(tmp_path: Path, capsys: pytes
         assert json.loads(capsys.readouterr().out)["sequences"] == [expected]
 
 
+def test_run_draws_the_same_tokens_with_the_same_seed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "lowered"
+    assert main(["lower", str(EXAMPLE), "-o", str(output), "--quiet", "--no-verify"]) == 0
+
+    def tokens(*options: str) -> list[list[int]]:
+        capsys.readouterr()
+        prompts = ["--prompt-ids", "1,5,9", "--prompt-ids", "1,5,9"]
+        assert main(["run", str(output), *prompts, "--max-new-tokens", "12", "--json", *options]) == 0
+        return [sequence["tokens"] for sequence in json.loads(capsys.readouterr().out)["sequences"]]
+
+    drawn = tokens("--temperature", "1.5", "--top-k", "40", "--top-p", "0.95", "--seed", "3")
+    assert drawn == tokens("--temperature", "1.5", "--top-k", "40", "--top-p", "0.95", "--seed", "3")
+    assert drawn[0] != drawn[1]
+    assert drawn[1] == tokens("--temperature", "1.5", "--top-k", "40", "--top-p", "0.95", "--seed", "4")[0]
+    assert tokens("--temperature", "1.5", "--top-k", "1") == tokens() != drawn
+    assert main(["run", str(output), "--prompt-ids", "1,5,9", "--max-new-tokens", "3"]) == 0
+    assert capsys.readouterr().out.splitlines() == [f"0: {token}" for token in tokens()[0][:3]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prompt-ids", ""], "prompt 0: the prompt is empty"),
+        (["--prompt-ids", "1,64"], "prompt 0: token 64 of the prompt is not in the vocabulary"),
+        (["--prompt-ids", "1", "--pages", "1", "--max-new-tokens", "65"], "the pool of pages holds 64"),
+        (["--prompt-ids", "1", "--seed", "4"], "give --temperature too"),
+        (["--prompt-ids", "1", "--temperature", "-1"], "the temperature is -1.0"),
+        (["--prompt-ids", "1", "--temperature", "1", "--top-p", "2"], "top-p is 2.0"),
+    ],
+)
+def test_run_refuses_what_makes_no_sense(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    output = tmp_path / "lowered"
+    assert main(["lower", str(EXAMPLE), "-o", str(output), "--quiet", "--no-verify"]) == 0
+    assert main(["run", str(output), *options]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_inspect_says_why_not(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(EXAMPLES / "deepseek_v4__dynamo_op20__eager__pre.onnx")]) == 3
     assert "is not lowered: " in capsys.readouterr().out

@@ -173,7 +173,7 @@ def test_a_prompt_in_chunks_beside_decoding_gives_what_it_gives_whole(
     logits: str, alone: Callable[[Request], list[int]]
 ) -> None:
     loop = EngineLoop(Session(lowered(CONFIG, logits=logits), pages=30), max_batch=3, max_step_tokens=4)
-    first, second = Request(ids(2), 20), Request(ids(30, 1), 6)
+    first, second = Request(ids(2), 20), Request(ids(30, 1), 6, priority=1)
     results = Results()
     one = loop.submit(first)
     results.add(loop.step())
@@ -201,6 +201,29 @@ def test_requests_join_and_leave_at_any_step(model: onnx.ModelProto) -> None:
     ]
     assert loop.idle
     assert loop.step() == []
+
+
+def test_no_more_requests_run_than_the_engine_takes(model: onnx.ModelProto) -> None:
+    engine, runner = stand_in(with_known_axes(model), 40, max_batch=2, max_tokens=8, max_length=16)
+    loop = EngineLoop(Session(engine))
+    for seed in range(4):
+        loop.submit(Request(ids(3, seed), 6))
+    assert {result.finish for result in finish(loop).values()} == {"length"}
+    assert max(rows for _, _, rows, *_ in runner.steps) == 2
+    narrow = EngineLoop(Session(model, pages=40), max_batch=8, max_step_tokens=2)
+    for seed in range(4):
+        narrow.submit(Request(ids(1, seed), 3))
+    narrow.step()
+    narrow.step()
+    assert (narrow.stats().running, narrow.stats().waiting) == (2, 2)
+
+
+def test_a_request_does_not_begin_without_room_for_its_next_token(model: onnx.ModelProto) -> None:
+    loop = EngineLoop(Session(model, pages=5), prefix_sources=0)
+    first, second = loop.submit(Request(ids(8), 3)), loop.submit(Request(ids(8, 1), 3))
+    order = [event.request_id for _ in range(6) for event in loop.step()]
+    assert order == [first] * 3 + [second] * 3
+    assert loop.stats().preemptions == 0
 
 
 def test_a_shared_prefix_is_computed_once(model: onnx.ModelProto, alone: Callable[[Request], list[int]]) -> None:
@@ -253,9 +276,9 @@ def test_few_sources_are_kept_and_give_way(model: onnx.ModelProto, alone: Callab
         loop.submit(request)
         finish(loop)
         assert loop.stats().prefix_hits == hits
-    large = Request(ids(36, 7), 4)
-    number = loop.submit(large)
-    assert finish(loop)[number].tokens == alone(large)
+    for large in (Request(ids(20, 7), 20), Request(ids(36, 8), 4)):  # needs their pages when it grows, and to begin
+        number = loop.submit(large)
+        assert finish(loop)[number].tokens == alone(large)
     assert loop.stats().preemptions == 0
     nothing = EngineLoop(Session(model, pages=10), prefix_sources=0)
     nothing.submit(requests[0])

@@ -346,8 +346,7 @@ class EngineLoop:
         if self._shares:
             # One token has to go through the model at least.
             extend_digests(entry.digests, entry.tokens, self._page_size, (len(entry.tokens) - 1) // self._page_size)
-            found = self._prefixes.longest(entry.digests[: (len(entry.tokens) - 1) // self._page_size])
-            source, shared = found or (None, 0)
+            source, shared = self._prefixes.longest(entry.digests) or (None, 0)
         wanted = min(self._pages(len(entry.tokens) + 1), self._session.engine.pages) - shared
         if not self._can_free(wanted, entry, lower, () if source is None else self._session.pages_of(source)[:shared]):
             return False
@@ -358,7 +357,7 @@ class EngineLoop:
             self._session.truncate(entry.sequence, shared * self._page_size)
             self._prefixes.update(entry.sequence, entry.digests[:shared])
             if source in self._sources:
-                self._touch(source)
+                self._sources[source] = self._sources.pop(source)
         if len(self._running) >= self._max_batch:
             self._preempt(max(lower, key=_rank), batch)
         while self._unpromised() < wanted:
@@ -387,8 +386,8 @@ class EngineLoop:
         return short <= len(self._cached.keys() - held) + sum(self._pages(len(other.tokens)) for other in lower)
 
     def _unpromised(self) -> int:
-        """Free pages but those that running requests need for the tokens they have."""
-        promised = sum(self._pages(len(entry.tokens)) - self._pages(self._length(entry)) for entry in self._running)
+        """Free pages but those that running requests need for the tokens they have and the next one."""
+        promised = sum(self._pages(len(entry.tokens) + 1) - self._pages(self._length(entry)) for entry in self._running)
         return self._session.free_count - promised
 
     def _add(self, entry: _Entry, new: int, batch: _Batch) -> None:
@@ -457,7 +456,6 @@ class EngineLoop:
         holders = self._prefixes.holders(entry.digests[full - 1])
         same = next((source for source in holders if source in self._sources), None)
         if same is not None:
-            self._touch(same)
             self._free(sequence)
             return
         self._session.truncate(sequence, full * self._page_size)
@@ -465,9 +463,6 @@ class EngineLoop:
         self._cached.update(self._session.pages_of(sequence))
         if len(self._sources) > self._prefix_sources:
             self._drop_source()
-
-    def _touch(self, source: int) -> None:
-        self._sources[source] = self._sources.pop(source)
 
     def _drop_source(self) -> None:
         """Frees the source that was of no use for longest."""
