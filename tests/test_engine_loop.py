@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -12,11 +13,15 @@ import pytest
 from small_models import SPARSE, Config, interface, lowered, original
 from tensorrt_stand_in import stand_in, with_known_axes
 
+from mla_trt import models
 from mla_trt.engine import Engine
 from mla_trt.engine_onnxruntime import OnnxRuntimeEngine
 from mla_trt.engine_recorder import RecordingEngine
 from mla_trt.errors import MlaTrtError, QueueFullError, UsageError
+from mla_trt.loading import load_model
+from mla_trt.lowering import LowerOptions, inspect
 from mla_trt.original import OriginalModel
+from mla_trt.pipeline import lower_file
 from mla_trt.serving.loop import EngineLoop
 from mla_trt.serving.request import Event, Request
 from mla_trt.serving.sampling import Sampling
@@ -166,6 +171,37 @@ def test_64_random_requests_get_what_each_gets_alone(config: Config, tensorrt: b
     loop.drop_prefixes()
     assert sorted(session.free_pages) == list(range(pages))
     assert session.sequences == ()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "deepseek_v3__dynamo_op20__eager__dec",
+        "deepseek_v32__dynamo_op20__eager__dec",
+        "minicpm3__ts_op17__eager__dec__post_onnxslim",
+    ],
+)
+def test_lowered_exports_give_the_tokens_of_the_exports(name: str, tmp_path: Path) -> None:
+    file = Path(models.__path__[0]) / "examples" / f"{name}.onnx"
+    lower_file(
+        file, tmp_path, LowerOptions(kv_format="f32", index_format="f32", page_size=PAGE, logits="last"), verify=False
+    )
+    session = Session(tmp_path / "model.onnx", pages=12)
+    loop = EngineLoop(session, max_batch=5, max_step_tokens=9)
+    requests = [Request([*ids(9)[: 4 * (seed % 3)], *ids(1 + seed, seed)], 6) for seed in range(10)]
+    numbers = [loop.submit(request) for request in requests]
+    results = finish(loop)
+    loaded = load_model(file)
+    export = OriginalModel(file, inspect(loaded.proto, loaded.base_dir).interface)
+    for number, request in zip(numbers, requests, strict=True):
+        run = export.start()
+        logits = next(iter(run.feed(np.array(request.prompt)[None]).values()))
+        wanted = [int(logits[0, -1].argmax())]
+        while len(wanted) < request.max_new_tokens:
+            wanted.append(int(next(iter(run.feed(np.array([wanted[-1:]])).values()))[0, -1].argmax()))
+        assert results[number].tokens == wanted
+    loop.drop_prefixes()
+    assert len(session.free_pages) == 12
 
 
 @pytest.mark.parametrize("logits", ["all", "last"])
