@@ -246,6 +246,45 @@ def _matmul_nbits(rw: _Rewriter) -> None:
         rw.emit("MatMul", [rw.node.input[0], transposed], rw.node.output[0])
 
 
+def _dynamic_quantize_matmul(rw: _Rewriter) -> None:
+    """DynamicQuantizeMatMul (A, B, b_scale, b_zero_point, bias) as quantize_dynamic writes it before it is fused."""
+    a, b, b_scale = rw.node.input[:3]
+    codes, scale, point = (f"{rw.node.output[0]}/{label}" for label in ("quantized", "scale", "zero_point"))
+    name = f"{rw.node.name or rw.node.output[0]}/DynamicQuantizeLinear"
+    rw.nodes.append(helper.make_node("DynamicQuantizeLinear", [a], [codes, scale, point], name=name))
+    points = [point, rw.node.input[3]] if rw.has(3) else [point]
+    _scaled_product(rw, [codes, b, *points], [scale, b_scale], 4)
+
+
+def _matmul_integer_to_float(rw: _Rewriter) -> None:
+    """MatMulIntegerToFloat (A, B, a_scale, b_scale, a_zero_point, b_zero_point, bias) as MatMulInteger times both scales."""
+    a, b, *scales = rw.node.input[:4]
+    points = [rw.node.input[index] if rw.has(index) else "" for index in (4, 5)]
+    _scaled_product(rw, [a, b, *points], scales, 6)
+
+
+def _scaled_product(rw: _Rewriter, integers: list[str], scales: list[str], bias: int) -> None:
+    while not integers[-1]:
+        integers.pop()
+    factor = rw.emit("Mul", scales)
+    product = [rw.emit("CastLike", [rw.emit("MatMulInteger", integers), factor]), factor]
+    if rw.has(bias):
+        rw.emit("Add", [rw.emit("Mul", product), rw.node.input[bias]], rw.node.output[0])
+    else:
+        rw.emit("Mul", product, rw.node.output[0])
+
+
+def _quantized_attention(rw: _Rewriter) -> None:
+    """QAttention with the inputs of ONNX's Attention, which quantize_dynamic makes of it and no runtime knows; any other stays."""
+    if "num_heads" in rw.attributes:
+        rw.nodes.append(rw.node)
+        return
+    raise BadModelError(
+        f"node '{rw.node.name}' (QAttention) lacks num_heads, as quantize_dynamic writes it for ONNX's Attention: no runtime loads that; "
+        "quantise again with op_types_to_quantize=['MatMul', 'Gather']"
+    )
+
+
 def _rotary(rw: _Rewriter) -> None:
     """ONNX Runtime's RotaryEmbedding: (x, position_ids, cos, sin) with a per-batch offset or per-token positions."""
     x, positions, cos, sin = rw.node.input[:4]
@@ -294,6 +333,9 @@ _RUNTIME_OPS = {
     "BiasGelu": _gelu,
     "FastGelu": _gelu,
     "MatMulNBits": _matmul_nbits,
+    "DynamicQuantizeMatMul": _dynamic_quantize_matmul,
+    "MatMulIntegerToFloat": _matmul_integer_to_float,
+    "QAttention": _quantized_attention,
     "RotaryEmbedding": _rotary,
     "MultiHeadAttention": _multi_head_attention,
 }
