@@ -115,9 +115,27 @@ def keep_all_tokens(graph: gs.Graph, probe: Probe, emitter: Emitter) -> int:
             if len(after) == len(before)
             else emitter.reshape(node.inputs[0], [-1, before[-1]], f"{node.outputs[0].name}.all_tokens")
         )
+        shapes = _later_shapes(node.outputs[0], probe)
         replace_uses(graph, node.outputs[0], kept)
+        for reader, shape in shapes:
+            rows = shape.index(probe.batch)
+            target = [-1 if axis == rows else size for axis, size in enumerate(shape)]
+            reader.inputs[1] = emitter.constant(f"{reader.outputs[0].name}.all_tokens", target, np.int64)
+            reader.attrs["allowzero"] = 0
         removed += 1
     return removed
+
+
+def _later_shapes(rows: gs.Tensor, probe: Probe) -> list[tuple[gs.Node, tuple[int, ...]]]:
+    """The Reshapes behind one row for each sequence, with their results' shapes, where those keep rows and features apart."""
+    found = []
+    width = probe.shape(rows)[-1]
+    for reader in rows.outputs:
+        if reader.op == "Reshape" and reader.inputs[0] is rows and probe.is_known(reader.inputs[1]):
+            shape = probe.shape(reader.outputs[0])
+            if shape[-1] == width and probe.batch in shape[:-1]:
+                found += [(reader, shape), *_later_shapes(reader.outputs[0], probe)]
+    return found
 
 
 def _named_tokens(graph: gs.Graph, probe: Probe) -> set[int]:
