@@ -245,7 +245,7 @@ def rounds_activations(found: Inspection) -> bool:
 
 
 def _data(graph: gs.Graph, interface: ModelInterface, *, selections: bool = False) -> set[int]:
-    sources = (roles.TOKENS, roles.CACHE, roles.STATE)
+    sources = (roles.TOKENS, roles.SECOND_TOKENS, roles.CACHE, roles.STATE)
     tensors = [tensor for tensor, entry in zip(graph.inputs, interface.inputs, strict=False) if entry.role in sources]
     return data_dependent(graph, tensors, selections=selections)
 
@@ -486,6 +486,12 @@ def check_lowerable(found: Inspection, options: LowerOptions) -> None:
             else f"{len(refused)} of {len(report.layers)} attention cores are not MLA, and the cache changes shape in all or none"
         )
         raise NoMlaError(f"{which}; core {first.index} (at '{first.at}'): {first.reason}")
+    for entry in found.interface.by_role(roles.SECOND_TOKENS):
+        raise NoMlaError(
+            f"the input '{entry.name}' is looked up in a table of embeddings beside '{found.interface.tokens.name}', as the next tokens of an "
+            "MTP head are: one token input is supported, so export such a head as a model of its own"
+        )
+    pack.check_mixed_tokens(found.graph, found.probes[0])
     if options.strict and report.assumptions:
         raise NoMlaError(f"--strict: {report.assumptions[0]}")
 

@@ -76,6 +76,28 @@ def check_results(results: list[gs.Tensor], probes: list[Probe]) -> None:
             )
 
 
+def check_mixed_tokens(graph: gs.Graph, probe: Probe) -> None:
+    """Refuses convolutions over tokens in a model that takes no state: packed, the sequences of a batch would run into each other.
+
+    Raises:
+        NoMlaError: there is one.
+    """
+    if probe.interface.by_role(roles.STATE):
+        return
+    for node in graph.nodes:
+        if node.op != "Conv" or node.domain or id(node.inputs[0]) not in probe.data:
+            continue
+        try:
+            sequences, kernel = probe.shape(node.inputs[0])[0], probe.shape(node.inputs[1])[2:]
+        except ProbeError:
+            continue
+        if sequences == probe.batch and max(kernel, default=1) > 1:
+            raise NoMlaError(
+                f"node '{node.name}' (Conv) mixes neighbouring tokens, as recurrent layers do, and the recurrent state is neither an input nor "
+                "an output of the model: export it with that state, as for decoding"
+            )
+
+
 def keep_all_tokens(graph: gs.Graph, probe: Probe, emitter: Emitter) -> int:
     """Removes what picks one token's row, or those that an input names, before the results; returns how many such nodes there were."""
     removed = 0
