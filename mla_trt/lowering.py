@@ -488,8 +488,8 @@ def check_lowerable(found: Inspection, options: LowerOptions) -> None:
         raise NoMlaError(f"{which}; core {first.index} (at '{first.at}'): {first.reason}")
     for entry in found.interface.by_role(roles.SECOND_TOKENS):
         raise NoMlaError(
-            f"the input '{entry.name}' is looked up in a table of embeddings beside '{found.interface.tokens.name}', as the next tokens of an "
-            "MTP head are: one token input is supported, so export such a head as a model of its own"
+            f"the input '{entry.name}' is looked up in a table of embeddings beside '{found.interface.tokens.name}', as the following tokens of "
+            "an MTP head are: a lowered model has one token input, so export the model without that head"
         )
     pack.check_mixed_tokens(found.graph, found.probes[0])
     if options.strict and report.assumptions:

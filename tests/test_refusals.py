@@ -135,9 +135,6 @@ def test_positions_as_a_result() -> None:
     assert "made from positions or masks alone" in refusal(editor)
 
 
-# -- models that contradict themselves -----------------------------------------------------------------------------
-
-
 # -- other attentions and other layers -----------------------------------------------------------------------------
 
 
@@ -244,6 +241,9 @@ def test_a_convolution_of_each_token_alone_is_no_recurrence() -> None:
     alone = editor.emit("Conv", columns, kernel, group=64, kernel_shape=[1])
     product.input[0] = editor.emit("Transpose", alone, perm=[0, 2, 1])
     assert lower(editor.finish(), LowerOptions()).report.matched == 2
+
+
+# -- models that contradict themselves -----------------------------------------------------------------------------
 
 
 def test_a_split_with_another_number_of_outputs_than_it_says() -> None:
