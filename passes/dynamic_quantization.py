@@ -110,8 +110,7 @@ def _weight(
     constants = [codes, scale] if point is None else [codes, scale, point]
     if not all(isinstance(item, gs.Constant) for item in constants):
         return None
-    columns = codes.shape[-1]
-    if any(element_count(item) not in (1, columns) for item in constants[1:]):
+    if not all(_is_by_column(item, codes) for item in constants[1:]):
         return None
     key = id(codes), id(scale)
     if key not in weights:
@@ -129,3 +128,9 @@ def _weight(
         made.shape = codes.shape
         weights[key] = made
     return weights[key]
+
+
+def _is_by_column(factor: gs.Constant, codes: gs.Constant) -> bool:
+    """Whether a scale or zero point is one for all codes [..., K, N] or one for each column, and adds no axes to a product."""
+    count = element_count(factor)
+    return len(factor.shape) <= len(codes.shape) and (count == 1 or count == codes.shape[-1] == factor.shape[-1])

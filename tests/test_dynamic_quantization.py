@@ -130,6 +130,20 @@ def test_only_the_scales_of_both_operands_make_a_product(product: str, count: in
     assert ("MatMulInteger" in ops(rewritten)) == (count == 0)
 
 
+@pytest.mark.parametrize(("shape", "count"), [((), 1), ((5,), 1), ((1, 5), 1), ((5, 1), 0), ((1, 1, 1), 0)])
+def test_scales_of_rows_are_left_as_they_are(shape: tuple[int, ...], count: int) -> None:
+    model = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 21]> small (float[5, 4] x) => (float[M, N] y) {'
+        "  codes, scale, point = DynamicQuantizeLinear(x)  integers = MatMulInteger(codes, w, point)"
+        "  float = Cast<to: int = 1>(integers)  factor = Mul(scale, w_scale)  y = Mul(float, factor) }"
+    )
+    random = np.random.default_rng(0)
+    codes = random.integers(-128, 128, (4, 5)).astype(np.int8)
+    weights = {"w": codes, "w_scale": random.uniform(0.5, 1, shape).astype(np.float32)}
+    model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in weights.items())
+    assert undone(model)[1] == count
+
+
 def test_another_zero_point_is_left_as_it_is() -> None:
     model = onnx.parser.parse_model(
         '<ir_version: 10, opset_import: ["" : 21]> small (float[3, 4] a, float[4, 5] b) => (float[3, 5] y) {'
