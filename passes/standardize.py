@@ -48,6 +48,7 @@ def standardize(model: onnx.ModelProto) -> onnx.ModelProto:
 def _standardize(model: onnx.ModelProto) -> onnx.ModelProto:
     for nodes in (model.graph.node, *(function.node for function in model.functions)):
         _check_splits(nodes)
+    _check_attributes(model)
     if model.functions:
         model = onnx.inliner.inline_local_functions(model)
     for node in model.graph.node:
@@ -75,10 +76,41 @@ def _check_splits(nodes: Iterable[onnx.NodeProto]) -> None:
                 _check_splits(graph.node)
 
 
-def _convert_opset(model: onnx.ModelProto) -> onnx.ModelProto:
+def _check_attributes(model: onnx.ModelProto) -> None:
+    """Refuses nodes of an older opset than the model says: tools that only raise the number leave them so, and no runtime loads them."""
+    version = _opset(model)
+    known: dict[str, set[str] | None] = {}
+    for node in model.graph.node:
+        if node.domain not in STANDARD_DOMAINS or not node.attribute:
+            continue
+        if node.op_type not in known:
+            known[node.op_type] = _attributes(node.op_type, version)
+        names = known[node.op_type]
+        strange = [] if names is None else [item.name for item in node.attribute if item.name not in names]
+        if strange:
+            raise BadModelError(
+                f"node '{node.name or node.output[0]}' ({node.op_type}) has the attribute '{strange[0]}', which opset {version} does not know: "
+                "the model says a newer opset than its nodes are of; convert it to that opset (onnx.version_converter) before quantising it"
+            )
+
+
+def _attributes(op: str, version: int) -> set[str] | None:
+    """Names of the attributes of a standard op; None where it is not one of that opset."""
+    try:
+        return set(onnx.defs.get_schema(op, version).attributes)
+    except onnx.defs.SchemaError:
+        return None
+
+
+def _opset(model: onnx.ModelProto) -> int:
     version = next((entry.version for entry in model.opset_import if entry.domain in STANDARD_DOMAINS), None)
     if version is None:
         raise BadModelError("the model imports no ONNX opset: is it complete?")
+    return version
+
+
+def _convert_opset(model: onnx.ModelProto) -> onnx.ModelProto:
+    version = _opset(model)
     if version == OPSET:
         return model
     try:

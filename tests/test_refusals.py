@@ -255,6 +255,14 @@ def test_a_split_with_another_number_of_outputs_than_it_says() -> None:
     assert "(Split) has" in refusal(editor, BadModelError)
 
 
+def test_nodes_of_an_older_opset_than_the_model_says() -> None:
+    editor = edit(DENSE)
+    node = editor.nodes("ReduceMean")[0]
+    del node.input[1:]
+    node.attribute.append(helper.make_attribute("axes", [-1]))
+    assert "says a newer opset than its nodes are of" in refusal(editor, BadModelError)
+
+
 @pytest.mark.parametrize("op", ["Expand", "Tile", "ConstantOfShape"])
 def test_an_enormous_tensor_is_not_evaluated(op: str) -> None:
     editor = edit(DENSE)
