@@ -13,6 +13,8 @@ import numpy as np
 Axis = str | int
 
 TOKENS = "tokens"  # token ids or embeddings: the data that flows through the model
+# Token ids beside those of TOKENS, of an MTP head, or positions that are looked up in a table of embeddings, [B, S].
+SECOND_TOKENS = "second_tokens"
 POSITIONS = "positions"  # position of each new token (int), or of the first one only, where it has no axis S
 LENGTHS = "lengths"  # tokens of each sequence after the step (int)
 ATTENTION_MASK = "attention_mask"  # 1 where a token counts, 0 for padding (int or bool), [B, T], [B, S] or [B, L]

@@ -24,6 +24,7 @@ from mla_trt.layer_plan import LayerPlan, plan_layers
 from mla_trt.ops import attach_functions
 from mla_trt.passes import pack
 from mla_trt.passes.attention_core import AttentionCore, NoMatch, find_softmaxes, read_core, unknown_op_near
+from mla_trt.passes.dynamic_quantization import undo_dynamic_quantization
 from mla_trt.passes.free_rows import FEW_ROWS, free_rows
 from mla_trt.passes.full_caches import check_full_caches, find_full_caches, with_lengths
 from mla_trt.passes.graph import OPSET, Emitter, Names, topological
@@ -46,7 +47,9 @@ log = logging.getLogger(__name__)
 
 TARGETS = ("tensorrt-10.6", "tensorrt-11", "onnx")
 IR_VERSION = 10
-ROUNDED_ACTIVATIONS = "the export quantises activations: inside the lowered attention they are not rounded, so errors are stated, not judged"
+ROUNDED_ACTIVATIONS = (
+    "the export quantises activations, and the lowered model does not round all of them: errors are stated, not judged"
+)
 
 
 @dataclass(frozen=True)
@@ -181,6 +184,8 @@ def inspect(
     with stages.run("simplify") as changed:
         topological(graph.nodes)
         changed[0] = simplify(graph)
+    with stages.run("undo_dynamic_quantization") as changed:
+        changed[0] = undone = undo_dynamic_quantization(graph, base_dir)
     with stages.run("identify_inputs") as changed:
         interface = find_full_caches(graph, identify_inputs(graph), base_dir)
         changed[0] = len(interface.inputs)
@@ -211,7 +216,7 @@ def inspect(
         )
     for entry in (*interface.by_role(roles.TOKEN_INDEX), *interface.by_role(roles.TOKEN_COUNT)):
         report.notes.append(f"the input '{entry.name}' chooses tokens: the lowered model gives results of all")
-    if rounds_activations(found):
+    if undone or rounds_activations(found):
         report.assumptions.append(ROUNDED_ACTIVATIONS)
     return found
 
@@ -231,7 +236,7 @@ def _drop_cache_outputs(found: Inspection) -> None:
 
 
 def rounds_activations(found: Inspection) -> bool:
-    """Whether the export quantises data as it flows, not only weights."""
+    """Whether the graph quantises data as it flows, not only weights."""
     data = found.probes[0].data
     return any(
         node.op in ("QuantizeLinear", "DynamicQuantizeLinear") and id(node.inputs[0]) in data
@@ -240,7 +245,7 @@ def rounds_activations(found: Inspection) -> bool:
 
 
 def _data(graph: gs.Graph, interface: ModelInterface, *, selections: bool = False) -> set[int]:
-    sources = (roles.TOKENS, roles.CACHE, roles.STATE)
+    sources = (roles.TOKENS, roles.SECOND_TOKENS, roles.CACHE, roles.STATE)
     tensors = [tensor for tensor, entry in zip(graph.inputs, interface.inputs, strict=False) if entry.role in sources]
     return data_dependent(graph, tensors, selections=selections)
 
@@ -481,6 +486,12 @@ def check_lowerable(found: Inspection, options: LowerOptions) -> None:
             else f"{len(refused)} of {len(report.layers)} attention cores are not MLA, and the cache changes shape in all or none"
         )
         raise NoMlaError(f"{which}; core {first.index} (at '{first.at}'): {first.reason}")
+    for entry in found.interface.by_role(roles.SECOND_TOKENS):
+        raise NoMlaError(
+            f"the input '{entry.name}' is looked up in a table of embeddings beside '{found.interface.tokens.name}', as the following tokens of "
+            "an MTP head are: a lowered model has one token input, so export the model without that head"
+        )
+    pack.check_mixed_tokens(found.graph, found.probes[0])
     if options.strict and report.assumptions:
         raise NoMlaError(f"--strict: {report.assumptions[0]}")
 

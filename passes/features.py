@@ -155,6 +155,18 @@ def refuse_constants(linear: Linear, what: str, node: gs.Node | None) -> None:
         raise NoMatch(f"numbers are added to the {what} or stand among them", node)
 
 
+def shared_heads(linear: Linear) -> str:
+    """What attention it is whose keys or values [B, H, ...] are these, by how many of its heads have their own."""
+    heads = linear.shape[1]
+    codes = np.stack([term.codes[0].reshape(heads, -1) for term in linear.terms], axis=1)
+    own = len(np.unique(codes, axis=0))
+    if own == heads:
+        return "ordinary multi-head attention"
+    if own == 1:
+        return "multi-query attention"
+    return f"grouped-query attention, {own} heads of keys and values for {heads} of queries"
+
+
 def take(linear: Linear, index: tuple[np.ndarray | slice | int, ...]) -> Linear:
     """Some elements of a tensor; terms that are absent from all of them are left out."""
     terms = [Term(term.codes[index], term.coefficients[index]) for term in linear.terms]

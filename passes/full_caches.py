@@ -74,7 +74,7 @@ def find_full_caches(graph: gs.Graph, interface: ModelInterface, base_dir: Path 
 
 def with_lengths(graph: gs.Graph, interface: ModelInterface) -> ModelInterface | None:
     """The interface with what may be numbers of tokens, instead of first positions, as such; None where there is nothing of the kind."""
-    caches = (roles.TOKENS, roles.CACHE, roles.STATE)
+    caches = (roles.TOKENS, roles.SECOND_TOKENS, roles.CACHE, roles.STATE)
     sources = [tensor for tensor, entry in zip(graph.inputs, interface.inputs, strict=True) if entry.role in caches]
     data = data_dependent(graph, sources)
     inputs = tuple(
@@ -97,6 +97,8 @@ class _Search:
         self.caches = caches
         self.base_dir = base_dir
         self.tokens = next(tensor for tensor in graph.inputs if tensor.name == interface.tokens.name)
+        ids = (roles.TOKENS, roles.SECOND_TOKENS)
+        self.ids = [tensor for tensor, entry in zip(graph.inputs, interface.inputs, strict=True) if entry.role in ids]
 
     def large_sizes(self) -> list[int]:
         """Sizes that may be the number of rows of all caches, and are so large that fewer are read faster."""
@@ -114,14 +116,14 @@ class _Search:
         Returns:
             the case, and the next value of each cache that has one, by name.
         """
-        data = data_dependent(self.graph, [self.tokens, *self.caches])
+        data = data_dependent(self.graph, [*self.ids, *self.caches])
         lengths: set[int | str] = {size for tensor in self.caches for size in tensor.shape if isinstance(size, str)}
         lengths |= {many} if many is not None else set()
         entries = []
         for tensor, entry in zip(self.graph.inputs, self.interface.inputs, strict=True):
             if any(tensor is cache for cache in self.caches):
                 entries.append(replace(entry, role=roles.CACHE, axes=self._cache_axes(tensor, many)))
-            elif tensor is self.tokens:
+            elif any(tensor is ids for ids in self.ids):
                 entries.append(entry)
             else:
                 described = describe(tensor, side_role(tensor, data), None, None, self.tokens)
@@ -178,7 +180,7 @@ class _Search:
             for tensor, entry in zip(self.graph.inputs, self.interface.inputs, strict=True)
             if entry.role == roles.STATE and tensor.name not in found
         ]
-        data = data_dependent(self.graph, [self.tokens, *caches, *states])
+        data = data_dependent(self.graph, [*self.ids, *caches, *states])
         lengths = {tensor.shape[found[tensor.name].axis] for tensor in caches}
         assumed = {entry.name: entry.axes[-1] for entry in probe.interface.inputs if entry.role in _MASKS}
         entries: list[ModelInput] = []
@@ -186,7 +188,7 @@ class _Search:
             if tensor.name in found:
                 written = found[tensor.name]
                 entries.append(describe(tensor, roles.CACHE, written.output, written.axis, self.tokens, "L"))
-            elif tensor is self.tokens or entry.role == roles.STATE:
+            elif any(tensor is ids for ids in self.ids) or entry.role == roles.STATE:
                 entries.append(entry)
             else:
                 described = describe(tensor, side_role(tensor, data), None, None, self.tokens)

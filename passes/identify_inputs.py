@@ -75,11 +75,16 @@ def identify_inputs(graph: gs.Graph) -> ModelInterface:
         tensor.name: found for tensor in graph.inputs if tensor is not tokens and (found := _next_value(graph, tensor))
     }
     growing |= _recurrent_states(graph, tokens, growing)
-    data = data_dependent(graph, [tokens, *(tensor for tensor in graph.inputs if tensor.name in growing)])
+    states = [tensor for tensor in graph.inputs if tensor.name in growing]
+    data = data_dependent(graph, [tokens, *states])
+    second = [tensor for tensor in graph.inputs if tensor is not tokens and _is_second_tokens(tensor, tokens, data)]
+    data |= data_dependent(graph, second)
     inputs = []
     for tensor in graph.inputs:
         if tensor is tokens:
             role, output, length_axis = roles.TOKENS, None, None
+        elif any(tensor is item for item in second):
+            role, output, length_axis = roles.SECOND_TOKENS, None, None
         elif tensor.name in growing:
             output, length_axis = growing[tensor.name]
             role = roles.STATE if length_axis is None else roles.CACHE
@@ -176,6 +181,17 @@ def _is_tokens(tensor: gs.Tensor, lenient: bool) -> bool:
             ):
                 stack.extend(node.outputs)
     return False
+
+
+def _is_second_tokens(tensor: gs.Tensor, tokens: gs.Tensor, data: set[int]) -> bool:
+    """Whether an input is looked up in a table of embeddings as token ids are, and does nothing else."""
+    return (
+        _is_integer(tensor)
+        and len(tensor.shape) == len(tokens.shape) - (not _is_integer(tokens))
+        and _is_tokens(tensor, lenient=True)
+        and side_role(tensor, data) == roles.ATTENTION_MASK
+        and not any(node.op in ("CumSum", "Equal") for _, node in _descendants(tensor, data))
+    )
 
 
 def _is_table(tensor: gs.Tensor) -> bool:
@@ -422,7 +438,7 @@ def describe(
     shape = [static_size(size) if static_size(size) is not None else size for size in tensor.shape]
     rank = len(shape)
     axes: list[Axis] = [size if isinstance(size, int) else "?" for size in shape]
-    if role == roles.TOKENS:
+    if role in (roles.TOKENS, roles.SECOND_TOKENS):
         letters = ["B", "S"] if batched else ["S"]
         axes[: len(letters)] = letters
     elif role == roles.POSITIONS and rank:

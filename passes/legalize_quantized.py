@@ -4,7 +4,7 @@ What is beyond that becomes arithmetic on what they know, with the same values:
 
 - Scales in blocks of any shape, zero points and casts: DequantizeLinear with the scale 1 gives the values of the codes, from which the
   real zero points are subtracted, and the real scales multiplied on. No weight is read for it.
-- uint8 and uint4 weights become int8 and int4, zero point and all shifted by half their range.
+- uint8 and uint4 weights, and tables that are looked up in, become int8 and int4, zero point and all shifted by half their range.
 - Weights of other types (e5m2, int16, int32, …) are expanded to the float type of the graph.
 - Fake quantisation of activations with a zero point is spelt out: round, clip, subtract, multiply.
 
@@ -23,7 +23,7 @@ import onnx_graphsurgeon as gs
 from onnx import TensorProto, helper
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
-from mla_trt.passes.graph import constant_value, element_count, is_empty
+from mla_trt.passes.graph import constant_value, element_count, is_empty, producer
 from mla_trt.passes.legalize_constants import MAX_FOLDED_ELEMENTS, lazy_constant
 from mla_trt.passes.legalize_rules import Rewriter
 from mla_trt.passes.legalize_types import FLOAT8, FLOATS, element_type, to_dtype, type_name
@@ -197,6 +197,11 @@ class Quantized:
         if element not in FLOATS or result not in FLOATS:
             return False
         changed = self._make_signed(node)
+        table = self._looked_up(node)
+        if table is not None and isinstance(table.inputs[0], gs.Constant) and element_type(table.inputs[0]) == INT8:
+            table.inputs[0] = self._values(table.inputs[0], element)  # parsers look up numbers, not codes
+            table.outputs[0].dtype = to_dtype(element)
+            changed = True
         codes, kind, point = node.inputs[0], element_type(node.inputs[0]), self._zero_point(node)
         if point is None and result == element and self._is_plain(node, kind):
             return self._tidy(node) or changed
@@ -209,7 +214,8 @@ class Quantized:
         return changed
 
     def _make_signed(self, node: gs.Node) -> bool:
-        codes, kind = node.inputs[0], element_type(node.inputs[0])
+        reader = self._looked_up(node) or node  # of the codes
+        codes, kind = reader.inputs[0], element_type(reader.inputs[0])
         if kind not in _SIGNED or not isinstance(codes, gs.Constant):
             return False
         dtype, half = _SIGNED[kind]
@@ -223,8 +229,19 @@ class Quantized:
             self.recoded[f"{type_name(kind)} to {dtype.name}"] += 1
             self._signed_of[codes.name] = self._stored(f"{codes.name}.signed", self._less_half(codes))
         point = lazy_constant(self.rewriter.emitter.names.new(f"{codes.name}.zero"), zero)
-        node.inputs = [self._signed_of[codes.name], node.inputs[1], point]
+        reader.inputs[0] = self._signed_of[codes.name]
+        if reader is not node:
+            reader.outputs[0].dtype = dtype
+        node.inputs = [node.inputs[0], node.inputs[1], point]
         return True
+
+    def _looked_up(self, node: gs.Node) -> gs.Node | None:
+        """The Gather that picks rows of a table for this node alone, as for embeddings."""
+        codes = node.inputs[0]
+        maker = producer(codes)
+        if maker is None or maker.op != "Gather" or maker.domain or len(codes.outputs) != 1:
+            return None
+        return None if any(codes is output for output in self.rewriter.emitter.graph.outputs) else maker
 
     def _is_plain(self, node: gs.Node, kind: int) -> bool:
         """Whether the parser takes a symmetric DequantizeLinear as it is."""

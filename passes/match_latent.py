@@ -17,6 +17,7 @@ from mla_trt.passes.features import (
     projected_by,
     refuse_constants,
     refuse_states,
+    shared_heads,
     single_term,
     take,
 )
@@ -91,7 +92,7 @@ def read_latent(probe: Probe, core: AttentionCore, rows: np.ndarray) -> tuple[La
     projected = None if shared else projected_by(probe, value.codes[:, :, made])
     if projected is None and not shared:
         raise NoMatch(
-            "each head has values of its own that are no projection of a shared latent",
+            f"the heads have values of their own that are no projection of a shared latent: this is {shared_heads(values)}",
             producer(probe.owner(int(column_owner[made[0]]))),
         )
     if projected is None:
@@ -243,7 +244,14 @@ def read_nope(
     groups: list[QueryGroup],
 ) -> NopePart:
     """The part of the scores that the latent makes: queries, W_UK and scale."""
-    key = single_term(take(keys, (slice(None), slice(None), slice(None), dims)), "the keys", part.node)
+    key_entries = take(keys, (slice(None), slice(None), slice(None), dims))
+    if not latent.expanded and len(key_entries.terms) > 1:
+        raise NoMatch(
+            "all heads share one value, and the key that is made beside it is rotated as a whole: this is multi-query attention, "
+            "not a latent",
+            part.node,
+        )
+    key = single_term(key_entries, "the keys", part.node)
     group = next((group for group in groups if group.part is part and np.isin(dims, group.dims).all()), None)
     if group is None:
         raise NoMatch("the queries that meet the latent come from several tensors", part.node)

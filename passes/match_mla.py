@@ -81,7 +81,8 @@ def match_mla(probe: Probe, core: AttentionCore, norm_over_cache: RmsNorm | None
         raise NoMatch("more than one product of queries and keys is left beside the latent's", rope_dims[1][0].node)
     rope = read_rope(probe, rope_dims[0][0], rope_dims[0][1], rope_dims[0][2], rows, latent) if rope_dims else None
     if len(nope_dims) != 1:
-        raise NoMatch("keys and values are not made from one shared latent", node)
+        shared = "" if latent.expanded else ": all heads share one value, as in multi-query attention"
+        raise NoMatch(f"keys and values are not made from one shared latent{shared}", node)
     nope = read_nope(probe, *nope_dims[0], rows, latent, groups)
     owner = probe.owner(latent.number)
     norm = recognise_rms_norm(probe, owner)

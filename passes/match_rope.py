@@ -9,7 +9,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from mla_trt.passes.attention_core import NoMatch, ScorePart
-from mla_trt.passes.features import Features, locate, near, refuse_constants, take
+from mla_trt.passes.features import Features, locate, near, refuse_constants, shared_heads, take
 from mla_trt.passes.graph import producer
 from mla_trt.passes.match_latent import Latent
 from mla_trt.passes.probe import ZERO, Linear, Probe
@@ -87,7 +87,8 @@ def read_rope(
     key = take(keys, (slice(None), slice(None), slice(None), dims))
     if not all((term.codes == term.codes[:, :1]).all() for term in key.terms):
         raise NoMatch(
-            "the keys differ from head to head beyond what one shared latent and one shared rope key explain: this is ordinary multi-head attention",
+            "the keys differ from head to head beyond what one shared latent and one shared rope key explain: "
+            f"this is {shared_heads(key)}",
             node,
         )
     key = take(key, (slice(None), 0))

@@ -76,6 +76,28 @@ def check_results(results: list[gs.Tensor], probes: list[Probe]) -> None:
             )
 
 
+def check_mixed_tokens(graph: gs.Graph, probe: Probe) -> None:
+    """Refuses convolutions over tokens in a model that takes no state: packed, the sequences of a batch would run into each other.
+
+    Raises:
+        NoMlaError: there is one.
+    """
+    if probe.interface.by_role(roles.STATE):
+        return
+    for node in graph.nodes:
+        if node.op != "Conv" or node.domain or id(node.inputs[0]) not in probe.data:
+            continue
+        try:
+            sequences, kernel = probe.shape(node.inputs[0])[0], probe.shape(node.inputs[1])[2:]
+        except ProbeError:
+            continue
+        if sequences == probe.batch and max(kernel, default=1) > 1:
+            raise NoMlaError(
+                f"node '{node.name}' (Conv) mixes neighbouring tokens, as recurrent layers do, and the recurrent state is neither an input nor "
+                "an output of the model: export it with that state, as for decoding"
+            )
+
+
 def keep_all_tokens(graph: gs.Graph, probe: Probe, emitter: Emitter) -> int:
     """Removes what picks one token's row, or those that an input names, before the results; returns how many such nodes there were."""
     removed = 0
@@ -115,9 +137,27 @@ def keep_all_tokens(graph: gs.Graph, probe: Probe, emitter: Emitter) -> int:
             if len(after) == len(before)
             else emitter.reshape(node.inputs[0], [-1, before[-1]], f"{node.outputs[0].name}.all_tokens")
         )
+        shapes = _later_shapes(node.outputs[0], probe)
         replace_uses(graph, node.outputs[0], kept)
+        for reader, shape in shapes:
+            rows = shape.index(probe.batch)
+            target = [-1 if axis == rows else size for axis, size in enumerate(shape)]
+            reader.inputs[1] = emitter.constant(f"{reader.outputs[0].name}.all_tokens", target, np.int64)
+            reader.attrs["allowzero"] = 0
         removed += 1
     return removed
+
+
+def _later_shapes(rows: gs.Tensor, probe: Probe) -> list[tuple[gs.Node, tuple[int, ...]]]:
+    """The Reshapes behind one row for each sequence, with their results' shapes, where those keep rows and features apart."""
+    found = []
+    width = probe.shape(rows)[-1]
+    for reader in rows.outputs:
+        if reader.op == "Reshape" and reader.inputs[0] is rows and probe.is_known(reader.inputs[1]):
+            shape = probe.shape(reader.outputs[0])
+            if shape[-1] == width and probe.batch in shape[:-1]:
+                found += [(reader, shape), *_later_shapes(reader.outputs[0], probe)]
+    return found
 
 
 def _named_tokens(graph: gs.Graph, probe: Probe) -> set[int]:

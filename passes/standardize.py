@@ -48,6 +48,7 @@ def standardize(model: onnx.ModelProto) -> onnx.ModelProto:
 def _standardize(model: onnx.ModelProto) -> onnx.ModelProto:
     for nodes in (model.graph.node, *(function.node for function in model.functions)):
         _check_splits(nodes)
+    _check_attributes(model)
     if model.functions:
         model = onnx.inliner.inline_local_functions(model)
     for node in model.graph.node:
@@ -75,10 +76,41 @@ def _check_splits(nodes: Iterable[onnx.NodeProto]) -> None:
                 _check_splits(graph.node)
 
 
-def _convert_opset(model: onnx.ModelProto) -> onnx.ModelProto:
+def _check_attributes(model: onnx.ModelProto) -> None:
+    """Refuses nodes of an older opset than the model says: tools that only raise the number leave them so, and no runtime loads them."""
+    version = _opset(model)
+    known: dict[str, set[str] | None] = {}
+    for node in model.graph.node:
+        if node.domain not in STANDARD_DOMAINS or not node.attribute:
+            continue
+        if node.op_type not in known:
+            known[node.op_type] = _attributes(node.op_type, version)
+        names = known[node.op_type]
+        strange = [] if names is None else [item.name for item in node.attribute if item.name not in names]
+        if strange:
+            raise BadModelError(
+                f"node '{node.name or node.output[0]}' ({node.op_type}) has the attribute '{strange[0]}', which opset {version} does not know: "
+                "the model says a newer opset than its nodes are of; convert it to that opset (onnx.version_converter) before quantising it"
+            )
+
+
+def _attributes(op: str, version: int) -> set[str] | None:
+    """Names of the attributes of a standard op; None where it is not one of that opset."""
+    try:
+        return set(onnx.defs.get_schema(op, version).attributes)
+    except onnx.defs.SchemaError:
+        return None
+
+
+def _opset(model: onnx.ModelProto) -> int:
     version = next((entry.version for entry in model.opset_import if entry.domain in STANDARD_DOMAINS), None)
     if version is None:
         raise BadModelError("the model imports no ONNX opset: is it complete?")
+    return version
+
+
+def _convert_opset(model: onnx.ModelProto) -> onnx.ModelProto:
+    version = _opset(model)
     if version == OPSET:
         return model
     try:
@@ -246,6 +278,45 @@ def _matmul_nbits(rw: _Rewriter) -> None:
         rw.emit("MatMul", [rw.node.input[0], transposed], rw.node.output[0])
 
 
+def _dynamic_quantize_matmul(rw: _Rewriter) -> None:
+    """DynamicQuantizeMatMul (A, B, b_scale, b_zero_point, bias) as quantize_dynamic writes it before it is fused."""
+    a, b, b_scale = rw.node.input[:3]
+    codes, scale, point = (f"{rw.node.output[0]}/{label}" for label in ("quantized", "scale", "zero_point"))
+    name = f"{rw.node.name or rw.node.output[0]}/DynamicQuantizeLinear"
+    rw.nodes.append(helper.make_node("DynamicQuantizeLinear", [a], [codes, scale, point], name=name))
+    points = [point, rw.node.input[3]] if rw.has(3) else [point]
+    _scaled_product(rw, [codes, b, *points], [scale, b_scale], 4)
+
+
+def _matmul_integer_to_float(rw: _Rewriter) -> None:
+    """MatMulIntegerToFloat (A, B, a_scale, b_scale, a_zero_point, b_zero_point, bias) as MatMulInteger times both scales."""
+    a, b, *scales = rw.node.input[:4]
+    points = [rw.node.input[index] if rw.has(index) else "" for index in (4, 5)]
+    _scaled_product(rw, [a, b, *points], scales, 6)
+
+
+def _scaled_product(rw: _Rewriter, integers: list[str], scales: list[str], bias: int) -> None:
+    while not integers[-1]:
+        integers.pop()
+    factor = rw.emit("Mul", scales)
+    product = [rw.emit("CastLike", [rw.emit("MatMulInteger", integers), factor]), factor]
+    if rw.has(bias):
+        rw.emit("Add", [rw.emit("Mul", product), rw.node.input[bias]], rw.node.output[0])
+    else:
+        rw.emit("Mul", product, rw.node.output[0])
+
+
+def _quantized_attention(rw: _Rewriter) -> None:
+    """QAttention with the inputs of ONNX's Attention, which quantize_dynamic makes of it and no runtime knows; any other stays."""
+    if "num_heads" in rw.attributes:
+        rw.nodes.append(rw.node)
+        return
+    raise BadModelError(
+        f"node '{rw.node.name}' (QAttention) lacks num_heads, as quantize_dynamic writes it for ONNX's Attention: no runtime loads that; "
+        "quantise again with op_types_to_quantize=['MatMul', 'Gather']"
+    )
+
+
 def _rotary(rw: _Rewriter) -> None:
     """ONNX Runtime's RotaryEmbedding: (x, position_ids, cos, sin) with a per-batch offset or per-token positions."""
     x, positions, cos, sin = rw.node.input[:4]
@@ -294,6 +365,9 @@ _RUNTIME_OPS = {
     "BiasGelu": _gelu,
     "FastGelu": _gelu,
     "MatMulNBits": _matmul_nbits,
+    "DynamicQuantizeMatMul": _dynamic_quantize_matmul,
+    "MatMulIntegerToFloat": _matmul_integer_to_float,
+    "QAttention": _quantized_attention,
     "RotaryEmbedding": _rotary,
     "MultiHeadAttention": _multi_head_attention,
 }

@@ -370,6 +370,16 @@ CASES: dict[str, Case] = {
         FLOATS,
         {"s": np.array(0.02, np.float32), "z": np.array(0, np.int8)},
     ),
+    "uint8 rows of a table": Case(
+        [("Gather", "codes ids", "rows", {}), ("DequantizeLinear", "rows scale zero", "y", {})],
+        {"ids": np.array([[3, 0, 7], [1, 1, 2]])},
+        {"codes": random_codes(np.uint8), "scale": scales(), "zero": np.array(113, np.uint8)},
+    ),
+    "uint8 rows of a table without a zero point": Case(
+        [("Gather", "codes ids", "rows", {}), ("DequantizeLinear", "rows scale", "y", {})],
+        {"ids": np.array([[3, 0, 7], [1, 1, 2]])},
+        {"codes": random_codes(np.uint8), "scale": scales()},
+    ),
     "uint8 activations": Case(
         [("QuantizeLinear", "x s z", "q", {}), ("DequantizeLinear", "q s z", "y", {})],
         FLOATS,

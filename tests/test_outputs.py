@@ -109,6 +109,25 @@ def test_an_input_that_names_one_token_of_each_sequence_gives_way_to_all(tmp_pat
     lower_and_verify(editor, tmp_path)
 
 
+def test_a_mask_that_finds_the_last_token_of_flat_rows_gives_way_to_all(tmp_path: Path) -> None:
+    """As TorchScript exports logits[arange(batch), attention_mask.sum(-1) - 1]."""
+    editor = without_past(DENSE)
+    one, zero = editor.constant(1, np.int64), editor.constant(0, np.int64)
+    hidden = result_projection(editor).input[0]
+    batch, length = (editor.emit("Shape", hidden, start=axis, end=axis + 1) for axis in (0, 1))
+    sequences = editor.emit("Range", zero, editor.emit("Squeeze", batch), one)
+    counted = editor.emit("ReduceSum", "attention_mask", editor.constant([1], np.int64), keepdims=0)
+    places = editor.emit("Add", editor.emit("Sub", counted, one), editor.emit("Mul", sequences, length))
+    picked = editor.emit("Gather", editor.emit("Flatten", hidden, axis=2), places, axis=0)
+    width = editor.constant([64], np.int64)
+    row = editor.emit("Reshape", picked, editor.emit("Concat", editor.constant([-1], np.int64), width, axis=0))
+    shape = editor.emit("Concat", editor.emit("Shape", places), width, axis=0)
+    result_projection(editor).input[0] = editor.emit("Reshape", row, shape)
+    del editor.graph.output[0].type.tensor_type.shape.dim[1]
+    _, lowered = lower_and_verify(editor, tmp_path)
+    assert "attention_mask" not in {value.name for value in lowered.graph.input}
+
+
 def test_the_likeliest_ids_are_a_result(tmp_path: Path) -> None:
     editor = edit(DENSE)
     last = editor.emit("Gather", "logits", editor.constant(-1, np.int64), axis=1)

@@ -9,8 +9,10 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import pytest
+import small_models
 from model_editor import Editor
 from onnx import TensorProto, helper, numpy_helper
+from small_models import ints
 
 from mla_trt.errors import BadModelError, MlaTrtError, NoMlaError
 from mla_trt.lowering import LowerOptions, lower
@@ -133,6 +135,114 @@ def test_positions_as_a_result() -> None:
     assert "made from positions or masks alone" in refusal(editor)
 
 
+# -- other attentions and other layers -----------------------------------------------------------------------------
+
+
+def other_attention(kv_heads: int, *, fused: bool = False, bias: bool = False, learned: bool = False) -> Editor:
+    """One layer of attention with four heads of queries and some of keys and values, without MLA, and with caches.
+
+    Args:
+        fused: one projection makes queries, keys and values.
+        bias: values have one.
+        learned: positions are looked up in a table of embeddings instead of rotating queries and keys.
+    """
+    heads, hidden = 4, 24
+    c, b = small_models.Config(), small_models.Builder()
+    size = c.qk_rope_head_dim
+    random = np.random.default_rng(0)
+
+    def matrix(rows: int, columns: int) -> np.ndarray:
+        return random.standard_normal((rows, columns)).astype(np.float32)
+
+    x = b.op("Gather", matrix(c.vocabulary, hidden), "input_ids")
+    if learned:
+        x = b.op("Add", x, b.op("Gather", matrix(c.positions, hidden), "position_ids"))
+    normed = b.op("RMSNormalization", x, np.ones(hidden, np.float32), axis=-1)
+    widths = [heads * size, kv_heads * size, kv_heads * size]
+    if fused:
+        projected = b.split("Split", 3, b.op("MatMul", normed, matrix(hidden, sum(widths))), ints(*widths), axis=2)
+    else:
+        projected = [b.op("MatMul", normed, matrix(hidden, width)) for width in widths]
+    if bias:
+        projected[2] = b.op("Add", projected[2], matrix(1, widths[2])[0])
+    q, k, v = (b.op("Reshape", value, ints(0, 0, -1, size)) for value in projected)
+    if not learned:
+        q, k = (small_models.rotate(b, c, value, True) for value in (q, k))
+    rows = []
+    for name, value in (("key", k), ("value", v)):
+        value = b.op("Concat", f"past_{name}", value, output=f"present_{name}", axis=1)
+        value = b.op("Unsqueeze", value, ints(3))
+        value = b.op("Expand", value, ints(1, 1, 1, heads // kv_heads, 1))
+        rows.append(b.op("Reshape", value, ints(0, 0, heads, size)))
+    scores = b.op("Einsum", q, rows[0], equation="bshd,bthd->bhst")
+    total, new = (b.op("Shape", name, start=1, end=2) for name in ("present_key", "input_ids"))
+    zero, one = ints(0).reshape(()), ints(1).reshape(())
+    keys = b.op("Range", zero, b.op("Squeeze", total), one)
+    queries = b.op("Add", b.op("Range", zero, b.op("Squeeze", new), one), b.op("Sub", total, new))
+    visible = b.op("LessOrEqual", keys, b.op("Unsqueeze", queries, ints(1)))
+    scores = b.op("Where", visible, scores, np.array(-np.inf, np.float32))
+    attended = b.op("Einsum", b.op("Softmax", scores, axis=-1), rows[1], equation="bhst,bthd->bshd")
+    x = b.op("Add", x, b.op("MatMul", b.op("Reshape", attended, ints(0, 0, -1)), matrix(heads * size, hidden)))
+    b.op("MatMul", x, matrix(hidden, c.vocabulary), output="logits")
+
+    def value_info(name: str, kind: int, *shape: str | int) -> onnx.ValueInfoProto:
+        return helper.make_tensor_value_info(name, kind, shape)
+
+    inputs = [value_info(name, TensorProto.INT64, "B", "S") for name in ("input_ids", "position_ids")]
+    inputs += [value_info(f"past_{name}", TensorProto.FLOAT, "B", "P", kv_heads, size) for name in ("key", "value")]
+    outputs = [value_info("logits", TensorProto.FLOAT, "B", "S", c.vocabulary)]
+    outputs += [value_info(f"present_{name}", TensorProto.FLOAT, "B", "T", kv_heads, size) for name in ("key", "value")]
+    return Editor(b.model(inputs, outputs, 23), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("editor", "kind"),
+    [
+        (other_attention(4), "ordinary multi-head attention"),
+        (other_attention(2), "grouped-query attention, 2 heads of keys and values for 4 of queries"),
+        (other_attention(2, bias=True), "grouped-query attention, 2 heads"),
+        (other_attention(4, bias=True, learned=True), "ordinary multi-head attention"),
+        (other_attention(1), "multi-query attention"),
+        (other_attention(1, fused=True), "multi-query attention"),
+    ],
+)
+def test_other_attentions_are_called_what_they_are(editor: Editor, kind: str) -> None:
+    assert kind in refusal(editor)
+
+
+def test_a_second_input_of_token_ids() -> None:
+    editor = edit(DENSE)
+    (looked_up,) = [use.node for use in editor.uses["input_ids"] if use.node.op_type == "Gather"]
+    shape = [dim.dim_param for dim in editor.graph.input[0].type.tensor_type.shape.dim]
+    editor.graph.input.append(helper.make_tensor_value_info("next_ids", TensorProto.INT64, shape))
+    following = editor.emit("Gather", looked_up.input[0], "next_ids")
+    scale = editor.constant(np.ones(64, np.float32))
+    following = editor.emit("LayerNormalization", following, scale, axis=-1)
+    product = editor.producers["logits"]
+    product.input[0] = editor.emit("Add", product.input[0], following)
+    assert "'next_ids' is looked up in a table of embeddings beside 'input_ids'" in refusal(editor)
+
+
+def test_a_convolution_over_tokens_whose_state_is_kept_nowhere() -> None:
+    editor = edit(DENSE)
+    product = editor.producers["logits"]
+    columns = editor.emit("Transpose", product.input[0], perm=[0, 2, 1])
+    kernel = editor.constant(np.ones((64, 1, 4), np.float32))
+    mixed = editor.emit("Conv", columns, kernel, group=64, pads=[3, 0], kernel_shape=[4])
+    product.input[0] = editor.emit("Transpose", mixed, perm=[0, 2, 1])
+    assert "recurrent state is neither an input nor an output" in refusal(editor)
+
+
+def test_a_convolution_of_each_token_alone_is_no_recurrence() -> None:
+    editor = edit(DENSE)
+    product = editor.producers["logits"]
+    columns = editor.emit("Transpose", product.input[0], perm=[0, 2, 1])
+    kernel = editor.constant(np.ones((64, 1, 1), np.float32))
+    alone = editor.emit("Conv", columns, kernel, group=64, kernel_shape=[1])
+    product.input[0] = editor.emit("Transpose", alone, perm=[0, 2, 1])
+    assert lower(editor.finish(), LowerOptions()).report.matched == 2
+
+
 # -- models that contradict themselves -----------------------------------------------------------------------------
 
 
@@ -143,6 +253,14 @@ def test_a_split_with_another_number_of_outputs_than_it_says() -> None:
     del node.input[1:]
     node.attribute.append(helper.make_attribute("num_outputs", len(node.output) - 1))
     assert "(Split) has" in refusal(editor, BadModelError)
+
+
+def test_nodes_of_an_older_opset_than_the_model_says() -> None:
+    editor = edit(DENSE)
+    node = editor.nodes("ReduceMean")[0]
+    del node.input[1:]
+    node.attribute.append(helper.make_attribute("axes", [-1]))
+    assert "says a newer opset than its nodes are of" in refusal(editor, BadModelError)
 
 
 @pytest.mark.parametrize("op", ["Expand", "Tile", "ConstantOfShape"])

@@ -212,9 +212,13 @@ int run_fused_rope_rms_norm_quantization(Call& call) {
     work.epsilon = call.attributes.epsilon;
     work.interleaved = call.attributes.rope_interleaved != 0;
     work.layout = KvLayout(call.attributes);
-    work.step = Step{nullptr,         nullptr,         call.input<int32_t>(in::block_table), call.input<int32_t>(in::token_sequence),
-                     call.input<int32_t>(in::positions), call.dims.T, call.dims.max_pages < 0 ? 0 : call.in[in::block_table].shape[0],
-                     call.dims.max_pages, call.dims.pages};
+    work.step.block_table = call.input<int32_t>(in::block_table);
+    work.step.token_sequence = call.input<int32_t>(in::token_sequence);
+    work.step.positions = call.input<int32_t>(in::positions);
+    work.step.tokens = call.dims.T;
+    work.step.sequences = call.dims.B;
+    work.step.max_pages = call.dims.max_pages;
+    work.step.pages = call.dims.pages;
     work.pool = call.output<uint8_t>(out::kv_cache_out);
     return append(work, call.stream);
 }

@@ -1,5 +1,5 @@
-// What both tensor-core kernels of absorbed attention share: which rows a block has, and how queries and keys come into shared
-// memory.
+// What a block of attend_tensor_cores.cu works on: which rows it has, which cached rows are its keys, and how both come into
+// shared memory.
 #pragma once
 
 #include "attend.h"
