@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# tritonserver and its Python backend need numpy<2
+TRITON_VENV := .venv-triton
+TRITON_STAMP := $(TRITON_VENV)/.installed
 JOBS ?= auto
 
 .PHONY: help setup demo test lint format clean
@@ -11,10 +14,10 @@ help:
 	@echo "make demo    lower a small exported DeepSeek-V3 and generate with it"
 	@echo "make test    run the tests"
 	@echo "make lint    ruff and mypy"
-	@echo "make setup   only create .venv and install into it (PYTHON=python3.12 chooses another Python)"
-	@echo "make clean   remove .venv and everything that was built"
+	@echo "make setup   only create .venv and .venv-triton and install into them (PYTHON=python3.12 chooses another Python)"
+	@echo "make clean   remove .venv, .venv-triton and everything that was built"
 
-setup: $(STAMP)
+setup: $(STAMP) $(TRITON_STAMP)
 
 $(STAMP): pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.11 or newer, or set PYTHON=" >&2; exit 1; }
@@ -26,10 +29,16 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,dev,kernels]'
 	@touch $@
 
+# The tests of Triton skip without it, with pip's reason.
+$(TRITON_STAMP): pyproject.toml
+	$(PYTHON) -m venv --clear $(TRITON_VENV)
+	-$(TRITON_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[triton]' 2>$(TRITON_VENV)/error.txt
+	@touch $@
+
 demo: $(STAMP)
 	@$(BIN)/python -m mla_trt.demo
 
-test: $(STAMP)
+test: $(STAMP) $(TRITON_STAMP)
 	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
 lint: $(STAMP)
@@ -42,4 +51,4 @@ format: $(STAMP)
 	$(BIN)/python -m ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TRITON_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -54,6 +54,13 @@ exit status: 0 done; 2 bad input or usage, no GPU, or TensorRT refuses the model
   mla-trt run model.engine --prompt-ids 1,5,9
 
 A folder that 'mla-trt lower' wrote runs on ONNX Runtime, an engine that 'mla-trt build' wrote on TensorRT.""",
+    "triton": """examples:
+  mla-trt triton lowered/ -o repository --name deepseek
+  mla-trt triton model.engine -o repository --max-batch 64 --stop-ids 1
+
+Adds the model NAME to REPO: config.pbtxt, model.py and a copy of the model. Requests of all clients run together; tokens
+come one by one over gRPC. docs/triton.md says what tritonserver needs and how clients ask.
+exit status: 0 done; 2 bad input or usage (nothing is written).""",
     "bench": """examples:
   mla-trt bench kernels -o results
   mla-trt bench kernels --cases '^decode-fp8' --no-peers
@@ -238,6 +245,31 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--pages", type=int, help="pages in the pool (default 256, or as many as an engine was built for)")
     run.add_argument("--plugins", type=Path, metavar="FILE.so", help="the plugin library (default: found by itself)")
     run.add_argument("--json", action="store_true", help="print one JSON object with all sequences at the end")
+
+    triton = _command(commands, "triton", _triton, "write a model repository for Triton Inference Server")
+    triton.add_argument("model", type=Path, metavar="DIR|ENGINE")
+    triton.add_argument("-o", "--output", type=Path, required=True, metavar="REPO", help="model repository to write to")
+    triton.add_argument("--name", help="the model's name in Triton (default: that of the folder or engine)")
+    triton.add_argument("--pages", type=int, help="pages in the pool (default 256, or as many as an engine was built for)")
+    triton.add_argument("--max-batch", type=int, default=16, metavar="N", help="most sequences of a step (default 16)")
+    triton.add_argument("--max-step-tokens", type=int, default=512, metavar="N", help="most tokens of a step (default 512)")
+    triton.add_argument("--max-waiting", type=int, default=256, metavar="N", help="most requests that wait (default 256)")
+    triton.add_argument(
+        "--max-new-tokens", type=int, default=128, metavar="N", help="tokens of a request that does not say (default 128)"
+    )
+    triton.add_argument(
+        "--stop-ids", default="", metavar="ID,...", help="ids that end a sequence, of a request that does not say"
+    )
+    triton.add_argument(
+        "--drain-seconds", type=float, default=20, metavar="S", help="time for requests to end at unloading (default 20)"
+    )
+    triton.add_argument("--plugins", type=Path, metavar="FILE.so", help="the plugin library of an engine, to be copied too")
+    triton.add_argument(
+        "--environment",
+        type=Path,
+        metavar="PATH",
+        help="Python environment that runs the model (default: the python3 that is first on tritonserver's PATH)",
+    )
 
     export = _command(commands, "export", _export, "export a public model configuration with random weights")
     export.add_argument("config", nargs="?", metavar="CONFIG", help="such as deepseek-v3; --list shows all")
@@ -468,6 +500,31 @@ def _run(options: argparse.Namespace) -> int:
                 }
             )
         )
+    return 0
+
+
+def _triton(options: argparse.Namespace) -> int:
+    from mla_trt.serving.triton_repository import Settings, write_repository
+
+    settings = Settings(
+        pages=options.pages,
+        max_batch=options.max_batch,
+        max_step_tokens=options.max_step_tokens,
+        max_waiting=options.max_waiting,
+        max_new_tokens=options.max_new_tokens,
+        stop_ids=tuple(_ids(options.stop_ids, "--stop-ids")),
+        drain_seconds=options.drain_seconds,
+    )
+    folder = write_repository(
+        options.model,
+        options.output,
+        settings,
+        name=options.name,
+        plugins=options.plugins,
+        environment=options.environment,
+    )
+    if not options.quiet:
+        print(f"written: {folder}")
     return 0
 
 
