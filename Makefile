@@ -30,7 +30,7 @@ $(STAMP): pyproject.toml
 	@touch $@
 
 # The tests of Triton skip without it, with pip's reason.
-$(TRITON_STAMP): pyproject.toml
+$(TRITON_STAMP): pyproject.toml | $(STAMP)
 	$(PYTHON) -m venv --clear $(TRITON_VENV)
 	-$(TRITON_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[triton]' 2>$(TRITON_VENV)/error.txt
 	@touch $@

@@ -60,7 +60,12 @@ class TritonPythonModel:
         except MlaTrtError as error:
             raise pb_utils.TritonModelException(f"mla-trt: {error}") from None
         self._runner = LoopRunner(loop)
-        self._responder = Responder(Metrics(loop, {"model": args["model_name"], "version": args["model_version"]}))
+        name, version = args["model_name"], args["model_version"]
+        self._responder = Responder(
+            Metrics(loop, {"model": name, "version": version}),
+            still_served=lambda: _is_served(name, version),
+            on_unload=self._drain_in_background,
+        )
 
     def execute(self, requests: Sequence[Any]) -> None:
         """Takes requests; their responses come later."""
@@ -78,9 +83,12 @@ class TritonPythonModel:
                 reply.cancel = stream.cancel
 
     def finalize(self) -> None:
-        """Ends: requests may go on for the seconds that the configuration gives, then they end with an error."""
+        """Ends. Triton calls this when every request has ended, which `Responder` sees to."""
         self._runner.close(self._settings.drain_seconds)
         self._responder.close()
+
+    def _drain_in_background(self) -> None:
+        threading.Thread(target=self._runner.close, args=(self._settings.drain_seconds,), daemon=True).start()
 
 
 class Reply:
@@ -109,10 +117,21 @@ class Responder:
     """A thread that sends what the engine loop finds, so that the loop need not wait for Triton.
 
     Where the loop is faster, the tokens of several steps go out in one response.
+
+    Args:
+        metrics: to be kept up to date.
+        still_served: whether Triton serves the model. Once it was so, Triton tells in no other way that it wants to unload the
+            model or to end: it waits until all requests are done, and after its exit timeout it kills everything.
+        on_unload: called once when that is over.
     """
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(
+        self, metrics: Metrics, *, still_served: Callable[[], bool], on_unload: Callable[[], None]
+    ) -> None:
         self._metrics = metrics
+        self._still_served = still_served
+        self._on_unload = on_unload
+        self._was_served = self._unloading = False
         self._events: queue.SimpleQueue[tuple[Reply, Event, int] | None] = queue.SimpleQueue()
         self._live: dict[Reply, None] = {}
         self._lock = threading.Lock()
@@ -140,6 +159,7 @@ class Responder:
             if time.monotonic() >= poll_at:
                 _log_failure(self._cancel)
                 _log_failure(self._metrics.update)
+                _log_failure(self._watch)
                 poll_at = time.monotonic() + POLL_SECONDS
         _log_failure(self._metrics.update)
 
@@ -181,6 +201,17 @@ class Responder:
         for index, response in enumerate(responses):
             last = final and index == len(responses) - 1
             reply.sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if last else 0)
+
+    def _watch(self) -> None:
+        """Looks whether the model is being unloaded, while that matters."""
+        with self._lock:
+            if self._unloading or not self._live:
+                return
+        served = self._still_served()
+        if self._was_served and not served:
+            self._unloading = True
+            self._on_unload()
+        self._was_served = served
 
     def _cancel(self) -> None:
         with self._lock:
@@ -284,6 +315,14 @@ def check_tensors() -> None:
             f"this tritonserver cannot exchange tensors with numpy {np.__version__}: "
             "install 'numpy<2' into the Python environment of the model"
         )
+
+
+def _is_served(name: str, version: str) -> bool:
+    """Whether Triton takes requests for a model."""
+    try:
+        return pb_utils.is_model_ready(name, version)
+    except pb_utils.TritonModelException:
+        return False  # the server ends
 
 
 def _log_failure(action: Callable[[], None]) -> None:

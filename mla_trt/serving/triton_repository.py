@@ -91,8 +91,12 @@ class Settings:
                 raise UsageError(f"'{name}' is not the name of a file beside model.py")
 
     def parameters(self) -> dict[str, str]:
-        """As parameters of `config.pbtxt`, in JSON; what is None is left out."""
-        return {name: json.dumps(value) for name, value in asdict(self).items() if value is not None}
+        """As parameters of `config.pbtxt`: strings as they are, others in JSON; what is None is left out."""
+        return {
+            name: value if isinstance(value, str) else json.dumps(value)
+            for name, value in asdict(self).items()
+            if value is not None
+        }
 
     @classmethod
     def parse(cls, parameters: Mapping[str, str]) -> Settings:
@@ -106,7 +110,7 @@ class Settings:
             if entry.name in parameters:
                 text = parameters[entry.name]
                 try:
-                    value = json.loads(text)
+                    value = text if entry.name in ("model", "plugins") else json.loads(text)
                     values[entry.name] = tuple(map(int, value)) if entry.name == "stop_ids" else value
                 except (ValueError, TypeError):
                     raise UsageError(f"the parameter '{entry.name}' of config.pbtxt cannot be read: {text}") from None
