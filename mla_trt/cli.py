@@ -250,20 +250,36 @@ def _parser() -> argparse.ArgumentParser:
     triton.add_argument("model", type=Path, metavar="DIR|ENGINE")
     triton.add_argument("-o", "--output", type=Path, required=True, metavar="REPO", help="model repository to write to")
     triton.add_argument("--name", help="the model's name in Triton (default: that of the folder or engine)")
-    triton.add_argument("--pages", type=int, help="pages in the pool (default 256, or as many as an engine was built for)")
-    triton.add_argument("--max-batch", type=int, default=16, metavar="N", help="most sequences of a step (default 16)")
-    triton.add_argument("--max-step-tokens", type=int, default=512, metavar="N", help="most tokens of a step (default 512)")
-    triton.add_argument("--max-waiting", type=int, default=256, metavar="N", help="most requests that wait (default 256)")
     triton.add_argument(
-        "--max-new-tokens", type=int, default=128, metavar="N", help="tokens of a request that does not say (default 128)"
+        "--pages", type=int, help="pages in the pool (default 256, or as many as an engine was built for)"
+    )
+    triton.add_argument("--max-batch", type=int, default=16, metavar="N", help="most sequences of a step (default 16)")
+    triton.add_argument(
+        "--max-step-tokens", type=int, default=512, metavar="N", help="most tokens of a step (default 512)"
+    )
+    triton.add_argument(
+        "--max-waiting", type=int, default=256, metavar="N", help="most requests that wait (default 256)"
+    )
+    triton.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=128,
+        metavar="N",
+        help="tokens of a request that does not say (default 128)",
     )
     triton.add_argument(
         "--stop-ids", default="", metavar="ID,...", help="ids that end a sequence, of a request that does not say"
     )
     triton.add_argument(
-        "--drain-seconds", type=float, default=20, metavar="S", help="time for requests to end at unloading (default 20)"
+        "--drain-seconds",
+        type=float,
+        default=20,
+        metavar="S",
+        help="time for requests to end at unloading (default 20)",
     )
-    triton.add_argument("--plugins", type=Path, metavar="FILE.so", help="the plugin library of an engine, to be copied too")
+    triton.add_argument(
+        "--plugins", type=Path, metavar="FILE.so", help="the plugin library of an engine, to be copied too"
+    )
     triton.add_argument(
         "--environment",
         type=Path,

@@ -221,7 +221,7 @@ def test_http_clients_see_health_and_get_tokens(
     import tritonclient.http
 
     client = tritonclient.http.InferenceServerClient(f"127.0.0.1:{server.http}")
-    assert client.is_server_ready()
+    assert client.is_server_live()
     assert client.is_model_ready("many")
     assert not client.is_model_ready("nothing")
     body = json.dumps({"input_ids": [1, 5, 9], "max_new_tokens": 6}).encode()
@@ -243,8 +243,14 @@ def test_http_clients_see_health_and_get_tokens(
         (lambda folder: cut(folder / "1" / "model.onnx"), "is not an ONNX model"),
         (lambda folder: other_version(folder / "1" / "model.onnx"), "version"),
         (lambda folder: change(folder / "config.pbtxt", f'"{PAGES}"', '"0"'), "pages is 0"),
-        (lambda folder: change(folder / "config.pbtxt", f'"{PAGES}"', '"all"'), "'pages' of config.pbtxt cannot be read"),
-        (lambda folder: change(folder / "config.pbtxt", '"model.onnx"', '"../../many/1/model.onnx"'), "beside model.py"),
+        (
+            lambda folder: change(folder / "config.pbtxt", f'"{PAGES}"', '"all"'),
+            "'pages' of config.pbtxt cannot be read",
+        ),
+        (
+            lambda folder: change(folder / "config.pbtxt", '"model.onnx"', '"../../many/1/model.onnx"'),
+            "beside model.py",
+        ),
         (lambda folder: old_engine(folder), "has version 0; this program reads"),
     ],
     ids=["missing", "truncated", "version", "pages", "parameter", "outside", "engine"],

@@ -32,7 +32,9 @@ def missing() -> str | None:
     if _server_folder() is None:
         error = ENVIRONMENT / "error.txt"
         lines = error.read_text().strip().splitlines() if error.exists() else []
-        return "nvidia-pytriton cannot be installed here: " + (lines[-1] if lines else "it has no package for this machine")
+        return "nvidia-pytriton cannot be installed here: " + (
+            lines[-1] if lines else "it has no package for this machine"
+        )
     return None
 
 
@@ -160,7 +162,9 @@ class TritonServer:
 class Answer:
     """One request on a stream of its own, as a client of its own has it."""
 
-    def __init__(self, server: TritonServer, model: str, prompt: Any, *, timeout_us: int | None = None, **inputs: Any) -> None:
+    def __init__(
+        self, server: TritonServer, model: str, prompt: Any, *, timeout_us: int | None = None, **inputs: Any
+    ) -> None:
         self.client = tritonclient.grpc.InferenceServerClient(f"127.0.0.1:{server.grpc}")
         self.tokens: list[int] = []
         self.finish = ""
@@ -170,7 +174,9 @@ class Answer:
         dtypes = {"temperature": np.float32, "top_p": np.float32, "seed": np.uint64}
         tensors = []
         for name, value in {"input_ids": prompt, **inputs}.items():
-            array = np.atleast_1d(value if isinstance(value, np.ndarray) else np.array(value, dtypes.get(name, np.int32)))
+            array = np.atleast_1d(
+                value if isinstance(value, np.ndarray) else np.array(value, dtypes.get(name, np.int32))
+            )
             kind = {"i4": "INT32", "i8": "INT64", "f4": "FP32", "u8": "UINT64"}[array.dtype.str[1:]]
             tensors.append(tritonclient.grpc.InferInput(name, list(array.shape), kind))
             tensors[-1].set_data_from_numpy(array)

@@ -7,6 +7,7 @@ talks to Triton about requests that run: it sends tokens, asks for cancellations
 
 from __future__ import annotations
 
+import gc
 import json
 import queue
 import threading
@@ -30,6 +31,8 @@ from mla_trt.session import Session
 POLL_SECONDS = 0.1
 """How often cancellations are asked for and metrics are set."""
 MAX_STOP_IDS = 1024
+NOT_SERVED = ("Server not ready", "unknown model", "has no available versions")
+"""In what Triton answers when it ends, and when it unloads a model."""
 
 
 class TritonPythonModel:
@@ -63,7 +66,7 @@ class TritonPythonModel:
         name, version = args["model_name"], args["model_version"]
         self._responder = Responder(
             Metrics(loop, {"model": name, "version": version}),
-            still_served=lambda: _is_served(name, version),
+            still_served=lambda: _is_served(name),
             on_unload=self._drain_in_background,
         )
 
@@ -86,6 +89,9 @@ class TritonPythonModel:
         """Ends. Triton calls this when every request has ended, which `Responder` sees to."""
         self._runner.close(self._settings.drain_seconds)
         self._responder.close()
+        # Triton's objects must be gone before the interpreter ends: their destructors crash afterwards.
+        del self._runner, self._responder
+        gc.collect()
 
     def _drain_in_background(self) -> None:
         threading.Thread(target=self._runner.close, args=(self._settings.drain_seconds,), daemon=True).start()
@@ -120,18 +126,16 @@ class Responder:
 
     Args:
         metrics: to be kept up to date.
-        still_served: whether Triton serves the model. Once it was so, Triton tells in no other way that it wants to unload the
-            model or to end: it waits until all requests are done, and after its exit timeout it kills everything.
+        still_served: whether Triton serves the model. It tells in no other way that it wants to unload the model or to end: it
+            waits until all requests are done, and after its exit timeout it kills everything.
         on_unload: called once when that is over.
     """
 
-    def __init__(
-        self, metrics: Metrics, *, still_served: Callable[[], bool], on_unload: Callable[[], None]
-    ) -> None:
+    def __init__(self, metrics: Metrics, *, still_served: Callable[[], bool], on_unload: Callable[[], None]) -> None:
         self._metrics = metrics
         self._still_served = still_served
         self._on_unload = on_unload
-        self._was_served = self._unloading = False
+        self._unloading = False
         self._events: queue.SimpleQueue[tuple[Reply, Event, int] | None] = queue.SimpleQueue()
         self._live: dict[Reply, None] = {}
         self._lock = threading.Lock()
@@ -207,11 +211,9 @@ class Responder:
         with self._lock:
             if self._unloading or not self._live:
                 return
-        served = self._still_served()
-        if self._was_served and not served:
+        if not self._still_served():
             self._unloading = True
             self._on_unload()
-        self._was_served = served
 
     def _cancel(self) -> None:
         with self._lock:
@@ -317,12 +319,15 @@ def check_tensors() -> None:
         )
 
 
-def _is_served(name: str, version: str) -> bool:
-    """Whether Triton takes requests for a model."""
-    try:
-        return pb_utils.is_model_ready(name, version)
-    except pb_utils.TritonModelException:
-        return False  # the server ends
+def _is_served(name: str) -> bool:
+    """Whether Triton takes requests for a model.
+
+    It is asked by a request that has no inputs, which Triton refuses in either case: `is_model_ready` now and then ends the
+    process with a segmentation fault when the server stops (seen with tritonserver 2.51).
+    """
+    request = pb_utils.InferenceRequest(model_name=name, requested_output_names=["token_ids"], inputs=[])
+    answers = [answer.error().message() for answer in request.exec(decoupled=True) if answer.has_error()]
+    return not any(reason in message for message in answers for reason in NOT_SERVED)
 
 
 def _log_failure(action: Callable[[], None]) -> None:

@@ -158,9 +158,7 @@ def write_repository(
     if environment is not None and not environment.exists():
         raise UsageError(f"the environment '{environment}' does not exist")
     files = _engine_files(model, plugins) if engine else _model_files(model)
-    settings = replace(
-        settings, model=ENGINE if engine else MODEL, plugins=PLUGINS if plugins is not None else None
-    )
+    settings = replace(settings, model=ENGINE if engine else MODEL, plugins=PLUGINS if plugins is not None else None)
     parameters = settings.parameters()
     if environment is not None:
         parameters["EXECUTION_ENV_PATH"] = str(environment.resolve())
@@ -218,4 +216,10 @@ def _model_files(model: Path) -> dict[str, Path]:
 
 def _quoted(text: str) -> str:
     """A string of protobuf's text format."""
-    return '"' + "".join(f"\\{byte:03o}" if byte < 32 or byte > 126 or chr(byte) in '"\\' else chr(byte) for byte in text.encode()) + '"'
+    return (
+        '"'
+        + "".join(
+            f"\\{byte:03o}" if byte < 32 or byte > 126 or chr(byte) in '"\\' else chr(byte) for byte in text.encode()
+        )
+        + '"'
+    )
