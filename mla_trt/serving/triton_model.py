@@ -13,6 +13,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from mla_trt.session import Session
 POLL_SECONDS = 0.1
 """How often cancellations are asked for and metrics are set."""
 MAX_STOP_IDS = 1024
-NOT_SERVED = ("Server not ready", "unknown model", "has no available versions")
+NOT_SERVED = ("not ready", "unknown model", "no available versions")
 """In what Triton answers when it ends, and when it unloads a model."""
 
 
@@ -159,7 +160,7 @@ class Responder:
         poll_at = 0.0
         while not self._closing:
             for reply, (event, code) in self._collect(max(0.0, poll_at - time.monotonic())).items():
-                _log_failure(lambda reply=reply, event=event, code=code: self._send(reply, event, code))
+                _log_failure(partial(self._send, reply, event, code))
             if time.monotonic() >= poll_at:
                 _log_failure(self._cancel)
                 _log_failure(self._metrics.update)

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from mla_trt.engine_file import description_path, is_engine, read_description
 from mla_trt.engine_onnxruntime import load_structure
@@ -86,9 +87,9 @@ class Settings:
                 raise UsageError(f"{name} is {value}: it must be at least 1")
         if not (math.isfinite(self.drain_seconds) and self.drain_seconds >= 0):
             raise UsageError(f"drain_seconds is {self.drain_seconds}: it must be 0 or more")
-        for name in (self.model, self.plugins):
-            if name is not None and Path(name).name != name:
-                raise UsageError(f"'{name}' is not the name of a file beside model.py")
+        for file in (self.model, self.plugins):
+            if file is not None and Path(file).name != file:
+                raise UsageError(f"'{file}' is not the name of a file beside model.py")
 
     def parameters(self) -> dict[str, str]:
         """As parameters of `config.pbtxt`: strings as they are, others in JSON; what is None is left out."""
@@ -105,7 +106,7 @@ class Settings:
         Raises:
             UsageError: a value that cannot be read, or is outside its range.
         """
-        values = {}
+        values: dict[str, Any] = {}
         for entry in fields(cls):
             if entry.name in parameters:
                 text = parameters[entry.name]
