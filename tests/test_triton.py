@@ -29,10 +29,7 @@ EXAMPLE = Path(__file__).resolve().parent.parent / "models" / "examples" / "deep
 PAGE, PAGES = 4, 400
 LONG = 1200
 
-pytestmark = [
-    pytest.mark.skipif(missing() is not None, reason=missing() or ""),
-    pytest.mark.xdist_group("triton"),
-]
+pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
 
 
 @pytest.fixture(scope="module")
@@ -146,13 +143,13 @@ def test_stop_ids_and_length_come_from_the_repository_unless_a_request_says(
 
 @pytest.mark.usefixtures("healthy")
 def test_a_client_that_vanishes_gives_its_pages_back(server: TritonServer) -> None:
+    before = server.values()["mla_trt_tokens_total"]
     answer = Answer(server, "many", [3, 1, 4], max_new_tokens=LONG)
     answer.read()
     assert server.wait_for(running=1)["mla_trt_pages_in_use"] > 0
     answer.vanish()
-    began = time.monotonic()
     assert_whole(server)
-    assert time.monotonic() - began < 2
+    assert server.values()["mla_trt_tokens_total"] - before < LONG
 
 
 @pytest.mark.usefixtures("healthy")
@@ -318,7 +315,7 @@ def test_requests_that_run_end_with_an_error_when_the_server_does(repository: Pa
         for answer in long:
             answer.wait()
             assert answer.finish == "length" or "shutting down" in str(answer.error)
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 20
         assert any(answer.error for answer in long)
     finally:
         assert server.stop() == 0
