@@ -19,8 +19,6 @@ struct Attend {
     const float* sinks;  // [H] or null
     float softmax_scale;
     int32_t heads;
-    // Sequences with more new tokens are left alone: neither read nor written. 0: none is.
-    int32_t most_new_tokens;
 };
 
 // One part of a token's keys, before the merge: rows [T * H][splits].
@@ -47,13 +45,6 @@ int attend_exact(const Attend& work, const Partials& partials, cudaStream_t stre
 
 #if defined(__CUDACC__)
 
-// Whether a sequence is this op's to compute.
-__device__ inline bool is_active(const Attend& work, int32_t sequence) {
-    if (sequence < 0) return false;
-    if (work.most_new_tokens == 0) return true;
-    return work.step.query_offsets[sequence + 1] - work.step.query_offsets[sequence] <= work.most_new_tokens;
-}
-
 // The last key that a token may see: its position, held inside the block table.
 __device__ inline int32_t last_key(const Attend& work, int64_t token) {
     return min(work.step.positions[token], work.step.key_limit(work.layout.page_size) - 1);
@@ -65,25 +56,24 @@ __device__ inline int32_t list_length(const Attend& work, int64_t token) {
     return static_cast<int32_t>(length < 0 ? 0 : length < work.top_k ? length : work.top_k);
 }
 
-// A cached row: null when the key is masked for every query.
+constexpr int32_t masked = 0x7fffffff;
+
+// A cached row.
 struct Row {
-    const uint8_t* bytes;
-    float scale;  // of the formats that keep it behind the rows; 1 in others
-    int32_t position;  // INT32_MAX when masked
+    const uint8_t* bytes;  // null where there is none
+    float scale;  // of the whole row, where the format has one; else 1
+    int32_t position;  // `masked` where there is none
 };
 
-__device__ inline Row find_row(const Attend& work, int32_t sequence, int32_t key, int32_t end) {
-    Row row{nullptr, 1.0f, 0x7fffffff};
-    if (key < 0 || key >= end) return row;
-    int32_t const page = page_of(work.step.block_table, work.step.max_pages, work.step.pages, work.layout.page_size,
-                                 sequence, key);
-    if (page < 0) return row;
-    int32_t const slot = key % work.layout.page_size;
-    const uint8_t* page_bytes = work.pool + page * work.layout.page_bytes;
-    row.bytes = page_bytes + static_cast<int64_t>(slot) * work.layout.row_bytes;
-    if (work.layout.has_page_scales()) {
-        row.scale = reinterpret_cast<const float*>(page_bytes + work.layout.scales_offset)[slot];
-    }
+// The row of a key on a page; a page outside of the pool has none.
+__device__ inline Row row_at(const Attend& work, int32_t key, int32_t page) {
+    const KvLayout& layout = work.layout;
+    Row row{nullptr, layout.format == row_format::fp8_flat ? layout.kv_scale : 1.0f, masked};
+    if (page < 0 || page >= work.step.pages) return row;
+    int32_t const slot = key % layout.page_size;
+    const uint8_t* page_bytes = work.pool + page * layout.page_bytes;
+    row.bytes = page_bytes + static_cast<int64_t>(slot) * layout.row_bytes;
+    if (layout.has_page_scales()) row.scale = reinterpret_cast<const float*>(page_bytes + layout.scales_offset)[slot];
     row.position = key;
     return row;
 }

@@ -8,7 +8,6 @@
 namespace mla {
 
 constexpr int rope_padded = 64;  // columns of shared memory behind the latent's
-constexpr int32_t masked = 0x7fffffff;
 
 inline int padded_rank(const KvLayout& layout) { return layout.rank <= 128 ? 128 : layout.rank <= 256 ? 256 : 512; }
 
@@ -47,7 +46,7 @@ struct Item {
 __device__ inline int32_t new_tokens(const Attend& work, int64_t sequence) {
     int64_t const start = work.step.query_offsets[sequence], end = work.step.query_offsets[sequence + 1];
     if (start < 0 || end > work.step.tokens || end <= start) return 0;
-    return is_active(work, static_cast<int32_t>(sequence)) ? static_cast<int32_t>(end - start) : 0;
+    return static_cast<int32_t>(end - start);
 }
 
 // The block's item without lists. Called by one warp; every lane gets the result. Each lane counts the items of a run of
@@ -101,8 +100,7 @@ __device__ inline Item list_item(const Attend& work, int rows) {
     int64_t const token = blockIdx.x / tiles;
     int const first_head = static_cast<int>(blockIdx.x % tiles) * rows;
     int32_t const sequence = work.step.sequence_of(token);
-    return {sequence >= 0 && is_active(work, sequence) ? sequence : -1, token, first_head,
-            min(rows, work.heads - first_head), 0, 0};
+    return {sequence, token, first_head, min(rows, work.heads - first_head), 0, 0};
 }
 
 __device__ inline void zero_row(const Attend& work, int64_t token, int head, int lane, int lanes) {
@@ -114,7 +112,6 @@ __device__ inline void zero_row(const Attend& work, int64_t token, int head, int
 // Blocks without an item zero the tokens that belong to no sequence.
 __device__ inline void zero_padding(const Attend& work, const Item& item) {
     if (work.indices != nullptr) {
-        if (work.step.sequence_of(item.first_token) >= 0) return;  // another kernel's
         for (int row = threadIdx.x / warp_size; row < item.count; row += blockDim.x / warp_size) {
             zero_row(work, item.first_token, item.first_head + row, threadIdx.x % warp_size, warp_size);
         }
@@ -260,13 +257,13 @@ struct RowFinder {
         int32_t const key = key_of(first_tile);
         key_next = key_of(first_tile + 1);
         key_later = key_of(first_tile + 2);
-        row = make_row(key, page_entry(key));
+        row = row_at(work, key, page_entry(key));
         page_next = page_entry(key_next);
     }
 
     // To the row of tile `index`, which follows the one before.
     __device__ void advance(int32_t index) {
-        row = make_row(key_next, page_next);
+        row = row_at(work, key_next, page_next);
         key_next = key_later;
         page_next = page_entry(key_next);
         key_later = key_of(index + 2);
@@ -282,19 +279,6 @@ private:
     __device__ int32_t page_entry(int32_t key) const {
         if (key < 0 || key >= end) return -1;
         return work.step.block_table[item.sequence * work.step.max_pages + key / work.layout.page_size];
-    }
-
-    __device__ Row make_row(int32_t key, int32_t page) const {
-        Row found{nullptr, work.layout.format == row_format::fp8_flat ? work.layout.kv_scale : 1.0f, masked};
-        if (page < 0 || page >= work.step.pages) return found;
-        int32_t const slot = key % work.layout.page_size;
-        const uint8_t* page_bytes = work.pool + page * work.layout.page_bytes;
-        found.bytes = page_bytes + static_cast<int64_t>(slot) * work.layout.row_bytes;
-        if (work.layout.has_page_scales()) {
-            found.scale = reinterpret_cast<const float*>(page_bytes + work.layout.scales_offset)[slot];
-        }
-        found.position = key;
-        return found;
     }
 };
 

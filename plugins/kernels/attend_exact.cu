@@ -46,8 +46,7 @@ __global__ void __launch_bounds__(threads) attend_exact_kernel(Attend work, Part
     int const first_head = blockIdx.y * tile_heads, split = blockIdx.z;
     int const heads = min(tile_heads, work.heads - first_head);
     int32_t const sequence = work.step.sequence_of(token);
-    bool const active = is_active(work, sequence);
-    if (!active && sequence >= 0) return;
+    bool const active = sequence >= 0;
 
     for (int i = threadIdx.x; i < heads * width; i += threads) {
         int const head = first_head + i / width;
@@ -72,7 +71,10 @@ __global__ void __launch_bounds__(threads) attend_exact_kernel(Attend work, Part
             int32_t const item = tile * tile_keys + line;
             int32_t key = item < count ? item : -1;
             if (work.indices != nullptr && item < count) key = work.indices[token * work.top_k + item];
-            Row const row = find_row(work, sequence, key, end);
+            int32_t const page = key < end ? page_of(work.step.block_table, work.step.max_pages, work.step.pages,
+                                                     work.layout.page_size, sequence, key)
+                                           : -1;
+            Row const row = row_at(work, key, page);
             for (int i = threadIdx.x % warp_size; i < width; i += warp_size) {
                 keys[line * (width + 1) + i] =
                     row.bytes == nullptr ? 0.0f : row_value(work.layout, row.bytes, row.scale, i);
@@ -81,7 +83,7 @@ __global__ void __launch_bounds__(threads) attend_exact_kernel(Attend work, Part
         }
         __syncthreads();
         float score = -INFINITY;
-        if (head < heads && positions[slot] != 0x7fffffff) {
+        if (head < heads && positions[slot] != masked) {
             score = 0.0f;
             for (int i = 0; i < width; ++i) score += query[head * width + i] * keys[slot * (width + 1) + i];
             score *= work.softmax_scale;

@@ -17,7 +17,6 @@ __global__ void __launch_bounds__(merge_columns) merge_kernel(Attend work, Parti
     int const head = static_cast<int>(row % work.heads);
     int const lane = threadIdx.x % warp_size, splits = partials.splits;
     int32_t const sequence = work.step.sequence_of(token);
-    if (!is_active(work, sequence) && sequence >= 0) return;
 
     float lse[2] = {-INFINITY, -INFINITY};
     for (int i = 0; i < 2; ++i) {
