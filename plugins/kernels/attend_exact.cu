@@ -94,6 +94,7 @@ __global__ void __launch_bounds__(threads) attend_exact_kernel(Attend work, Part
         float const weight = best == -INFINITY ? 0.0f : expf(score - best);
         scores[head][slot] = weight;
         float const sum = warp_sum(weight);
+        __syncwarp();  // every lane has read top[head]
         if (slot == 0) {
             float const factor = before == -INFINITY ? 0.0f : expf(before - best);
             rescale[head] = factor;

@@ -100,7 +100,7 @@ class Results:
         """Writes the files as they are now."""
         self._folder.mkdir(parents=True, exist_ok=True)
         found = [self.found[case] for case in sorted(self.found)]
-        _replace(self._folder / "engines.json", json.dumps(found, indent=0))
+        _replace(self._folder / "engines.json", "[\n" + ",\n".join(map(json.dumps, found)) + "\n]\n")
         _replace(self._folder / "engines.md", table(self._cases, self.found))
 
 
