@@ -28,6 +28,7 @@ from mla_trt.ops.common import (
     KV_CACHE,
     NEW_LATENT,
     PAGE_COPIES,
+    QUERY_TERMS,
     ROPE_ATTRIBUTES,
     SINKS,
     SOFTMAX_SCALE,
@@ -48,6 +49,7 @@ ATTRIBUTES = (
     Attribute("v_head_dim", int, letter="Dv", minimum=1),
     *ROPE_ATTRIBUTES,
     SOFTMAX_SCALE,
+    QUERY_TERMS,
 )
 
 

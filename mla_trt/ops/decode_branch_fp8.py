@@ -29,6 +29,7 @@ from mla_trt.ops.common import (
     KV_CACHE,
     NEW_LATENT,
     PAGE_COPIES,
+    QUERY_TERMS,
     ROPE_ATTRIBUTES,
     SINKS,
     SOFTMAX_SCALE,
@@ -111,7 +112,7 @@ OP = Op(
         PAGE_COPIES,
     ),
     outputs=(Output("output", F, "T H Dv"), Output("kv_cache_out", I32, "pages page_words")),
-    attributes=(*KV_ATTRIBUTES, *ROPE_ATTRIBUTES, SOFTMAX_SCALE),
+    attributes=(*KV_ATTRIBUTES, *ROPE_ATTRIBUTES, SOFTMAX_SCALE, QUERY_TERMS),
     emit=emit,
     reference=reference,
 )

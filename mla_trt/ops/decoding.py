@@ -25,7 +25,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from mla_trt.ops.body import FLOAT, INT64, Body, Value
-from mla_trt.ops.common import INDICES, KV_ATTRIBUTES, KV_CACHE, SINKS, SOFTMAX_SCALE, STEP, softmax
+from mla_trt.ops.common import INDICES, KV_ATTRIBUTES, KV_CACHE, QUERY_TERMS, SINKS, SOFTMAX_SCALE, STEP, softmax
 from mla_trt.ops.pages import Batch, read_kv_list, read_kv_sequences
 from mla_trt.ops.reference import attend, attended_keys, read_latents
 from mla_trt.ops.schema import F32, Array, Attributes, F, Input, Op, Output
@@ -110,7 +110,7 @@ OP = Op(
     doc=__doc__,
     inputs=(Input("query", F, "T H R+Dr"), *STEP, KV_CACHE, INDICES, SINKS),
     outputs=(Output("output", F, "T H R"), Output("lse", F32, "T H", optional=True)),
-    attributes=(*KV_ATTRIBUTES, SOFTMAX_SCALE),
+    attributes=(*KV_ATTRIBUTES, SOFTMAX_SCALE, QUERY_TERMS),
     emit=emit,
     reference=reference,
 )

@@ -225,12 +225,18 @@ int check_launch(const char* what) { return check_cuda(what, cudaGetLastError())
 int current_device(Device* device) {
     int number = 0;
     if (int status = check_cuda("current device", cudaGetDevice(&number))) return status;
-    if (int status = check_cuda("device attributes",
-                                cudaDeviceGetAttribute(&device->multiprocessors, cudaDevAttrMultiProcessorCount, number))) {
-        return status;
+    struct {
+        int* value;
+        cudaDeviceAttr attribute;
+    } const wanted[] = {
+        {&device->major, cudaDevAttrComputeCapabilityMajor},
+        {&device->multiprocessors, cudaDevAttrMultiProcessorCount},
+        {&device->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin},
+    };
+    for (auto const& [value, attribute] : wanted) {
+        if (int status = check_cuda("device attributes", cudaDeviceGetAttribute(value, attribute, number))) return status;
     }
-    return check_cuda("device attributes", cudaDeviceGetAttribute(&device->shared_bytes,
-                                                                  cudaDevAttrMaxSharedMemoryPerBlockOptin, number));
+    return MLA_OK;
 }
 
 }  // namespace mla

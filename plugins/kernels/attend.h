@@ -19,6 +19,7 @@ struct Attend {
     const float* sinks;  // [H] or null
     float softmax_scale;
     int32_t heads;
+    int32_t query_terms;  // e4m3 terms that the query may be made of; 0: products of bf16 only
 };
 
 // One part of a token's keys, before the merge: rows [T * H][splits].
@@ -38,7 +39,11 @@ inline int rows_per_block(const Attend& work) {
     return work.heads <= 16 && few ? 16 : 64;
 }
 
-// The two kernels behind it: tensor cores (any format but f32, R up to 512, Dr up to 64), and plain cores in f32 (everything).
+// The kernels behind it: SM90's own for dense fp8 rows (R 512, Dr 64), tensor cores (any format but f32, R up to 512, Dr up to 64), and
+// plain cores in f32 (everything).
+bool attend_takes_hopper(const Attend& work, const Device& device);
+int hopper_rows(const Attend& work);  // of a block
+int attend_hopper(const Attend& work, const Partials& partials, cudaStream_t stream);
 bool attend_takes_tensor_cores(const Attend& work, const Device& device);
 int attend_tensor_cores(const Attend& work, const Partials& partials, const Device& device, cudaStream_t stream);
 int attend_exact(const Attend& work, const Partials& partials, cudaStream_t stream);

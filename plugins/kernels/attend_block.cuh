@@ -43,23 +43,33 @@ struct Item {
     int32_t surplus_blocks;
 };
 
-__device__ inline int32_t new_tokens(const Attend& work, int64_t sequence) {
-    int64_t const start = work.step.query_offsets[sequence], end = work.step.query_offsets[sequence + 1];
+__device__ inline int32_t new_tokens(const Attend& work, int64_t start, int64_t end) {
     if (start < 0 || end > work.step.tokens || end <= start) return 0;
     return static_cast<int32_t>(end - start);
 }
+
+constexpr int find_batch = 4;
 
 // The block's item without lists. Called by one warp; every lane gets the result. Each lane counts the items of a run of
 // sequences; the lane in whose run the item falls walks it again.
 __device__ inline Item find_item(const Attend& work, int rows) {
     int const lane = threadIdx.x % warp_size;
     int64_t const run = ceil_div<int64_t>(work.step.sequences, warp_size);
+    auto items_between = [&](int64_t start, int64_t end) {
+        return ceil_div<int64_t>(static_cast<int64_t>(new_tokens(work, start, end)) * work.heads, rows);
+    };
     auto items = [&](int64_t sequence) {
-        return ceil_div<int64_t>(static_cast<int64_t>(new_tokens(work, sequence)) * work.heads, rows);
+        return items_between(work.step.query_offsets[sequence], work.step.query_offsets[sequence + 1]);
     };
     int64_t own = 0;
-    for (int64_t i = 0; i < run; ++i) {
-        if (lane * run + i < work.step.sequences) own += items(lane * run + i);
+    for (int64_t i = 0; i < run; i += find_batch) {
+        int32_t offsets[find_batch + 1];  // read together; beyond the last sequence there are no tokens
+#pragma unroll
+        for (int j = 0; j <= find_batch; ++j) {
+            offsets[j] = work.step.query_offsets[min(min(lane * run + i + j, (lane + 1) * run), work.step.sequences)];
+        }
+#pragma unroll
+        for (int j = 0; j < find_batch; ++j) own += items_between(offsets[j], offsets[j + 1]);
     }
     int64_t before = own;
     for (int offset = 1; offset < warp_size; offset *= 2) {
@@ -78,7 +88,9 @@ __device__ inline Item find_item(const Attend& work, int rows) {
             ++sequence;
         }
         int64_t const first_row = (wanted - before) * rows;
-        int64_t const all_rows = static_cast<int64_t>(new_tokens(work, sequence)) * work.heads;
+        int64_t const token_end = work.step.query_offsets[sequence + 1];
+        int64_t const all_rows =
+            static_cast<int64_t>(new_tokens(work, work.step.query_offsets[sequence], token_end)) * work.heads;
         item.sequence = static_cast<int32_t>(sequence);
         item.first_token = work.step.query_offsets[sequence] + first_row / work.heads;
         item.first_head = static_cast<int32_t>(first_row % work.heads);

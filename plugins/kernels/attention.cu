@@ -266,6 +266,7 @@ Layer make_layer(const Call& call, const OpSpec& op) {
     attend.step = append.step;
     attend.sinks = call.input<float>(step_input("sinks"));
     attend.softmax_scale = call.attributes.softmax_scale;
+    attend.query_terms = call.attributes.query_terms;
     attend.heads = append.heads;
     return layer;
 }

@@ -86,8 +86,9 @@ int fail(int status, const char* format, ...) __attribute__((format(printf, 2, 3
 int check_cuda(const char* what, cudaError_t error);
 int check_launch(const char* what);
 
-// Multiprocessors, and bytes of shared memory that a block may have, of the current device.
+// Of the current device: its compute capability's first number, multiprocessors, bytes of shared memory that a block may have.
 struct Device {
+    int major;
     int multiprocessors;
     int shared_bytes;
 };

@@ -61,13 +61,13 @@ __global__ void __launch_bounds__(merge_columns) merge_kernel(Attend work, Parti
 }
 
 // How many parts the keys of each token are cut into: as many as fill the GPU evenly, as few as that takes. Lengths are in
-// device memory, so only the shapes decide: the blocks that there are without a cut, and the tiles of 64 keys at most.
-int choose_splits(const Attend& work, const Device& device, int block_rows, int64_t most_rows) {
+// device memory, so only the shapes decide: the blocks that there are without a cut, and the tiles of keys at most.
+int choose_splits(const Attend& work, const Device& device, int block_rows, int tile, int64_t most_rows) {
     int64_t const rows = work.step.tokens * work.heads;
     int64_t const blocks = work.indices == nullptr ? ceil_div<int64_t>(rows, block_rows)
                                                    : work.step.tokens * ceil_div(work.heads, block_rows);
     int64_t const keys = work.indices == nullptr ? work.step.max_pages * work.layout.page_size : work.top_k;
-    int64_t limit = ceil_div<int64_t>(keys, 64);
+    int64_t limit = ceil_div<int64_t>(keys, tile);
     if (limit > most_splits) limit = most_splits;
     if (limit > most_rows / rows) limit = most_rows / rows;
     int best = 1;
@@ -100,6 +100,7 @@ int run(Call& call, const OpSpec& op) {
     if (int const lengths = place("index_lengths"); lengths >= 0) work.index_lengths = call.input<int32_t>(lengths);
     work.sinks = call.input<float>(place("sinks"));
     work.softmax_scale = call.attributes.softmax_scale;
+    work.query_terms = call.attributes.query_terms;
     work.heads = static_cast<int32_t>(call.dims.H);
     return attend(call, work);
 }
@@ -110,8 +111,8 @@ int attend(Call& call, const Attend& work) {
     if (work.step.tokens == 0 || work.heads == 0) return MLA_OK;
     Device device;
     if (int status = current_device(&device)) return status;
-    bool const tensor_cores = attend_takes_tensor_cores(work, device);
-    int const block_rows = tensor_cores ? rows_per_block(work) : 8;
+    bool const hopper = attend_takes_hopper(work, device), tensor_cores = attend_takes_tensor_cores(work, device);
+    int const block_rows = hopper ? hopper_rows(work) : tensor_cores ? rows_per_block(work) : 8;
     // of partial results at most: two blocks of 64 rows for each multiprocessor
     int64_t const rows = work.step.tokens * work.heads;
     int64_t const budget = int64_t{2} * device.multiprocessors * 64;
@@ -122,11 +123,11 @@ int attend(Call& call, const Attend& work) {
     partials.lse = call.workspace.take<float>(most_rows);
     call.workspace.release(mark);
     if (call.workspace.sizing()) return MLA_OK;
-    partials.splits = choose_splits(work, device, block_rows, most_rows);
-    if (int status = tensor_cores ? attend_tensor_cores(work, partials, device, call.stream)
-                                  : attend_exact(work, partials, call.stream)) {
-        return status;
-    }
+    partials.splits = choose_splits(work, device, block_rows, hopper ? 128 : 64, most_rows);
+    int const status = hopper         ? attend_hopper(work, partials, call.stream)
+                       : tensor_cores ? attend_tensor_cores(work, partials, device, call.stream)
+                                      : attend_exact(work, partials, call.stream);
+    if (status != MLA_OK) return status;
     if (partials.splits == 1) return MLA_OK;
     dim3 const grid(static_cast<unsigned>(rows), ceil_div(work.layout.rank, merge_columns));
     merge_kernel<<<grid, merge_columns, 0, call.stream>>>(work, partials);

@@ -15,6 +15,7 @@ typedef struct MlaAttributes {
     float epsilon;
     int32_t rope_interleaved;
     float softmax_scale;
+    int32_t query_terms;
     int32_t index_head_dim;
     int32_t index_rope_dim;
     int32_t index_rope_interleaved;
@@ -175,6 +176,7 @@ constexpr AttributeSpec decoding_attributes[] = {
     {"row_format", AttributeSpec::text, 16, nullptr, "f32 bf16 fp8 fp8_ds_mla fp8_flat", 2, false},
     {"kv_scale", AttributeSpec::number, 20, nullptr, nullptr, 1.0, false},
     {"softmax_scale", AttributeSpec::number, 32, nullptr, nullptr, 0, true},
+    {"query_terms", AttributeSpec::integer, 36, nullptr, nullptr, 2, false},
 };
 constexpr TensorSpec prefill_inputs[] = {
     {"query", Kind::any_float, "T H Dn+Dr", false},
@@ -264,6 +266,7 @@ constexpr AttributeSpec decode_branch_fp8_attributes[] = {
     {"epsilon", AttributeSpec::number, 24, nullptr, nullptr, 1e-06, false},
     {"rope_interleaved", AttributeSpec::integer, 28, nullptr, nullptr, 1, false},
     {"softmax_scale", AttributeSpec::number, 32, nullptr, nullptr, 0, true},
+    {"query_terms", AttributeSpec::integer, 36, nullptr, nullptr, 2, false},
 };
 constexpr TensorSpec indexer_inputs[] = {
     {"index_query", Kind::any_float, "T Hi Di", false},
@@ -287,14 +290,14 @@ constexpr TensorSpec indexer_outputs[] = {
     {"indexer_cache_out", Kind::i32, "index_pages index_page_words", false},
 };
 constexpr AttributeSpec indexer_attributes[] = {
-    {"index_head_dim", AttributeSpec::integer, 36, "Di", nullptr, 0, true},
-    {"index_rope_dim", AttributeSpec::integer, 40, "Dri", nullptr, 0, false},
-    {"index_rope_interleaved", AttributeSpec::integer, 44, nullptr, nullptr, 0, false},
-    {"index_norm_epsilon", AttributeSpec::number, 48, nullptr, nullptr, 1e-06, false},
-    {"index_hadamard", AttributeSpec::integer, 52, nullptr, nullptr, 0, false},
-    {"index_format", AttributeSpec::text, 56, nullptr, "f32 fp8", 1, false},
-    {"index_scale_ue8m0", AttributeSpec::integer, 60, nullptr, nullptr, 0, false},
-    {"top_k", AttributeSpec::integer, 64, "K", nullptr, 0, true},
+    {"index_head_dim", AttributeSpec::integer, 40, "Di", nullptr, 0, true},
+    {"index_rope_dim", AttributeSpec::integer, 44, "Dri", nullptr, 0, false},
+    {"index_rope_interleaved", AttributeSpec::integer, 48, nullptr, nullptr, 0, false},
+    {"index_norm_epsilon", AttributeSpec::number, 52, nullptr, nullptr, 1e-06, false},
+    {"index_hadamard", AttributeSpec::integer, 56, nullptr, nullptr, 0, false},
+    {"index_format", AttributeSpec::text, 60, nullptr, "f32 fp8", 1, false},
+    {"index_scale_ue8m0", AttributeSpec::integer, 64, nullptr, nullptr, 0, false},
+    {"top_k", AttributeSpec::integer, 68, "K", nullptr, 0, true},
     {"page_size", AttributeSpec::integer, 4, "P", nullptr, 64, false},
 };
 constexpr TensorSpec attention_inputs[] = {
@@ -329,12 +332,13 @@ constexpr AttributeSpec attention_attributes[] = {
     {"page_size", AttributeSpec::integer, 4, "P", nullptr, 64, false},
     {"row_format", AttributeSpec::text, 16, nullptr, "f32 bf16 fp8 fp8_ds_mla fp8_flat", 2, false},
     {"kv_scale", AttributeSpec::number, 20, nullptr, nullptr, 1.0, false},
-    {"num_heads", AttributeSpec::integer, 68, "H", nullptr, 0, true},
-    {"qk_nope_head_dim", AttributeSpec::integer, 72, "Dn", nullptr, 0, true},
-    {"v_head_dim", AttributeSpec::integer, 76, "Dv", nullptr, 0, true},
+    {"num_heads", AttributeSpec::integer, 72, "H", nullptr, 0, true},
+    {"qk_nope_head_dim", AttributeSpec::integer, 76, "Dn", nullptr, 0, true},
+    {"v_head_dim", AttributeSpec::integer, 80, "Dv", nullptr, 0, true},
     {"epsilon", AttributeSpec::number, 24, nullptr, nullptr, 1e-06, false},
     {"rope_interleaved", AttributeSpec::integer, 28, nullptr, nullptr, 1, false},
     {"softmax_scale", AttributeSpec::number, 32, nullptr, nullptr, 0, true},
+    {"query_terms", AttributeSpec::integer, 36, nullptr, nullptr, 2, false},
 };
 constexpr TensorSpec sparse_attention_inputs[] = {
     {"query", Kind::any_float, "T H Dn+Dr", false},
@@ -379,33 +383,34 @@ constexpr AttributeSpec sparse_attention_attributes[] = {
     {"page_size", AttributeSpec::integer, 4, "P", nullptr, 64, false},
     {"row_format", AttributeSpec::text, 16, nullptr, "f32 bf16 fp8 fp8_ds_mla fp8_flat", 2, false},
     {"kv_scale", AttributeSpec::number, 20, nullptr, nullptr, 1.0, false},
-    {"num_heads", AttributeSpec::integer, 68, "H", nullptr, 0, true},
-    {"qk_nope_head_dim", AttributeSpec::integer, 72, "Dn", nullptr, 0, true},
-    {"v_head_dim", AttributeSpec::integer, 76, "Dv", nullptr, 0, true},
+    {"num_heads", AttributeSpec::integer, 72, "H", nullptr, 0, true},
+    {"qk_nope_head_dim", AttributeSpec::integer, 76, "Dn", nullptr, 0, true},
+    {"v_head_dim", AttributeSpec::integer, 80, "Dv", nullptr, 0, true},
     {"epsilon", AttributeSpec::number, 24, nullptr, nullptr, 1e-06, false},
     {"rope_interleaved", AttributeSpec::integer, 28, nullptr, nullptr, 1, false},
     {"softmax_scale", AttributeSpec::number, 32, nullptr, nullptr, 0, true},
-    {"index_head_dim", AttributeSpec::integer, 36, "Di", nullptr, 0, true},
-    {"index_rope_dim", AttributeSpec::integer, 40, "Dri", nullptr, 0, false},
-    {"index_rope_interleaved", AttributeSpec::integer, 44, nullptr, nullptr, 0, false},
-    {"index_norm_epsilon", AttributeSpec::number, 48, nullptr, nullptr, 1e-06, false},
-    {"index_hadamard", AttributeSpec::integer, 52, nullptr, nullptr, 0, false},
-    {"index_format", AttributeSpec::text, 56, nullptr, "f32 fp8", 1, false},
-    {"index_scale_ue8m0", AttributeSpec::integer, 60, nullptr, nullptr, 0, false},
-    {"top_k", AttributeSpec::integer, 64, "K", nullptr, 0, true},
+    {"query_terms", AttributeSpec::integer, 36, nullptr, nullptr, 2, false},
+    {"index_head_dim", AttributeSpec::integer, 40, "Di", nullptr, 0, true},
+    {"index_rope_dim", AttributeSpec::integer, 44, "Dri", nullptr, 0, false},
+    {"index_rope_interleaved", AttributeSpec::integer, 48, nullptr, nullptr, 0, false},
+    {"index_norm_epsilon", AttributeSpec::number, 52, nullptr, nullptr, 1e-06, false},
+    {"index_hadamard", AttributeSpec::integer, 56, nullptr, nullptr, 0, false},
+    {"index_format", AttributeSpec::text, 60, nullptr, "f32 fp8", 1, false},
+    {"index_scale_ue8m0", AttributeSpec::integer, 64, nullptr, nullptr, 0, false},
+    {"top_k", AttributeSpec::integer, 68, "K", nullptr, 0, true},
 };
 }  // namespace table
 
 constexpr OpSpec ops[] = {
     {"MlaPlan", 3, 3, 2, table::plan_inputs, table::plan_outputs, table::plan_attributes},
     {"MlaFusedRopeRmsNormQuantization", 12, 2, 7, table::fused_rope_rms_norm_quantization_inputs, table::fused_rope_rms_norm_quantization_outputs, table::fused_rope_rms_norm_quantization_attributes},
-    {"MlaDecoding", 10, 2, 6, table::decoding_inputs, table::decoding_outputs, table::decoding_attributes},
+    {"MlaDecoding", 10, 2, 7, table::decoding_inputs, table::decoding_outputs, table::decoding_attributes},
     {"MlaPrefill", 13, 2, 6, table::prefill_inputs, table::prefill_outputs, table::prefill_attributes},
     {"MlaPrefillSparse", 11, 2, 6, table::prefill_sparse_inputs, table::prefill_sparse_outputs, table::prefill_sparse_attributes},
-    {"MlaDecodeBranchFp8", 21, 2, 8, table::decode_branch_fp8_inputs, table::decode_branch_fp8_outputs, table::decode_branch_fp8_attributes},
+    {"MlaDecodeBranchFp8", 21, 2, 9, table::decode_branch_fp8_inputs, table::decode_branch_fp8_outputs, table::decode_branch_fp8_attributes},
     {"MlaIndexer", 15, 2, 9, table::indexer_inputs, table::indexer_outputs, table::indexer_attributes},
-    {"MlaAttention", 20, 2, 11, table::attention_inputs, table::attention_outputs, table::attention_attributes},
-    {"MlaSparseAttention", 29, 4, 19, table::sparse_attention_inputs, table::sparse_attention_outputs, table::sparse_attention_attributes},
+    {"MlaAttention", 20, 2, 12, table::attention_inputs, table::attention_outputs, table::attention_attributes},
+    {"MlaSparseAttention", 29, 4, 20, table::sparse_attention_inputs, table::sparse_attention_outputs, table::sparse_attention_attributes},
 };
 
 }  // namespace mla

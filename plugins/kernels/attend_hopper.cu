@@ -1,0 +1,159 @@
+// Dense attention over rows of the format fp8 on SM90, with both products in e4m3 (R 512, Dr 64, pages of 64 x 2^n).
+//
+// A block has up to 64 rows (heads, or tokens x heads of one sequence) and walks over tiles of 128 keys. Two warpgroups make
+// the scores, each of its 64 keys, and the softmax; two make the output, each 256 of its 512 columns. Scores are Q K^T. The
+// output is made transposed, V^T P^T: keys lie in shared memory as rows, and so V, whose tile is K-major only the other way
+// round, comes through registers (`ldmatrix` with transposition gives pairs of codes of one key, `prmt` makes fragments of
+// four keys); P is written in the order of keys that those fragments have (`value_fragments`).
+//
+// - The query is e4m3 with a scale for each row, in one term or two: the second holds what the first leaves. Where rows are at
+//   most 32, both terms are rows of one product of 64, which costs nothing; else the second is a second product.
+// - The scale s of a key's row multiplies its score and its value. With y = score + log2 s, P = 2^(y - m + 7) is the weight of
+//   the codes, and the sum adds P / s of the rounded P: the weights that are used sum to one. m is a reference near the row's maximum.
+// - The e4m3 products' sums keep 14 bits (measured, docs/kernels.md): each tile of the output is summed from zero and then added in f32.
+// - Keys come in five pieces of 128 bytes of a tile's rows into a ring; who has used a piece up orders the one that takes its
+//   place. Pages outside of the pool and behind the end are outside of the tensor map: zeros.
+#include "attend_hopper_output.cuh"
+#include "attend_hopper_scores.cuh"
+
+namespace mla {
+namespace {
+
+using namespace hopper;
+
+template <typename F>
+__global__ void __launch_bounds__(threads, 1)
+    attend_hopper_kernel(const __grid_constant__ CUtensorMap map, Attend work, Partials partials) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    using P = Places<F>;
+    extern __shared__ __align__(1024) uint8_t memory[];
+    __shared__ Item shared_item;
+    int const warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
+    if (warp == 0) {
+        Item const found = find_item(work, F::rows);
+        if (lane == 0) shared_item = found;
+    }
+    if (threadIdx.x == 32) {
+#pragma unroll 1
+        for (int i = 0; i < F::ring + 8; ++i) barrier_init(shared_address(memory + P::scales_full) + 8 * i, 1);
+        fence_barrier_init();
+    }
+    __syncthreads();
+    const Item& item = shared_item;  // read again where it is needed: registers are scarce
+    if (item.sequence < 0) {
+        if (partials.splits == 1) zero_padding(work, item);
+        return;
+    }
+    int64_t const last_token = item.first_token + (item.first_head + item.count - 1) / work.heads;
+    int32_t const end = max(last_key(work, last_token) + 1, 0);
+    int32_t const tile_count = ceil_div(end, tile);
+    auto const first = static_cast<int32_t>(static_cast<int64_t>(tile_count) * blockIdx.y / partials.splits);
+    auto const last = static_cast<int32_t>(static_cast<int64_t>(tile_count) * (blockIdx.y + 1) / partials.splits);
+    Ring<F> const ring{memory, &map, last - first};
+
+    if (warp == 0) {  // pages of four tiles: the score groups go on from there
+        if (lane == 0) *reinterpret_cast<int2*>(memory + P::span) = make_int2(first, end - (last - 1) * tile);
+        __syncwarp();
+        if (lane < 8) ring.fetch_page(work, item.sequence, lane / 2, lane % 2);
+        copy_async_wait<0>();
+        __syncwarp();
+        if (lane == 0) {
+#pragma unroll 1
+            for (int number = 0; number < F::ring; ++number) ring.order(work, number / pieces, number % pieces);
+#pragma unroll 1
+            for (int i = 0; i < 6; ++i) ring.order_scales(work, i / 2, i % 2);
+        }
+    }
+    load_query<F>(work, item, memory);
+    for (int row = threadIdx.x; row < 64; row += threads) {
+        reinterpret_cast<int32_t*>(memory + P::limits)[row] =
+            row < item.count ? last_key(work, item.first_token + (item.first_head + row) / work.heads) : -1;
+    }
+    fence_async();
+    __syncthreads();
+    if (threadIdx.x < 2 * group) {
+        registers_decrease<64>();
+        score_group<F>(work, partials, item, ring, memory);
+        __syncthreads();
+    } else {
+        registers_increase<192>();
+        output_group<F>(work, ring, memory, warp / 4 - 2);
+    }
+    __syncthreads();
+    write_rows(work, partials, item, memory);
+#endif
+}
+
+// The pool as [page][column of 128 bytes][row][byte]; a box is one column of 64 rows.
+int make_map(CUtensorMap* map, const Attend& work) {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    if (int status = check_cuda("cuTensorMapEncodeTiled", cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000,
+                                                                                            cudaEnableDefault, &found))) {
+        return status;
+    }
+    if (found != cudaDriverEntryPointSuccess) return fail(MLA_CUDA, "the driver has no cuTensorMapEncodeTiled: update it");
+    auto const encode = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(entry);
+    cuuint64_t const sizes[4] = {128, static_cast<cuuint64_t>(work.layout.page_size), pieces,
+                                 static_cast<cuuint64_t>(work.step.pages)};
+    cuuint64_t const strides[3] = {static_cast<cuuint64_t>(work.layout.row_bytes), 128,
+                                   static_cast<cuuint64_t>(work.layout.page_bytes)};
+    cuuint32_t const box[4] = {128, half, 1, 1}, steps[4] = {1, 1, 1, 1};
+    CUresult const status = encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 4, const_cast<uint8_t*>(work.pool), sizes, strides, box,
+                                   steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (status == CUDA_SUCCESS) return MLA_OK;
+    return fail(MLA_CUDA, "cuTensorMapEncodeTiled gave error %d for %lld pages", static_cast<int>(status),
+                static_cast<long long>(work.step.pages));
+}
+
+template <typename F>
+int launch(const Attend& work, const Partials& partials, cudaStream_t stream) {
+    CUtensorMap map;
+    if (int status = make_map(&map, work)) return status;
+    auto* kernel = attend_hopper_kernel<F>;
+    if (int status = check_cuda("attention", cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                                  cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                                  Places<F>::total))) {
+        return status;
+    }
+    int64_t const blocks = block_count(work, F::rows);
+    if (blocks > 0x7fffffff) return fail(MLA_UNSUPPORTED, "%lld query tokens are too many for one step",
+                                         static_cast<long long>(work.step.tokens));
+    kernel<<<dim3(static_cast<unsigned>(blocks), partials.splits), threads, Places<F>::total, stream>>>(
+        map, work, partials);
+    return check_launch("attention");
+}
+
+}  // namespace
+
+bool attend_takes_hopper(const Attend& work, const Device& device) {
+    if (device.major != 9 || work.query_terms == 0 || work.query.type != MLA_BFLOAT16 || !queries_aligned(work) || work.indices != nullptr || work.step.pages <= 0) return false;
+    const KvLayout& layout = work.layout;
+    if (layout.format != row_format::fp8 || layout.rank != rank || layout.rope != rope || layout.page_size < half ||
+        (layout.page_size & (layout.page_size - 1)) != 0 ||
+        reinterpret_cast<uintptr_t>(work.pool) % 16 != 0) {
+        return false;
+    }
+    // code for sm_90a alone has the kernel's body, and with it its static shared memory
+    cudaFuncAttributes attributes;
+    return cudaFuncGetAttributes(&attributes, attend_hopper_kernel<Form<64, 1>>) == cudaSuccess &&
+           attributes.sharedSizeBytes > 0;
+}
+
+int hopper_rows(const Attend& work) {
+    int64_t const sequences = work.step.sequences > 0 ? work.step.sequences : 1;
+    int64_t const rows = ceil_div(work.step.tokens, sequences) * work.heads;
+    return rows <= 16 ? 16 : rows <= 32 ? 32 : 64;
+}
+
+int attend_hopper(const Attend& work, const Partials& partials, cudaStream_t stream) {
+    switch (hopper_rows(work)) {
+        case 16: return launch<Form<16, 2>>(work, partials, stream);
+        case 32: return launch<Form<32, 2>>(work, partials, stream);
+        default: break;
+    }
+    return work.query_terms == 1 ? launch<Form<64, 1>>(work, partials, stream) : launch<Form<64, 2>>(work, partials, stream);
+}
+
+}  // namespace mla

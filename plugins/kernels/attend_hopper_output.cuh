@@ -1,0 +1,199 @@
+// The warpgroups of attend_hopper.cu that make the output.
+#pragma once
+
+#include "attend_hopper_ring.cuh"
+
+namespace mla {
+namespace hopper {
+
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+// 64 columns x 128 keys of a piece as fragments of four products. Lane 4 g + t of warp w has columns 16 w + 2 g (rows g of the
+// product) and the next (rows g + 8), and of each 16 keys 2 t, 2 t + 1, 8 + 2 t, 9 + 2 t. First as they come, [i / 4][i % 4] being
+// keys 8 i + 2 t and the next in two columns; `line` is the address of the lane's first 16 bytes.
+__device__ inline void value_fragments(uint32_t (&a)[4][4], uint32_t line) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) ldmatrix_x4_transposed(a[k], line + k * 4096);
+}
+
+__device__ inline void make_fragments(uint32_t (&a)[4][4]) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+        uint32_t const r[4] = {a[k][0], a[k][1], a[k][2], a[k][3]};
+        a[k][0] = __byte_perm(r[0], r[1], 0x6420);
+        a[k][1] = __byte_perm(r[0], r[1], 0x7531);
+        a[k][2] = __byte_perm(r[2], r[3], 0x6420);
+        a[k][3] = __byte_perm(r[2], r[3], 0x7531);
+    }
+}
+
+// Two values of shared memory, read where it is written: read ahead, all would take registers.
+__device__ inline float2 load_pair(uint32_t address) {
+    float2 value;
+    asm volatile("ld.volatile.shared.v2.f32 {%0, %1}, [%2];" : "=f"(value.x), "=f"(value.y) : "r"(address));
+    return value;
+}
+
+// 256 columns of the output, which are staged in shared memory in the end; `side` says which.
+template <typename F>
+__device__ void output_group(const Attend& work, const Ring<F>& ring, uint8_t* memory, int side) {
+    using P = Places<F>;
+    constexpr int values = F::rows / 2;  // of a thread, of 64 columns
+    int const warp = threadIdx.x / warp_size % 4, lane = threadIdx.x % warp_size;
+    int const g = lane / 4, t = lane % 4;
+    uint32_t const place = shared_address(memory) + side * piece_bytes + lane * 128 + ((warp ^ (lane & 7)) << 4);
+    // what `place` says again, rather than in registers of its own
+    auto own_lane = [&] { return (again(place) - shared_address(memory)) / 128 % warp_size; };
+    auto own_warp = [&] { return (again(place) / 16 ^ (again(place) - shared_address(memory)) / 128) % 8; };
+    float sums[4][values];
+#pragma unroll
+    for (int m = 0; m < 4; ++m) {
+#pragma unroll
+        for (int i = 0; i < values; ++i) sums[m][i] = 0.0f;
+    }
+
+    auto rescale = [&](int buffer) {
+        uint32_t const factors = shared_address(memory + P::rescale) + buffer * 256 + own_lane() % 4 * 8;
+#pragma unroll
+        for (int j = 0; j < F::rows / 8; ++j) {
+            float2 const factor = load_pair(factors + 32 * j);
+#pragma unroll
+            for (int m = 0; m < 4; ++m) {
+                sums[m][4 * j] *= factor.x;
+                sums[m][4 * j + 1] *= factor.y;
+                sums[m][4 * j + 2] *= factor.x;
+                sums[m][4 * j + 3] *= factor.y;
+            }
+        }
+    };
+    // The table of a tile's scales: half of it by each group.
+    auto make_scales = [&](int32_t n) {
+        unsigned const key = own_warp() * warp_size + own_lane();
+        if (key < half) ring.make_scale(work, n, side * half + static_cast<int>(key), n % 3);
+    };
+    make_scales(0);
+    if (ring.count > 0) named_arrive(weights_free, threads);
+    make_scales(1);
+    if (ring.count > 1) named_arrive(weights_free + 1, threads);
+
+    auto tile_of = [&](int32_t n, auto parity) {
+        constexpr int buffer = decltype(parity)::value;  // known when compiled: that saves registers
+        uint32_t a[4][4];
+        auto fragments = [&](int m) {
+            if (m % 2 == 0) ring.wait(n, side + m / 2 * 2);
+            uint32_t const line = F::ring == 10 ? place + buffer * (pieces * piece_bytes) + m / 2 * (2 * piece_bytes)
+                                                : place + (ring.slot(n, side + m / 2 * 2) - side) * piece_bytes;
+            value_fragments(a, m % 2 == 0 ? line : line ^ 64);
+            make_fragments(a);
+        };
+        make_scales(n + 2);
+        fragments(0);
+        named_sync(weights_ready + buffer, threads);
+        if (n + 1 == ring.count) fragments(0);  // its tail is cleared only now
+        uint32_t const weights = tile_descriptor(shared_address(memory + P::weights) + buffer * F::weight_bytes);
+        int flags = 0;
+#pragma unroll
+        for (int m = 0; m < 4; ++m) {
+            float part[values];
+            pin(part);
+            pin(a);
+            product_fence();
+            product_e4m3<0>(part, a[0], weights);
+            product_e4m3<1>(part, a[1], weights);
+            product_e4m3<2>(part, a[2], weights);
+            product_e4m3<3>(part, a[3], weights);
+            product_commit();
+            if (m == 0) {
+                int4 const changed = reinterpret_cast<const int4*>(memory + P::changed)[buffer];
+                flags = changed.x | changed.y | changed.z | changed.w;
+                if ((flags & 1) != 0) rescale(buffer);
+            }
+            product_wait();
+            pin(part);
+            if (m % 2 == 1) {  // the piece is used up
+                int const id = piece_used + 2 * side + m / 2;
+                if (own_warp() == 0) {
+                    named_sync(id, group);
+                    if (own_lane() == 0) ring.order_after(work, n, side + m / 2 * 2);
+                } else {
+                    named_arrive(id, group);
+                }
+            }
+            if (m < 3) fragments(m + 1);
+            if ((flags & 2) == 0) {
+#pragma unroll
+                for (int i = 0; i < values; ++i) sums[m][i] += part[i];
+            } else {
+                uint32_t const factors = shared_address(memory + P::tile_factors) + buffer * 256 + own_lane() % 4 * 8;
+#pragma unroll
+                for (int j = 0; j < F::rows / 8; ++j) {
+                    float2 const factor = load_pair(factors + 32 * j);
+                    sums[m][4 * j] = fmaf(part[4 * j], factor.x, sums[m][4 * j]);
+                    sums[m][4 * j + 1] = fmaf(part[4 * j + 1], factor.y, sums[m][4 * j + 1]);
+                    sums[m][4 * j + 2] = fmaf(part[4 * j + 2], factor.x, sums[m][4 * j + 2]);
+                    sums[m][4 * j + 3] = fmaf(part[4 * j + 3], factor.y, sums[m][4 * j + 3]);
+                }
+            }
+        }
+        if (n + 2 < ring.count) named_arrive(weights_free + buffer, threads);
+    };
+#pragma unroll 1
+    for (int32_t n = 0; n < ring.count; n += 2) {
+        tile_of(n, std::integral_constant<int, 0>());
+        if (n + 1 < ring.count) tile_of(n + 1, std::integral_constant<int, 1>());
+    }
+
+    __syncthreads();  // the factors are there, and nobody needs keys and queries any more
+    auto* staged = reinterpret_cast<float*>(memory);
+    const auto* factors = reinterpret_cast<const float*>(memory + P::factors);
+#pragma unroll
+    for (int j = 0; j < F::rows / 8; ++j) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            int const row = 8 * j + 2 * t + i;
+            float const factor = factors[row];
+#pragma unroll
+            for (int m = 0; m < 4; ++m) {
+                *reinterpret_cast<float2*>(staged + row * staged_row + side * 256 + m * 64 + warp * 16 + 2 * g) =
+                    make_float2(sums[m][4 * j + i] * factor, sums[m][4 * j + 2 + i] * factor);
+            }
+        }
+    }
+}
+
+// The staged rows to their places, by all threads: a warp writes a row.
+__device__ inline void write_rows(const Attend& work, const Partials& partials, const Item& item, const uint8_t* memory) {
+    int const warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
+#pragma unroll 1
+    for (int row = warp; row < item.count; row += threads / warp_size) {
+        int const flat = item.first_head + row;
+        int64_t const token = item.first_token + flat / work.heads;
+        int const head = flat % work.heads;
+        const auto* values = reinterpret_cast<const float4*>(memory) + row * (staged_row / 4);
+        bool const part = partials.splits > 1;
+        int64_t const at = part ? ((token * work.heads + head) * partials.splits + blockIdx.y) * rank
+                                : token * work.output.token_stride + head * work.output.head_stride;
+        if (part || work.output.type == MLA_FLOAT) {
+            auto* target = reinterpret_cast<float4*>((part ? partials.output : static_cast<float*>(work.output.data)) + at);
+            for (int i = lane; i < rank / 4; i += warp_size) target[i] = values[i];
+        } else {
+            auto* target = reinterpret_cast<uint2*>(static_cast<uint16_t*>(work.output.data) + at);
+            for (int i = lane; i < rank / 4; i += warp_size) {
+                float4 const four = values[i];
+                if (work.output.type == MLA_FLOAT16) {
+                    __half2 const low = __floats2half2_rn(four.x, four.y), high = __floats2half2_rn(four.z, four.w);
+                    target[i] = make_uint2(reinterpret_cast<const uint32_t&>(low), reinterpret_cast<const uint32_t&>(high));
+                } else {
+                    __nv_bfloat162 const low = __floats2bfloat162_rn(four.x, four.y);
+                    __nv_bfloat162 const high = __floats2bfloat162_rn(four.z, four.w);
+                    target[i] = make_uint2(reinterpret_cast<const uint32_t&>(low), reinterpret_cast<const uint32_t&>(high));
+                }
+            }
+        }
+    }
+}
+
+#endif
+
+}  // namespace hopper
+}  // namespace mla

@@ -1,0 +1,198 @@
+// Shared memory of a block of attend_hopper.cu, and how keys come into it.
+#pragma once
+
+#include <cuda.h>
+#include <type_traits>
+
+#include "attend_block.cuh"
+#include "hopper.cuh"
+
+namespace mla {
+namespace hopper {
+
+constexpr int rank = 512, rope = 64;
+constexpr int tile = 128, half = 64;  // keys of a tile, and of a copy
+constexpr int threads = 512;
+constexpr int pieces = 5;  // of a tile: four of the latent and the rope part
+constexpr int piece_bytes = tile * 128;
+constexpr int row_piece_bytes = 64 * 128;  // of the query
+// Two forms for at most 32 or 16 rows, two for 64.
+template <int row_count, int query_terms>
+struct Form {
+    static constexpr int rows = row_count, terms = query_terms;
+    static constexpr bool packed = rows <= 32;  // both terms in one product
+    static constexpr bool second = terms == 2 && !packed;
+    static constexpr int ring = second ? 8 : 10;  // pieces in flight
+    static constexpr int weight_bytes = rows * 128;
+};
+
+// Where things lie in shared memory, in bytes.
+template <typename F>
+struct Places {
+    static constexpr int query = F::ring * piece_bytes;
+    static constexpr int query_low = query + pieces * row_piece_bytes;
+    static constexpr int weights = query_low + (F::second ? 4 * row_piece_bytes : 0);
+    // Of the scales s of three tiles: s, log2 s, 1 / s, each [2 halves][4][16]: the 16 keys of a thread of the scores follow each other.
+    static constexpr int scales = weights + 2 * F::weight_bytes;
+    static constexpr int rescale = scales + 3 * 3 * tile * 4;  // [2][64]
+    static constexpr int tile_factors = rescale + 2 * 64 * 4;  // [2][64]
+    static constexpr int changed = tile_factors + 2 * 64 * 4;  // [2][4]
+    static constexpr int maxima = changed + 2 * 4 * 4;  // [2][2][64]
+    static constexpr int query_scales = maxima + 2 * 2 * 64 * 4;  // [64]
+    static constexpr int sums = query_scales + 64 * 4;  // [2][64]
+    static constexpr int factors = sums + 2 * 64 * 4;  // [64]
+    static constexpr int limits = factors + 64 * 4;  // [64]
+    static constexpr int pages = limits + 64 * 4;  // [8][2], as the block table has them, of the halves of a tile
+    static constexpr int span = pages + 8 * 2 * 4;  // the block's first tile, and the keys of its last one
+    static constexpr int raw_scales = span + 16;  // [4][128]
+    static constexpr int scales_full = raw_scales + 4 * tile * 4;  // [4][2], their barriers
+    static constexpr int full = scales_full + 4 * 2 * 8;  // barriers of the ring
+    static constexpr int total = full + F::ring * 8;
+};
+
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+constexpr int group = 128;  // threads that do the same
+constexpr int staged_row = rank + 4;  // values from one staged row of the output to the next: fewer bank conflicts
+template <typename F>
+constexpr int own_rows = F::packed ? 1 : 2;  // of the scores of a thread
+
+// P is 2^7 at a reference that stays, and a maximum may exceed it by 2^1.75: below 448. A tile whose maximum is much smaller than
+// the reference has its own, or its weights would be too small for e4m3: many keys of little weight count beside one of much.
+constexpr float weight_bits = 7.0f, spare_bits = 1.75f, low_bits = 8.0f, most_bits = 60.0f;
+
+// An e4m3 code's bits at the places of an f32's are 2^-120 of it; half of that goes into 1 / s, so that nothing overflows.
+constexpr float half_code_unit = 0x1p60f;
+
+// Named barriers. Ready and free: of the weights' two buffers.
+enum : int { weights_ready = 1, weights_free = 3, maxima_ready = 5, piece_used = 6 };
+
+// The value, as if it were another one: what is made from it is made again each time, and takes no registers throughout a loop.
+__device__ inline unsigned again(unsigned value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+
+// Of normal numbers; others give 0 or infinity.
+__device__ inline float fast_log2(float value) {
+    float result;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+    return result;
+}
+__device__ inline float fast_inverse(float value) {
+    float result;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+    return result;
+}
+
+__device__ inline uint32_t encode_pair(float low, float high) {
+    uint16_t codes;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(codes) : "f"(high), "f"(low));
+    return codes;
+}
+
+// The ring of pieces. Piece `i` of the block's tile `n` is number 5 n + i, in slot (5 n + i) % ring. Columns of the pieces in
+// order: the two output groups' first ones, their second ones, rope.
+template <typename F>
+struct Ring {
+    using P = Places<F>;
+    uint8_t* memory;
+    const CUtensorMap* map;
+    int32_t count;  // tiles of this block
+
+    __device__ static constexpr int column(int i) { return i == 1 ? 2 : i == 2 ? 1 : i; }
+    __device__ static int slot(int32_t n, int i) { return F::ring == 10 ? (n & 1) * pieces + i : (pieces * n + i) % F::ring; }
+    __device__ static int parity(int32_t n, int i) { return (F::ring == 10 ? n >> 1 : (pieces * n + i) / F::ring) & 1; }
+
+    __device__ uint32_t piece(int32_t n, int i) const { return shared_address(memory) + slot(n, i) * piece_bytes; }
+    __device__ void wait(int32_t n, int i) const {
+        barrier_wait(shared_address(memory + P::full) + 8 * slot(n, i), parity(n, i));
+    }
+
+    // Orders the piece that is `ring` after piece i of tile n. Called by one thread, when that one is used up.
+    __device__ void order_after(const Attend& work, int32_t n, int i) const {
+        int const later = i + F::ring % pieces;
+        order(work, n + F::ring / pieces + (later >= pieces), later >= pieces ? later - pieces : later);
+    }
+
+    // Halves without a page come from outside of the map.
+    __device__ void order(const Attend& work, int32_t n, int i) const {
+        if (n >= count) return;
+        uint32_t const barrier = shared_address(memory + P::full) + 8 * slot(n, i), target = piece(n, i);
+        barrier_expect(barrier, piece_bytes);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            copy_box(target + h * (piece_bytes / 2), map, barrier, 0, row_of_half(work, n, h), column(i),
+                             page_of_half(work, n, h));
+        }
+    }
+
+    // Orders the scales of a half's rows; without a page any others.
+    __device__ void order_scales(const Attend& work, int32_t n, int h) const {
+        if (n >= count) return;
+        int32_t const page = page_of_half(work, n, h);
+        uint32_t const barrier = shared_address(memory + P::scales_full) + (n % 4 * 2 + h) * 8;
+        const uint8_t* scales =
+            work.pool + (page < work.step.pages ? page : 0) * work.layout.page_bytes + work.layout.scales_offset;
+        barrier_expect(barrier, half * 4);
+        copy_bytes(shared_address(memory + P::raw_scales) + (n % 4 * tile + h * half) * 4,
+                           scales + 4 * row_of_half(work, n, h), half * 4, barrier);
+    }
+
+    // What the softmax needs of the scale of key `key` of tile n; of a key without a page, what makes its weight 0. `third`: n % 3.
+    __device__ void make_scale(const Attend& work, int32_t n, int key, int third) const {
+        if (n >= count) return;
+        int32_t const page = page_of_half(work, n, key / half);
+        barrier_wait(shared_address(memory + P::scales_full) + (n % 4 * 2 + key / half) * 8, n / 4 & 1);
+        float const scale = reinterpret_cast<const float*>(memory + P::raw_scales)[n % 4 * tile + key];
+        bool const there = page < static_cast<int32_t>(work.step.pages) && scale > 0.0f;  // what was never written may be NaN
+        auto* table = reinterpret_cast<float*>(memory + P::scales) + third * (3 * tile) + key / half * half + key % 8 / 2 * 16 +
+                      key % half / 8 * 2 + key % 2;
+        table[0] = there ? scale : 0.0f;
+        table[tile] = there ? fast_log2(scale) : -INFINITY;
+        table[2 * tile] = there ? half_code_unit * fast_inverse(scale) : 0.0f;
+    }
+
+    // Zeros for the values of a half's keys behind the last one, which were never written and may be NaN. By `group` threads.
+    __device__ void clear_tail(int32_t n, int h, int thread) const {
+        int const from = max(keys(n), h * half) * 8, to = (h + 1) * half * 8;
+        for (int i = 0; i < 4; ++i) {
+            auto* units = reinterpret_cast<uint4*>(memory + slot(n, i) * piece_bytes);
+            for (int unit = from + thread; unit < to; unit += group) units[unit] = make_uint4(0, 0, 0, 0);
+        }
+    }
+
+    __device__ int row_of_half(const Attend& work, int32_t n, int h) const {
+        return ((first_tile() + n) * tile + h * half) & (work.layout.page_size - 1);
+    }
+
+    __device__ int32_t first_tile() const { return reinterpret_cast<const int32_t*>(memory + P::span)[0]; }
+
+    // Keys of tile n that exist.
+    __device__ int keys(int32_t n) const {
+        return n + 1 < count ? tile : n + 1 == count ? reinterpret_cast<const int32_t*>(memory + P::span)[1] : 0;
+    }
+
+    __device__ int32_t page_of_half(const Attend& work, int32_t n, int h) const {
+        auto const page = reinterpret_cast<const uint32_t*>(memory + P::pages)[n % 8 * 2 + h];
+        return static_cast<int32_t>(min(page, static_cast<uint32_t>(work.step.pages)));
+    }
+
+    // Asks for a half's entry of the block table; it is there after copy_async_wait.
+    __device__ void fetch_page(const Attend& work, int32_t sequence, int32_t n, int h) const {
+        uint8_t* target = memory + P::pages + (n % 8 * 2 + h) * 4;
+        if (h * half >= keys(n)) {
+            *reinterpret_cast<int32_t*>(target) = -1;
+            return;
+        }
+        int32_t const key = (first_tile() + n) * tile + h * half;
+        const int32_t* entry = work.step.block_table + sequence * work.step.max_pages + (key >> (31 - __clz(work.layout.page_size)));
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(target)), "l"(entry) : "memory");
+        copy_async_commit();
+    }
+};
+
+#endif
+
+}  // namespace hopper
+}  // namespace mla

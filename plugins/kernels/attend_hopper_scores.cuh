@@ -1,0 +1,320 @@
+// The query's codes, and the warpgroups of attend_hopper.cu that make scores and softmax weights.
+#pragma once
+
+#include "attend_hopper_ring.cuh"
+
+namespace mla {
+namespace hopper {
+
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+// The rows' queries as codes, row scales, and the rope part divided by them. A warp makes a few rows; all are read first.
+template <typename F>
+__device__ void load_query(const Attend& work, const Item& item, uint8_t* memory) {
+    using P = Places<F>;
+    constexpr int warps = threads / warp_size, each = (F::packed ? 32 : 64) / warps;
+    int const warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
+    auto* scales = reinterpret_cast<float*>(memory + P::query_scales);
+    uint4 all_bits[each][2], all_rope[each];
+#pragma unroll
+    for (int i = 0; i < each; ++i) {
+        int const row = warp + i * warps, flat = item.first_head + row;
+        int64_t const base = (item.first_token + flat / work.heads) * work.query.token_stride +
+                             (flat % work.heads) * work.query.head_stride;
+        bool const there = row < item.count;
+        auto load = [&](int64_t at, bool wanted) {
+            return wanted ? *reinterpret_cast<const uint4*>(static_cast<const __nv_bfloat16*>(work.query.data) + at)
+                          : make_uint4(0, 0, 0, 0);
+        };
+        all_bits[i][0] = load(base + lane * 16, there);
+        all_bits[i][1] = load(base + lane * 16 + 8, there);
+        all_rope[i] = load(base + rank + lane * 8, there && lane < rope / 8);
+    }
+#pragma unroll
+    for (int i = 0; i < each; ++i) {
+        int const row = warp + i * warps;
+        const uint4(&bits)[2] = all_bits[i];
+        uint4 const rope_bits = all_rope[i];
+        float values[16], largest = 0.0f;
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            uint32_t const word = reinterpret_cast<const uint32_t*>(bits)[j];
+            values[2 * j] = __uint_as_float(word << 16);
+            values[2 * j + 1] = __uint_as_float(word & 0xffff0000u);
+            largest = fmaxf(largest, fmaxf(fabsf(values[2 * j]), fabsf(values[2 * j + 1])));
+        }
+        float const scale = fmaxf(warp_max(largest), kv_scale_floor) / e4m3_max;
+        float const inverse = 1.0f / scale;
+        uint32_t high[4], low[4];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            uint32_t pairs[2], rests[2];
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                float const a = values[4 * k + 2 * j] * inverse, b = values[4 * k + 2 * j + 1] * inverse;
+                pairs[j] = encode_pair(a, b);
+                __half2_raw const rounded = __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(pairs[j]), __NV_E4M3);
+                float2 const back = __half22float2(__half2(rounded));
+                rests[j] = encode_pair(a - back.x, b - back.y);
+            }
+            high[k] = pairs[0] | pairs[1] << 16;
+            low[k] = rests[0] | rests[1] << 16;
+        }
+        // packed: rows 8 w + g are rows 16 w + g of the product, their second terms rows 16 w + g + 8
+        int const line = F::packed ? row / 8 * 16 + row % 8 : row;
+        auto place = [&](int start, int of_line, int unit) {
+            return reinterpret_cast<uint4*>(memory + start + of_line * 128 + ((unit ^ (of_line & 7)) << 4));
+        };
+        int const piece = lane / 8 * row_piece_bytes;
+        *place(P::query + piece, line, lane % 8) = make_uint4(high[0], high[1], high[2], high[3]);
+        if constexpr (F::packed) *place(P::query + piece, line + 8, lane % 8) = make_uint4(low[0], low[1], low[2], low[3]);
+        if constexpr (F::second) *place(P::query_low + piece, line, lane % 8) = make_uint4(low[0], low[1], low[2], low[3]);
+        if (lane < rope / 8) {
+            uint32_t words[4];
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                uint32_t const word = reinterpret_cast<const uint32_t*>(&rope_bits)[j];
+                __nv_bfloat162 const pair = __floats2bfloat162_rn(__uint_as_float(word << 16) * inverse,
+                                                                  __uint_as_float(word & 0xffff0000u) * inverse);
+                words[j] = reinterpret_cast<const uint32_t&>(pair);
+            }
+            *place(P::query + 4 * row_piece_bytes, line, lane) = make_uint4(words[0], words[1], words[2], words[3]);
+            if constexpr (F::packed) *place(P::query + 4 * row_piece_bytes, line + 8, lane) = make_uint4(0, 0, 0, 0);
+        }
+        if (lane == 0) scales[row] = scale * work.softmax_scale * log2e;
+    }
+}
+
+// Scores and softmax of 64 keys of each tile; which, the group's number says.
+template <typename F>
+__device__ void score_group(const Attend& work, const Partials& partials, const Item& item, const Ring<F>& ring,
+                            uint8_t* memory) {
+    using P = Places<F>;
+    // a thread's place in everything follows from its number, each time again
+    unsigned const number = again(threadIdx.x);
+    auto side = [&] { return static_cast<int>(again(number) / group); };
+    auto thread = [&] { return static_cast<int>(again(number) % group); };
+    auto quad_thread = [&] { return static_cast<int>(again(number) % 4); };
+    auto first_row = [&] {  // the second is 8 further
+        unsigned const warp = again(number) / warp_size % 4, g = again(number) / 4 % 8;
+        return static_cast<int>(F::packed ? (warp * 8 + g) % F::rows : warp * 16 + g);
+    };
+    auto has_rows = [&] { return !F::packed || again(number) / warp_size % 4 * 8 < F::rows; };
+
+    float factors[own_rows<F>], top[own_rows<F>], total[own_rows<F>];
+#pragma unroll
+    for (int r = 0; r < own_rows<F>; ++r) {
+        factors[r] = reinterpret_cast<const float*>(memory + P::query_scales)[first_row() + 8 * r];
+        top[r] = -INFINITY;
+        total[r] = 0.0f;
+    }
+    // the first tile in which a row sees less than all keys; limits do not fall from row to row
+    int32_t const masked_from =
+        (reinterpret_cast<const int32_t*>(memory + P::limits)[0] + 1 - (side() + 1) * half + tile) / tile - ring.first_tile();
+
+    auto keys_of = [&](int32_t n, int i) {
+        return tile_descriptor(shared_address(memory)) + ring.slot(n, i) * (piece_bytes >> 4) + side() * (piece_bytes >> 5);
+    };
+    uint32_t const query = tile_descriptor(shared_address(memory + P::query));
+    uint32_t const query_low = tile_descriptor(shared_address(memory + P::query_low));
+    int third = 0;  // n % 3
+
+#pragma unroll 1
+    for (int32_t n = 0; n < ring.count; ++n) {
+        int const buffer = n & 1;
+        float scores[32];
+        pin(scores);
+        auto latent = [&](auto number) {
+            constexpr int i = decltype(number)::value;
+            ring.wait(n, i);
+            uint32_t const keys = keys_of(n, i);
+            constexpr uint32_t columns = Ring<F>::column(i) * (row_piece_bytes >> 4);
+            product_fence();
+            product_e4m3<0, i == 0>(scores, query + columns, keys);
+            product_e4m3<1, false>(scores, query + columns, keys);
+            product_e4m3<2, false>(scores, query + columns, keys);
+            product_e4m3<3, false>(scores, query + columns, keys);
+            if constexpr (F::second) {
+                product_e4m3<0, false>(scores, query_low + columns, keys);
+                product_e4m3<1, false>(scores, query_low + columns, keys);
+                product_e4m3<2, false>(scores, query_low + columns, keys);
+                product_e4m3<3, false>(scores, query_low + columns, keys);
+            }
+        };
+        latent(std::integral_constant<int, 0>());
+        latent(std::integral_constant<int, 1>());
+        latent(std::integral_constant<int, 2>());
+        latent(std::integral_constant<int, 3>());
+        ring.wait(n, 4);
+        {
+            uint32_t const keys = keys_of(n, 4);
+            constexpr uint32_t columns = 4 * (row_piece_bytes >> 4);
+            product_fence();
+            product_bf16<0>(scores, query + columns, keys);
+            product_bf16<1>(scores, query + columns, keys);
+            product_bf16<2>(scores, query + columns, keys);
+            product_bf16<3>(scores, query + columns, keys);
+        }
+        product_commit();
+        if (thread() == 0) {
+            copy_async_wait<0>();  // the page of tile n + 3
+            ring.order_scales(work, n + 3, side());
+            ring.fetch_page(work, item.sequence, n + 4, side());
+        }
+        named_sync(weights_free + buffer, threads);  // with it comes this tile's table of scales
+        product_wait();
+        pin(scores);
+
+        // y of each key, and the largest of each row over both groups
+        const auto* table =
+            reinterpret_cast<const float4*>(memory + P::scales + third * (3 * tile * 4) + (side() * 4 + quad_thread()) * 64);
+        float best[own_rows<F>];
+#pragma unroll
+        for (int r = 0; r < own_rows<F>; ++r) best[r] = -INFINITY;
+#pragma unroll
+        for (int j = 0; j < 8; j += 2) {
+            float4 const scale = table[j / 2], logarithm = table[j / 2 + tile / 4];
+#pragma unroll
+            for (int r = 0; r < own_rows<F>; ++r) {
+                float *low = scores + 4 * j + 2 * r, *high = low + 4;
+                if constexpr (F::packed) {
+                    low[0] += low[2];
+                    low[1] += low[3];
+                    high[0] += high[2];
+                    high[1] += high[3];
+                }
+                low[0] = fmaf(low[0] * factors[r], scale.x, logarithm.x);
+                low[1] = fmaf(low[1] * factors[r], scale.y, logarithm.y);
+                high[0] = fmaf(high[0] * factors[r], scale.z, logarithm.z);
+                high[1] = fmaf(high[1] * factors[r], scale.w, logarithm.w);
+            }
+        }
+        if (n >= masked_from) {
+            int32_t const first_key = (ring.first_tile() + n) * tile + side() * half + 2 * quad_thread();
+#pragma unroll
+            for (int r = 0; r < own_rows<F>; ++r) {
+                int const seen = reinterpret_cast<const int32_t*>(memory + P::limits)[first_row() + 8 * r] - first_key;
+#pragma unroll
+                for (int j = 0; j < 8; ++j) {
+                    if (8 * j > seen) scores[4 * j + 2 * r] = -INFINITY;
+                    if (8 * j + 1 > seen) scores[4 * j + 2 * r + 1] = -INFINITY;
+                }
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < own_rows<F>; ++r) {
+#pragma unroll
+            for (int j = 0; j < 8; ++j) best[r] = fmaxf(best[r], fmaxf(scores[4 * j + 2 * r], scores[4 * j + 2 * r + 1]));
+            best[r] = fmaxf(best[r], __shfl_xor_sync(0xffffffffu, best[r], 1));
+            best[r] = fmaxf(best[r], __shfl_xor_sync(0xffffffffu, best[r], 2));
+            if (quad_thread() == 0 && has_rows()) {
+                reinterpret_cast<float*>(memory + P::maxima)[(buffer * 2 + side()) * 64 + first_row() + 8 * r] = best[r];
+            }
+        }
+        named_sync(maxima_ready, 2 * group);
+        if (again(number) == 0) ring.order_after(work, n, 4);  // both groups are done with the rope part
+        if (n + 1 == ring.count && ring.keys(n) < tile) ring.clear_tail(n, side(), thread());
+        int changed = 0;  // 1: the reference, 2: the tile has its own
+        float base[own_rows<F>];
+#pragma unroll
+        for (int r = 0; r < own_rows<F>; ++r) {
+            float const other =
+                reinterpret_cast<const float*>(memory + P::maxima)[(buffer * 2 + 1 - side()) * 64 + first_row() + 8 * r];
+            float const now = fmaxf(best[r], other), highest = now > top[r] + spare_bits ? now : top[r];
+            float const reference = highest == -INFINITY ? 0.0f : highest;
+            float const factor = power_of_two(top[r] - reference);
+            bool const low = now < reference - low_bits && now != -INFINITY;
+            float const own = low ? fmaxf(now, reference - most_bits) : reference;
+            changed |= (highest != top[r] ? 1 : 0) | (own != reference ? 2 : 0);
+            top[r] = highest;
+            total[r] *= factor;
+            base[r] = weight_bits - own;
+            best[r] = factor;
+        }
+
+        // weights, and their sums as they are rounded
+        uint32_t words[own_rows<F>][4];
+        float sums[own_rows<F>] = {};
+#pragma unroll
+        for (int j = 0; j < 8; j += 2) {
+            float4 const inverse = table[j / 2 + 2 * (tile / 4)];
+#pragma unroll
+            for (int r = 0; r < own_rows<F>; ++r) {
+                const float *low = scores + 4 * j + 2 * r, *high = low + 4;
+                uint32_t const codes = encode_pair(power_of_two(low[0] + base[r]), power_of_two(low[1] + base[r])) |
+                                       encode_pair(power_of_two(high[0] + base[r]), power_of_two(high[1] + base[r])) << 16;
+                words[r][j / 2] = codes;
+                sums[r] = fmaf(__uint_as_float(codes << 20 & 0x07f00000u), inverse.x, sums[r]);
+                sums[r] = fmaf(__uint_as_float(codes << 12 & 0x07f00000u), inverse.y, sums[r]);
+                sums[r] = fmaf(__uint_as_float(codes << 4 & 0x07f00000u), inverse.z, sums[r]);
+                sums[r] = fmaf(__uint_as_float(codes >> 4 & 0x07f00000u), inverse.w, sums[r]);
+            }
+        }
+        float tile_factor[own_rows<F>];
+#pragma unroll
+        for (int r = 0; r < own_rows<F>; ++r) {
+            tile_factor[r] = power_of_two(weight_bits - base[r] - (top[r] == -INFINITY ? 0.0f : top[r]));
+            total[r] = fmaf(sums[r], tile_factor[r], total[r]);
+        }
+        if (has_rows()) {
+            int const row = first_row();
+            uint32_t const line = shared_address(memory + P::weights) + buffer * F::weight_bytes + row * 128 +
+                                  (((4 * side()) ^ (row & 7)) << 4) + 4 * quad_thread();
+#pragma unroll
+            for (int r = 0; r < own_rows<F>; ++r) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    asm volatile("st.shared.u32 [%0], %1;" ::"r"((line ^ (i << 4)) + r * 1024), "r"(words[r][i]) : "memory");
+                }
+                if (side() == 0 && quad_thread() == 0) {
+                    reinterpret_cast<float*>(memory + P::rescale)[buffer * 64 + row + 8 * r] = best[r];
+                    reinterpret_cast<float*>(memory + P::tile_factors)[buffer * 64 + row + 8 * r] = tile_factor[r];
+                }
+            }
+        }
+        if (side() == 0) {
+            int const any = __reduce_or_sync(0xffffffffu, has_rows() ? changed : 0);
+            if (thread() % warp_size == 0) {
+                reinterpret_cast<int32_t*>(memory + P::changed)[buffer * 4 + thread() / warp_size] = any;
+            }
+        }
+        fence_async();
+        named_arrive(weights_ready + buffer, threads);
+        third = third == 2 ? 0 : third + 1;
+    }
+
+    // what divides the output
+    auto* sums = reinterpret_cast<float*>(memory + P::sums);
+    bool const first_lane = quad_thread() == 0 && has_rows();
+#pragma unroll
+    for (int r = 0; r < own_rows<F>; ++r) {
+        total[r] += __shfl_xor_sync(0xffffffffu, total[r], 1);
+        total[r] += __shfl_xor_sync(0xffffffffu, total[r], 2);
+        if (first_lane) sums[side() * 64 + first_row() + 8 * r] = total[r];
+    }
+    named_sync(maxima_ready, 2 * group);
+    if (side() != 0 || !first_lane) return;
+#pragma unroll
+    for (int r = 0; r < own_rows<F>; ++r) {
+        int const row = first_row() + 8 * r;
+        if (row >= item.count) continue;  // its factor is never read by write_rows
+        float sum = (sums[row] + sums[64 + row]) * half_code_unit;
+        int const flat = item.first_head + row;
+        int64_t const token = item.first_token + flat / work.heads;
+        int const head = flat % work.heads;
+        int64_t const out_row = token * work.heads + head;
+        float const lse = sum == 0.0f ? -INFINITY : top[r] + log2f(sum) - weight_bits;
+        if (partials.splits > 1) {
+            partials.lse[out_row * partials.splits + blockIdx.y] = lse;
+        } else {
+            if (work.lse != nullptr) work.lse[out_row] = lse * ln2;
+            if (work.sinks != nullptr && sum != 0.0f) sum += exp2f(work.sinks[head] * log2e - top[r] + weight_bits);
+        }
+        reinterpret_cast<float*>(memory + P::factors)[row] = sum == 0.0f ? 0.0f : 1.0f / sum;
+    }
+}
+
+#endif
+
+}  // namespace hopper
+}  // namespace mla

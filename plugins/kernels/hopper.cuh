@@ -1,0 +1,150 @@
+// What SM90 has beyond mma.cuh: bulk tensor copies that complete on a barrier in shared memory, and matrix products of a
+// warpgroup (four warps) with operands in shared memory. Only for code that is compiled for sm_90a.
+//
+// Tiles that a product reads have rows of 128 bytes whose 16-byte units are permuted by the row (CU_TENSOR_MAP_SWIZZLE_128B);
+// eight rows are one kilobyte.
+#pragma once
+
+#include <cstdint>
+
+namespace mla {
+namespace hopper {
+
+__device__ inline void barrier_init(uint32_t barrier, uint32_t arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+// Makes initialised barriers visible to the copy engine.
+__device__ inline void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+__device__ inline void barrier_expect(uint32_t barrier, uint32_t bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+__device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
+    asm volatile(
+        "{\n.reg .pred done;\nWAIT:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@done bra DONE;\nbra WAIT;\nDONE:\n}" ::"r"(barrier),
+        "r"(parity)
+        : "memory");
+}
+
+// A box of a 4-d tensor to shared memory; what lies outside of the tensor becomes zero.
+__device__ inline void copy_box(uint32_t target, const void* map, uint32_t barrier, int c0, int c1, int c2, int c3) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(
+            target),
+        "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+        : "memory");
+}
+
+// A multiple of 16 bytes, from and to multiples of 16.
+__device__ inline void copy_bytes(uint32_t target, const void* source, uint32_t bytes, uint32_t barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target), "l"(source),
+                 "r"(bytes), "r"(barrier)
+                 : "memory");
+}
+
+// Barriers 1 to 15 of the block, among `threads` threads: `sync` waits, `arrive` does not.
+__device__ inline void named_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+__device__ inline void named_arrive(int id, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Before the tensor cores or the copy engine read shared memory that this thread wrote.
+__device__ inline void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+template <int count>
+__device__ inline void registers_decrease() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(count));
+}
+template <int count>
+__device__ inline void registers_increase() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(count));
+}
+
+__device__ inline void product_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void product_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+__device__ inline void product_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+
+// Keeps the compiler from moving accesses of an accumulator across products in flight.
+template <int n>
+__device__ inline void pin(float (&d)[n]) {
+#pragma unroll
+    for (float& value : d) asm volatile("" : "+f"(value)::"memory");
+}
+
+// The same for fragments, which must lie in registers before the products' fence.
+__device__ inline void pin(uint32_t (&a)[4][4]) {
+#pragma unroll
+    for (int i = 0; i < 16; ++i) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
+}
+
+// Lower half of the descriptor of a K-major tile in shared memory; 32 bytes further along K are 2 more, 16 bytes 1. The upper half
+// is that of rows of 128 bytes, permuted, eight of them one kilobyte: 0x40000040.
+__device__ inline uint32_t tile_descriptor(uint32_t address) { return (address & 0x3ffff) >> 4 | 1u << 16; }
+
+// clang-format off
+#define MLA_D8(d) "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
+#define MLA_D16(d) MLA_D8(d), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
+#define MLA_D32(d) MLA_D16(d), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), \
+    "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+#define MLA_R8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define MLA_R16 MLA_R8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define MLA_R32 MLA_R16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+// clang-format on
+
+// D [64][64] (+)= A [64][32] B [64][32]^T, all e4m3, at step `step` of K; `clear`: D is overwritten. Lane 4 g + t of warp w has rows
+// 16 w + g (d[4 j], d[4 j + 1]) and 16 w + g + 8 (d[4 j + 2], d[4 j + 3]), columns 8 j + 2 t and the next.
+template <int step, bool clear>
+__device__ inline void product_e4m3(float (&d)[32], uint32_t a, uint32_t b) {
+    asm volatile("{\n.reg .b64 x, y;\n.reg .b32 low;\n"
+                 "add.u32 low, %32, %34;\nmov.b64 x, {low, 0x40000040};\nadd.u32 low, %33, %34;\nmov.b64 y, {low, 0x40000040};\n"
+                 "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {" MLA_R32 "}, x, y, %35, 1, 1;\n}"
+                 : MLA_D32(d)
+                 : "r"(a), "r"(b), "n"(2 * step), "n"(clear ? 0 : 1));
+}
+
+// The same of bf16 values, A [64][16], B [64][16].
+template <int step>
+__device__ inline void product_bf16(float (&d)[32], uint32_t a, uint32_t b) {
+    asm volatile("{\n.reg .b64 x, y;\n.reg .b32 low;\n"
+                 "add.u32 low, %32, %34;\nmov.b64 x, {low, 0x40000040};\nadd.u32 low, %33, %34;\nmov.b64 y, {low, 0x40000040};\n"
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" MLA_R32 "}, x, y, 1, 1, 1, 0, 0;\n}"
+                 : MLA_D32(d)
+                 : "r"(a), "r"(b), "n"(2 * step));
+}
+
+// D [64][N] (+)= A [64][32] B [N][32]^T, all e4m3, A in registers. Step 0 overwrites D.
+template <int step>
+__device__ inline void product_e4m3(float (&d)[32], const uint32_t (&a)[4], uint32_t b) {
+    asm volatile("{\n.reg .b64 tile;\n.reg .b32 low;\nadd.u32 low, %36, %37;\nmov.b64 tile, {low, 0x40000040};\n"
+                 "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {" MLA_R32 "}, {%32, %33, %34, %35}, tile, %38, 1, 1;\n}"
+                 : MLA_D32(d)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(2 * step), "n"(step > 0));
+}
+template <int step>
+__device__ inline void product_e4m3(float (&d)[16], const uint32_t (&a)[4], uint32_t b) {
+    asm volatile("{\n.reg .b64 tile;\n.reg .b32 low;\nadd.u32 low, %20, %21;\nmov.b64 tile, {low, 0x40000040};\n"
+                 "wgmma.mma_async.sync.aligned.m64n32k32.f32.e4m3.e4m3 {" MLA_R16 "}, {%16, %17, %18, %19}, tile, %22, 1, 1;\n}"
+                 : MLA_D16(d)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(2 * step), "n"(step > 0));
+}
+template <int step>
+__device__ inline void product_e4m3(float (&d)[8], const uint32_t (&a)[4], uint32_t b) {
+    asm volatile("{\n.reg .b64 tile;\n.reg .b32 low;\nadd.u32 low, %12, %13;\nmov.b64 tile, {low, 0x40000040};\n"
+                 "wgmma.mma_async.sync.aligned.m64n16k32.f32.e4m3.e4m3 {" MLA_R8 "}, {%8, %9, %10, %11}, tile, %14, 1, 1;\n}"
+                 : MLA_D8(d)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(2 * step), "n"(step > 0));
+}
+
+#undef MLA_D8
+#undef MLA_D16
+#undef MLA_D32
+#undef MLA_R8
+#undef MLA_R16
+#undef MLA_R32
+
+}  // namespace hopper
+}  // namespace mla
