@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from onnx import TensorProto, helper
 
+from mla_trt.cuda import Memory, Stream, synchronize
 from mla_trt.ops import OPS, TensorType, infer_shapes, make_node
-from mla_trt.plugins.device import Memory, Stream, checked, runtime
 from mla_trt.plugins.kernel_library import Call, DeviceTensor, KernelLibrary
 from mla_trt.plugins.library import KERNELS, find_library
 
@@ -201,7 +201,7 @@ class _Run:
                 memory.write(self.arrays[self.shared[name]])
         assert self.workspace is not None
         self.workspace.poison()
-        checked(runtime.cudaDeviceSynchronize())
+        synchronize()
 
     def _check_inputs(self) -> None:
         for name, memory in self.inputs.items():
