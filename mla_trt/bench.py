@@ -30,10 +30,10 @@ from onnx import TensorProto, helper
 from mla_trt import bench_peers
 from mla_trt.bench_cases import CASES, Case, Content, Pool, Random
 from mla_trt.bench_options import add_bench_arguments
+from mla_trt.cuda import CudaError, Memory, Stream, check_usable, milliseconds, properties, synchronize
 from mla_trt.errors import MlaTrtError, UsageError
 from mla_trt.formats import IndexLayout, KvLayout, PageLayout
 from mla_trt.ops import OPS, TensorType, infer_shapes, make_node
-from mla_trt.plugins.device import CudaError, Memory, Stream, checked, milliseconds, runtime, why_unavailable
 from mla_trt.plugins.kernel_library import Call, DeviceTensor, KernelLibrary
 from mla_trt.plugins.library import KERNELS, find_library
 
@@ -366,16 +366,15 @@ def measure_ceilings() -> Ceilings:
 
 def measure_copy() -> tuple[str, float]:
     """Name of the GPU, and bytes/s of a device copy, read and written."""
-    properties = checked(runtime.cudaGetDeviceProperties(0))
-    name = properties.name.decode().rstrip("\0")
-    size = min(4 << 30, properties.totalGlobalMem // 8)
+    gpu = properties()
+    name = gpu.name.decode().rstrip("\0")
+    size = min(4 << 30, gpu.totalGlobalMem // 8)
     source, target = Memory(size), Memory(size)
     source.fill(1)
     stream, times = Stream(), []
     for _ in range(6):
         start = stream.record()
-        kind = runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
-        checked(runtime.cudaMemcpyAsync(target.address, source.address, size, kind, stream.handle))
+        stream.copy(target.address, source.address, size)
         end = stream.record()
         stream.synchronize()
         times.append(milliseconds(start, end))
@@ -419,15 +418,15 @@ def _matrix_products() -> tuple[float | None, float | None]:
 def bench_case(name: str, library: KernelLibrary, ceilings: Ceilings, with_peer: bool = True) -> Result:
     """Measures one case. A case that the library refuses, or whose result is wrong, has a note in place of figures."""
     case = CASES[name]()
-    properties = checked(runtime.cudaGetDeviceProperties(0))
+    gpu = properties()
     one = sum(_bytes(_kind(content)) for content in case.inputs.values())
-    count = max(1, min(16, math.ceil(4 * properties.l2CacheSize / max(one, 1))))
+    count = max(1, min(16, math.ceil(4 * gpu.l2CacheSize / max(one, 1))))
     sets: list[_Set] = []
     ours: _Ours | None = None
     try:
         for seed in range(count):
             sets.append(_Set(library, case, seed))
-        checked(runtime.cudaDeviceSynchronize())
+        synchronize()
         ours = _Ours(sets)
         checker = _Checker(case, sets[-1])
         tokens = len(checker.positions)
@@ -590,9 +589,7 @@ def run(options: argparse.Namespace) -> int:
         return 0
     if not names:
         raise UsageError(f"no case matches '{options.cases}': --list shows them")
-    reason = why_unavailable()
-    if reason is not None:
-        raise UsageError(f"cannot measure: {reason}")
+    check_usable()
     library = KernelLibrary(find_library(name=KERNELS).path)
     ceilings = measure_ceilings()
     results: list[Result] = []

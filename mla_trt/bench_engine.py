@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from mla_trt.building import parser_error
+from mla_trt.cuda import Graph, Memory, Stream, milliseconds, synchronize
 from mla_trt.errors import BadModelError, MlaTrtError
-from mla_trt.plugins.device import Graph, Memory, Stream, checked, milliseconds, runtime
 from mla_trt.tensorrt_api import Messages, start
 from mla_trt.tensorrt_runner import numpy_dtype
 
@@ -118,7 +118,7 @@ class StepEngine:
 
     def run(self) -> None:
         """Runs the step and waits for it."""
-        checked(runtime.cudaDeviceSynchronize())  # for the copies, which are on another stream
+        synchronize()  # for the copies, which are on another stream
         self._enqueue()
         self._stream.synchronize()
 

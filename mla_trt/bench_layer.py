@@ -528,15 +528,11 @@ def run(options: argparse.Namespace) -> int:
 
 def _measure(options: argparse.Namespace, names: Sequence[str], formats: Sequence[str]) -> int:
     from mla_trt.bench import measure_copy
-    from mla_trt.cuda import find_gpu
-    from mla_trt.plugins.device import Stream, runtime, why_unavailable
+    from mla_trt.cuda import CudaError, Stream, check_usable, synchronize
     from mla_trt.plugins.library import find_library
     from mla_trt.tensorrt_api import load_tensorrt
 
-    find_gpu()
-    reason = why_unavailable()
-    if reason is not None:
-        raise UsageError(f"cannot measure: {reason}")
+    check_usable()
     trt = load_tensorrt()
     find_library(options.plugins)  # before the long work
     peers = [EXPORTED, ABSORBED] if options.peers else []
@@ -569,13 +565,16 @@ def _measure(options: argparse.Namespace, names: Sequence[str], formats: Sequenc
             case = CASES[name]
             step = LayerStep(dimensions, case, dtype, formats[0])
             results += measure_case(name, step, forms, builder.build, references(step, exact), machine.copy, say)
-            status = runtime.cudaDeviceSynchronize()[0]
-            if int(status):
-                note = f"the process has lost the GPU ({status.name}): the rest was not run"
+            lost = False
+            try:
+                synchronize()
+            except CudaError as error:
+                lost = True
+                note = f"{error}; the rest was not run"
                 results.append(FormResult(name, case.batch, case.keys, "all", note=note))
             if options.output is not None:
                 write_results(options.output, machine, builder.plugin_build, results)
-            if int(status):
+            if lost:
                 break
         print(markdown(machine, results), end="")
     return WRONG if any(result.note and not result.note.startswith("not run") for result in results) else 0

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from mla_trt.cuda import Cuda, DeviceBuffer, PinnedBuffer, find_gpu
+from mla_trt.cuda import DeviceBuffer, Graph, Memory, PinnedBuffer, Stream, find_gpu
 from mla_trt.engine_file import PROFILES, RESIDENT, EngineDescription
 from mla_trt.errors import BadModelError, MlaTrtError
 from mla_trt.tensorrt_api import Messages, check_fits, load_plugins, load_tensorrt, start
@@ -35,12 +35,12 @@ class _Recording:
     Attributes:
         context: the context, its shapes set.
         addresses: what the graph reads and writes, in the order of the engine's tensors.
-        executable: the graph, None before it was recorded.
+        graph: None before it was recorded.
     """
 
     context: Any
     addresses: tuple[int, ...] = ()
-    executable: Any = None
+    graph: Graph | None = None
 
 
 class TensorRtRunner:
@@ -92,23 +92,23 @@ class TensorRtRunner:
         self._names = names
         self._dtypes = {name: numpy_dtype(trt, self._engine.get_tensor_dtype(name)) for name in names}
         self._described = {tensor.name: tensor.numpy_dtype for tensor in (*description.inputs, *description.outputs)}
-        self._cuda = Cuda()
+        self._stream = Stream()
         self._words = {cache.name: cache.page_words for cache in caches}
-        self._pools = {name: self._cuda.allocate(pages * words * WORD) for name, words in self._words.items()}
-        for name, words in self._words.items():
-            self._cuda.clear(self._pools[name], pages * words * WORD)
-        next_values = {cache.output: self._pools[cache.name] for cache in caches}
-        self._fixed = self._pools | next_values
+        self._pools = {name: Memory(pages * words * WORD) for name, words in self._words.items()}
+        for pool in self._pools.values():
+            self._stream.clear(pool.address, pool.size)
+        pools = {name: pool.address for name, pool in self._pools.items()}
+        next_values = {cache.output: pools[cache.name] for cache in caches}
+        self._fixed = pools | next_values
         self._results = [tensor.name for tensor in description.outputs if tensor.name not in next_values]
-        self._device = {name: DeviceBuffer(self._cuda) for name in names if name not in self._fixed}
-        self._host = {name: PinnedBuffer(self._cuda) for name in self._device}
-        self._scratch_size = max(1, int(self._engine.device_memory_size_v2))
-        self._scratch = self._cuda.allocate(self._scratch_size)
+        self._device = {name: DeviceBuffer(self._stream) for name in names if name not in self._fixed}
+        self._host = {name: PinnedBuffer(self._stream) for name in self._device}
+        self._scratch = Memory(max(1, int(self._engine.device_memory_size_v2)))
         self._contexts: dict[str, Any] = {}
         self._recordings: OrderedDict[tuple[str, Shapes], _Recording] = OrderedDict()
         self._records = True
         self._met: set[Shapes] = set()
-        self._cuda.synchronize()
+        self._stream.synchronize()
 
     def run(self, profile: str, inputs: Mapping[str, np.ndarray], *, recurring: bool) -> dict[str, np.ndarray]:
         """Runs one step; see `mla_trt.engine_tensorrt.Runner.run`."""
@@ -117,7 +117,7 @@ class TensorRtRunner:
         for name, value in inputs.items():
             staged = self._host[name].array(value.shape, self._dtypes[name])
             staged[...] = value
-            self._cuda.copy(self._device[name].reserve(staged.nbytes), self._host[name].pointer, staged.nbytes)
+            self._stream.copy(self._device[name].reserve(staged.nbytes), self._host[name].address, staged.nbytes)
         sizes = self._run_recurring(profile, shapes) if recurring and self._recurs(shapes) else None
         if sizes is None:
             context = self._context(profile)
@@ -128,9 +128,9 @@ class TensorRtRunner:
         results = {}
         for name, shape in sizes.items():
             staged = self._host[name].array(shape, self._dtypes[name])
-            self._cuda.copy(self._host[name].pointer, self._device[name].pointer, staged.nbytes)
+            self._stream.copy(self._host[name].address, self._device[name].address, staged.nbytes)
             results[name] = staged
-        self._cuda.synchronize()
+        self._stream.synchronize()
         return {name: value.astype(self._described[name]) for name, value in results.items()}
 
     def copy_pages(self, page_copies: np.ndarray) -> None:
@@ -139,14 +139,14 @@ class TensorRtRunner:
         for name, pool in self._pools.items():
             size = self._words[name] * WORD
             for source, target in page_copies.tolist():
-                self._cuda.copy(pool + target * size, pool + source * size, size)
+                self._stream.copy(pool.address + target * size, pool.address + source * size, size)
 
     def read_pages(self, cache: str) -> np.ndarray:
         """A copy of a pool, int32 [pages, page_words]."""
         self._check_reachable()
         pages = np.empty((self._pages, self._words[cache]), np.int32)
-        self._cuda.copy(pages.ctypes.data, self._pools[cache], pages.nbytes)
-        self._cuda.synchronize()
+        self._stream.copy(pages.ctypes.data, self._pools[cache].address, pages.nbytes)
+        self._stream.synchronize()
         return pages
 
     def write_pages(self, cache: str, pages: np.ndarray) -> None:
@@ -154,18 +154,18 @@ class TensorRtRunner:
         self._check_reachable()
         if pages.shape != (self._pages, self._words[cache]):
             raise MlaTrtError(f"the pool '{cache}' is [{self._pages}, {self._words[cache]}], not {list(pages.shape)}")
-        self._cuda.copy(self._pools[cache], pages.ctypes.data, pages.nbytes)
-        self._cuda.synchronize()
+        self._stream.copy(self._pools[cache].address, pages.ctypes.data, pages.nbytes)
+        self._stream.synchronize()
 
     @property
     def recordings(self) -> int | None:
         """How many sizes of steps run as a CUDA graph; None where the engine cannot be recorded, because it waits for
         results while it runs."""
-        return sum(entry.executable is not None for entry in self._recordings.values()) if self._records else None
+        return sum(entry.graph is not None for entry in self._recordings.values()) if self._records else None
 
     def close(self) -> None:
         """Gives the memory back: graphs before their contexts, contexts before the engine."""
-        self._cuda.synchronize()
+        self._stream.synchronize()
         self._forget_all()
         self._contexts.clear()
         self._engine = None
@@ -174,9 +174,9 @@ class TensorRtRunner:
             buffer.free()
         for pinned in self._host.values():
             pinned.free()
-        for pointer in (*self._pools.values(), self._scratch):
-            self._cuda.free(pointer)
-        self._cuda.close()
+        for memory in (*self._pools.values(), self._scratch):
+            memory.close()
+        self._stream.close()
 
     def _check_reachable(self) -> None:
         if self._resident:
@@ -190,9 +190,9 @@ class TensorRtRunner:
         if context is None:
             raise MlaTrtError(f"TensorRT cannot prepare the engine to run: {self._messages.take()}")
         # All contexts work in the same memory, one after the other on one stream.
-        context.set_device_memory(self._scratch, self._scratch_size)
+        context.set_device_memory(self._scratch.address, self._scratch.size)
         index = 0 if self._resident else PROFILES.index(profile)
-        if not context.set_optimization_profile_async(index, self._cuda.stream):
+        if not context.set_optimization_profile_async(index, self._stream.handle):
             raise MlaTrtError(f"TensorRT does not take the {profile} profile: {self._messages.take()}")
         return context
 
@@ -207,7 +207,7 @@ class TensorRtRunner:
             self._recordings.move_to_end(key)
             return self._recordings[key]
         if len(self._recordings) >= MOST_RECORDINGS:
-            self._cuda.synchronize()
+            self._stream.synchronize()
             self._forget(self._recordings.popitem(last=False)[1])
         recording = _Recording(self._new_context(profile))
         self._set_shapes(recording.context, shapes)
@@ -238,32 +238,23 @@ class TensorRtRunner:
             self._execute(recording.context)
             recording.addresses = addresses
             return sizes
-        if recording.executable is None:
-            recording.executable = self._record(recording.context)
-        if recording.executable is None:
+        if recording.graph is None:
+            recording.graph = self._record(recording.context)
+        if recording.graph is None:
             # What a failed recording leaves in a context is not known.
             self._forget_all()
             self._records = False
             return None
-        self._cuda.launch(recording.executable)
+        self._stream.launch(recording.graph)
         return sizes
 
-    def _record(self, context: Any) -> Any:
+    def _record(self, context: Any) -> Graph | None:
         """The graph of a step; None where the engine cannot be recorded."""
-        self._cuda.begin_capture()
-        done = context.execute_async_v3(self._cuda.stream)
         try:
-            executable = self._cuda.end_capture()
+            return self._stream.capture(lambda: self._execute(context))
         except MlaTrtError as error:
-            executable = None
-            self._messages.add(logging.INFO, str(error))
-        if done and executable is not None:
-            return executable
-        if executable is not None:
-            self._cuda.destroy(executable)
-        self._cuda.forget_error()
-        log.info("steps run without a CUDA graph: %s", self._messages.take())
-        return None
+            log.info("steps run without a CUDA graph: %s", error)
+            return None
 
     def _set_shapes(self, context: Any, shapes: Shapes) -> None:
         for name, shape in shapes:
@@ -295,7 +286,7 @@ class TensorRtRunner:
         return shapes
 
     def _addresses(self) -> tuple[int, ...]:
-        return tuple(self._fixed.get(name) or self._device[name].pointer for name in self._names)
+        return tuple(self._fixed.get(name) or self._device[name].address for name in self._names)
 
     def _set_addresses(self, context: Any) -> None:
         for name, address in zip(self._names, self._addresses(), strict=True):
@@ -303,14 +294,14 @@ class TensorRtRunner:
                 raise MlaTrtError(f"TensorRT does not take the memory of '{name}': {self._messages.take()}")
 
     def _execute(self, context: Any) -> None:
-        if not context.execute_async_v3(self._cuda.stream):
+        if not context.execute_async_v3(self._stream.handle):
             raise MlaTrtError(f"TensorRT cannot run the step: {self._messages.take()}")
 
     def _drop_graph(self, recording: _Recording) -> None:
-        if recording.executable is not None:
-            self._cuda.synchronize()
-            self._cuda.destroy(recording.executable)
-            recording.executable = None
+        if recording.graph is not None:
+            self._stream.synchronize()
+            recording.graph.close()
+            recording.graph = None
 
     def _forget(self, recording: _Recording) -> None:
         self._drop_graph(recording)

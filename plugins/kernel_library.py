@@ -1,6 +1,6 @@
 """The kernel library's C interface (``kernels/api.h``) for Python: ops by name, tensors by device address.
 
-Nothing here touches the GPU; :mod:`mla_trt.plugins.device` has memory, streams and graphs.
+Nothing here touches the GPU; :mod:`mla_trt.cuda` has memory, streams and graphs.
 """
 
 from __future__ import annotations

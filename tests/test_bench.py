@@ -22,7 +22,7 @@ Array = npt.NDArray[Any]
 
 
 class HostMemory:
-    """`mla_trt.plugins.device.Memory`, on the host; its address is its number."""
+    """`mla_trt.cuda.Memory`, on the host; its address is its number."""
 
     made: list[HostMemory]
 

@@ -25,7 +25,7 @@ MODEL = absorbed_layer(SMALL, random_weights(SMALL, TensorProto.FLOAT), batch=BA
 
 
 class HostMemory:
-    """Stands in for `mla_trt.plugins.device.Memory`."""
+    """Stands in for `mla_trt.cuda.Memory`."""
 
     alive = 0
 
@@ -48,7 +48,7 @@ class HostMemory:
 
 
 class HostStream:
-    """Stands in for `mla_trt.plugins.device.Stream`."""
+    """Stands in for `mla_trt.cuda.Stream`."""
 
     handle = 7
     launched = 0
@@ -134,8 +134,7 @@ def _on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_engine, "Memory", HostMemory)
     monkeypatch.setattr(bench_engine, "start", lambda trt, messages: "logger")
     monkeypatch.setattr(bench_engine, "milliseconds", lambda begin, end: 0.004 * (end - begin))
-    monkeypatch.setattr(bench_engine, "checked", lambda result: None)
-    monkeypatch.setattr(bench_engine, "runtime", SimpleNamespace(cudaDeviceSynchronize=lambda: None))
+    monkeypatch.setattr(bench_engine, "synchronize", lambda: None)
 
 
 @pytest.fixture

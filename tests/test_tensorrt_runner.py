@@ -10,11 +10,11 @@ import ctypes
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+from cuda_stand_in import GUARD, HostRuntime
 from small_models import SPARSE, Config, lowered
 from tensorrt_stand_in import describe, with_known_axes
 
@@ -30,62 +30,6 @@ from mla_trt.tensorrt_runner import TensorRtRunner
 CONFIG = Config()
 PAGES = 24
 LIMITS = {"max_batch": 4, "max_tokens": 64, "max_length": 64}
-
-
-class HostMemory:
-    """Stands in for `mla_trt.cuda.Cuda`. While a recording is made, work is kept instead of done."""
-
-    def __init__(self) -> None:
-        self.stream = 7
-        self.blocks: dict[int, Any] = {}
-        self.recording: list[Callable[[], None]] | None = None
-        self.refuses = False
-        self.launched = 0
-
-    def synchronize(self) -> None:
-        assert self.recording is None
-
-    def allocate(self, size: int) -> int:
-        assert self.recording is None
-        block = (ctypes.c_ubyte * (size + 64))()
-        ctypes.memset(block, 0xFF, size)
-        self.blocks[ctypes.addressof(block)] = block
-        return ctypes.addressof(block)
-
-    def free(self, pointer: int) -> None:
-        del self.blocks[pointer]
-
-    allocate_pinned, free_pinned = allocate, free
-
-    def copy(self, target: int, source: int, size: int) -> None:
-        ctypes.memmove(target, source, size)
-
-    def clear(self, pointer: int, size: int) -> None:
-        ctypes.memset(pointer, 0, size)
-
-    def begin_capture(self) -> None:
-        self.recording = []
-
-    def end_capture(self) -> list[Callable[[], None]]:
-        recording, self.recording = self.recording, None
-        assert recording is not None
-        if self.refuses:
-            raise MlaTrtError("CUDA: cudaStreamEndCapture failed")
-        return recording
-
-    def launch(self, executable: list[Callable[[], None]]) -> None:
-        self.launched += 1
-        for work in executable:
-            work()
-
-    def destroy(self, executable: list[Callable[[], None]]) -> None:
-        executable.clear()
-
-    def forget_error(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 class Context:
@@ -104,7 +48,7 @@ class Context:
     def set_optimization_profile_async(self, index: int, stream: int) -> bool:
         assert index < len(plan_profiles(self.engine.description.profiles, self.engine.description.cache))
         self.profile = index
-        return stream == self.engine.cuda.stream
+        return stream == self.engine.cuda.STREAM
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self.shapes[name] = shape
@@ -131,19 +75,19 @@ class Context:
     def execute_async_v3(self, stream: int) -> bool:
         cuda = self.engine.cuda
         shapes, addresses = dict(self.shapes), dict(self.addresses)
-        if cuda.recording is not None:
-            cuda.recording.append(lambda: self.engine.compute(shapes, addresses))
-            return not cuda.refuses
-        self.engine.compute(shapes, addresses)
-        return True
+        if cuda.recording is not None and cuda.refuses:
+            return not self.engine.notices
+        cuda.put(lambda: self.engine.compute(shapes, addresses))
+        return stream == cuda.STREAM
 
 
 class Engine:
     """Stands in for an engine."""
 
     device_memory_size_v2 = 100
+    notices = True  # that it cannot be recorded; otherwise CUDA does
 
-    def __init__(self, model: onnx.ModelProto, description: EngineDescription, cuda: HostMemory) -> None:
+    def __init__(self, model: onnx.ModelProto, description: EngineDescription, cuda: HostRuntime) -> None:
         self.description = description
         self.cuda = cuda
         self.tensors = [*description.inputs, *description.outputs]
@@ -195,14 +139,14 @@ class Logger:
 @pytest.fixture
 def open_runner(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Iterator[Callable[..., tuple[TensorRtEngine, HostMemory, Engine]]]:
+) -> Iterator[Callable[..., tuple[TensorRtEngine, HostRuntime, Engine]]]:
     """Opens a model as if it were an engine; gives the engine, and what stands in for CUDA and TensorRT."""
-    opened: list[tuple[TensorRtEngine, HostMemory]] = []
+    opened: list[tuple[TensorRtEngine, HostRuntime]] = []
 
     def open_model(
         model: onnx.ModelProto, loadable: bool = True, cache: str = IO
-    ) -> tuple[TensorRtEngine, HostMemory, Engine]:
-        cuda, description = HostMemory(), describe(model, cache, **LIMITS)
+    ) -> tuple[TensorRtEngine, HostRuntime, Engine]:
+        cuda, description = HostRuntime(), describe(model, cache, **LIMITS)
         engine = Engine(model, description, cuda)
         kinds = SimpleNamespace(FLOAT=1, UINT8=2, INT8=3, INT32=6, INT64=7, BOOL=9, HALF=10, BF16=16)
         trt = SimpleNamespace(
@@ -217,7 +161,7 @@ def open_runner(
         monkeypatch.setattr(f"{module}.find_gpu", lambda: Gpu("NVIDIA H200", "9.0", 1 << 37))
         monkeypatch.setattr(f"{module}.load_tensorrt", lambda: trt)
         monkeypatch.setattr(f"{module}.load_plugins", lambda *_: "0.1.0 sm_80 sm_90a")
-        monkeypatch.setattr(f"{module}.Cuda", lambda: cuda)
+        monkeypatch.setattr("mla_trt.cuda._runtime", lambda: cuda)
         plan = tmp_path / "plan"
         plan.write_bytes(b"plan")
         opened_engine = TensorRtEngine(description, TensorRtRunner(plan, description, pages=PAGES), PAGES)
@@ -227,13 +171,13 @@ def open_runner(
     yield open_model
     for engine, cuda in opened:
         engine.close()
-        assert cuda.blocks == {}
+        assert (cuda.blocks, cuda.graphs, cuda.streams) == ({}, [], 0)
 
 
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("config", [CONFIG, SPARSE], ids=["dense", "sparse"])
 def test_sessions_run_and_recurring_steps_are_recorded(
-    config: Config, cache: str, open_runner: Callable[..., tuple[TensorRtEngine, HostMemory, Engine]]
+    config: Config, cache: str, open_runner: Callable[..., tuple[TensorRtEngine, HostRuntime, Engine]]
 ) -> None:
     model = with_known_axes(lowered(config, page_copies=True))
     engine, cuda, _ = open_runner(model, cache=cache)
@@ -254,12 +198,13 @@ def test_sessions_run_and_recurring_steps_are_recorded(
     assert cuda.launched >= 3
 
 
+@pytest.mark.parametrize("notices", [True, False])
 def test_what_cannot_be_recorded_runs_as_it_is(
-    open_runner: Callable[..., tuple[TensorRtEngine, HostMemory, Engine]],
+    notices: bool, open_runner: Callable[..., tuple[TensorRtEngine, HostRuntime, Engine]]
 ) -> None:
     model = with_known_axes(lowered(CONFIG))
     engine, cuda, stand_in = open_runner(model)
-    cuda.refuses = True
+    cuda.refuses, stand_in.notices = True, notices
     sessions = [Session(engine), Session(OnnxRuntimeEngine(model, pages=PAGES))]
     (first, second) = (session.prefill([1, 2, 3])[0] for session in sessions)
     for token in range(9):
@@ -274,7 +219,7 @@ def test_what_cannot_be_recorded_runs_as_it_is(
 
 
 def test_pages_are_read_written_and_copied(
-    open_runner: Callable[..., tuple[TensorRtEngine, HostMemory, Engine]],
+    open_runner: Callable[..., tuple[TensorRtEngine, HostRuntime, Engine]],
 ) -> None:
     model = with_known_axes(lowered(CONFIG))
     engine, _, _ = open_runner(model)
@@ -291,10 +236,10 @@ def test_pages_are_read_written_and_copied(
 
 
 def test_pages_that_the_plugins_hold_are_out_of_reach(
-    open_runner: Callable[..., tuple[TensorRtEngine, HostMemory, Engine]],
+    open_runner: Callable[..., tuple[TensorRtEngine, HostRuntime, Engine]],
 ) -> None:
     engine, cuda, stand_in = open_runner(with_known_axes(lowered(CONFIG)), cache=RESIDENT)
-    assert [len(block) - 64 for block in cuda.blocks.values()] == [stand_in.device_memory_size_v2]  # no pools
+    assert [len(block) - GUARD for block in cuda.blocks.values()] == [stand_in.device_memory_size_v2]  # no pools
     Session(engine).prefill([1, 2, 3])
     assert engine.pages == PAGES
     name = engine.metadata.caches[0].name
@@ -304,7 +249,7 @@ def test_pages_that_the_plugins_hold_are_out_of_reach(
 
 
 def test_a_plan_that_does_not_load_is_an_error(
-    open_runner: Callable[..., tuple[TensorRtEngine, HostMemory, Engine]],
+    open_runner: Callable[..., tuple[TensorRtEngine, HostRuntime, Engine]],
 ) -> None:
     with pytest.raises(BadModelError, match=r"TensorRT cannot load .*: TensorRT gave no reason"):
         open_runner(with_known_axes(lowered(CONFIG)), loadable=False)

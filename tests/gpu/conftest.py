@@ -18,8 +18,8 @@ sys.path[:0] = [str(TESTS / "ops"), str(TESTS.parent)]  # op_harness; mla_trt, w
 
 import harness  # noqa: E402
 
-from mla_trt.errors import PluginLibraryError  # noqa: E402
-from mla_trt.plugins.device import CudaError, why_unavailable  # noqa: E402
+from mla_trt.cuda import CudaError, check_usable  # noqa: E402
+from mla_trt.errors import MlaTrtError  # noqa: E402
 from mla_trt.plugins.library import KERNELS, find_library  # noqa: E402
 
 _lost: list[str] = []
@@ -42,13 +42,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @functools.cache
 def _why_not() -> str | None:
-    reason = why_unavailable()
-    if reason is None:
-        try:
-            find_library(name=KERNELS)
-        except PluginLibraryError as error:
-            reason = str(error)
-    return reason
+    try:
+        check_usable()
+        find_library(name=KERNELS)
+    except MlaTrtError as error:
+        return str(error)
+    return None
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

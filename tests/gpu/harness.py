@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from onnx import TensorProto, helper
 
+from mla_trt.cuda import Memory, Stream, synchronize
 from mla_trt.ops import OPS, TensorType, infer_shapes, make_node
-from mla_trt.plugins.device import Memory, Stream, checked, runtime
 from mla_trt.plugins.kernel_library import Call, DeviceTensor, KernelLibrary
 from mla_trt.plugins.library import KERNELS, find_library
 
@@ -201,7 +201,7 @@ class _Run:
                 memory.write(self.arrays[self.shared[name]])
         assert self.workspace is not None
         self.workspace.poison()
-        checked(runtime.cudaDeviceSynchronize())
+        synchronize()
 
     def _check_inputs(self) -> None:
         for name, memory in self.inputs.items():
@@ -225,7 +225,7 @@ class Measured:
         what: the tensor, and what it was compared with.
         error: the largest difference, in units of ``scale``.
         tolerance: what ``error`` may be.
-        scale: the largest magnitude expected, or 1 for absolute errors.
+        scale: the largest magnitude expected, 1 for absolute errors, or the unit there.
         index: where the largest difference is.
         found, expected: the values there.
         wrong: values beyond the tolerance.
@@ -249,8 +249,17 @@ class Measured:
         )
 
 
-def compare(what: str, found: Array, expected: Array, tolerance: float, *, absolute: bool = False) -> Measured:
-    """Infinities alike, and finite values within ``tolerance`` of the largest one expected (or absolutely).
+def compare(
+    what: str,
+    found: Array,
+    expected: Array,
+    tolerance: float,
+    *,
+    absolute: bool = False,
+    units: Array | None = None,
+) -> Measured:
+    """Infinities alike, and finite values within ``tolerance`` of the largest one expected (or absolutely, or times each
+    value's own unit).
 
     The measurement goes to the results; where it is not within the tolerance, an AssertionError is its one line.
     """
@@ -258,8 +267,9 @@ def compare(what: str, found: Array, expected: Array, tolerance: float, *, absol
     found, expected = found.astype(np.float64), expected.astype(np.float64)
     finite = np.isfinite(expected)
     scale = 1.0 if absolute else max(float(np.abs(expected[finite]).max(initial=0.0)), 1e-30)
+    scales = np.full(expected.shape, scale) if units is None else np.maximum(units, 1e-30)
     with np.errstate(invalid="ignore"):
-        error = np.abs(found - expected) / scale
+        error = np.abs(found - expected) / scales
     error = np.where(finite, error, np.where(found == expected, 0.0, np.inf))
     error[np.isnan(error)] = np.inf  # unwritten, or computed from unwritten
     at = np.unravel_index(int(error.argmax()), error.shape) if error.size else ()
@@ -267,7 +277,7 @@ def compare(what: str, found: Array, expected: Array, tolerance: float, *, absol
         what,
         float(error[at]) if error.size else 0.0,
         tolerance,
-        scale,
+        float(scales[at]) if error.size else scale,
         tuple(int(axis) for axis in at),
         float(found[at]) if error.size else 0.0,
         float(expected[at]) if error.size else 0.0,

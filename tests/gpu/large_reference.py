@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
@@ -100,13 +101,15 @@ def _rotated(values: Array, cos: Array, sin: Array, interleaved: bool) -> Array:
     return rotated
 
 
-def append(inputs: Mapping[str, Array], attributes: Mapping[str, Any]) -> dict[str, Array]:
-    """``query_rope_out`` and ``kv_cache_out`` of MlaFusedRopeRmsNormQuantization."""
+def append(
+    inputs: Mapping[str, Array], attributes: Mapping[str, Any], query_type: type[np.floating[Any]] = np.float64
+) -> dict[str, Array]:
+    """``query_rope_out`` (rotated in ``query_type``) and ``kv_cache_out`` of MlaFusedRopeRmsNormQuantization."""
     op = OPS["MlaFusedRopeRmsNormQuantization"]
     known = {attribute.name for attribute in op.attributes}
     complete = op.complete({name: value for name, value in attributes.items() if name in known}, op.name)
     pages = complete.kv_layout()
-    query = inputs["query_rope"].astype(np.float64)
+    query = inputs["query_rope"].astype(query_type)
     key = inputs["rope_key"].astype(np.float32)
     latent = inputs["latent"].astype(np.float64)
     if "norm_weight" in inputs:
@@ -137,14 +140,32 @@ def projected(values: Array, weight: Array, scale: Array | None) -> Float64:
     return product.transpose(1, 0, 2)
 
 
-def decode_branch(inputs: Mapping[str, Array], attributes: Mapping[str, Any]) -> dict[str, Array]:
-    """``output`` and ``kv_cache_out`` of MlaDecodeBranchFp8."""
-    nope, rope = np.split(
-        inputs["query"].astype(np.float64), [inputs["query"].shape[2] - attributes["qk_rope_head_dim"]], axis=2
+# Of the magnitudes of a sum's terms: how far tensor cores may be from it, which cut each of up to four partial sums of 64
+# terms off at 24 bits.
+F32_SUMS = 2.0**-21
+
+
+def to_bf16(values: Array) -> Float64:
+    """The values that bf16 has for these."""
+    return values.astype(np.float32).astype(ml_dtypes.bfloat16).astype(np.float64)
+
+
+def branch_query(
+    inputs: Mapping[str, Array], attributes: Mapping[str, Any], rounded: Callable[[Array], Array] = to_bf16
+) -> Array:
+    """First part of MlaDecodeBranchFp8, ``[T, H, R + Dr]``: the query's codes times W_UK, and its rope part rotated in f32."""
+    nope, rope = np.split(inputs["query"], [inputs["query"].shape[2] - attributes["qk_rope_head_dim"]], axis=2)
+    absorbed = projected(_quantized_reference(nope.astype(np.float64)), inputs["w_uk"], inputs["w_uk_scale"])
+    rotated = append({**inputs, "query_rope": rope}, attributes, query_type=np.float32)["query_rope_out"]
+    return np.concatenate([rounded(absorbed), rounded(rotated)], axis=2)
+
+
+def branch_output(inputs: Mapping[str, Array], latent: Array) -> tuple[Float64, Float64]:
+    """Last part of MlaDecodeBranchFp8, ``[T, H, Dv]``: codes of ``latent`` ``[T, H, R]`` times W_UV; and the error that sums in
+    f32 may have."""
+    codes = _quantized_reference(latent.astype(np.float64))
+    magnitudes = np.abs(inputs["w_uv"].astype(np.float32))
+    return (
+        projected(codes, inputs["w_uv"], inputs["w_uv_scale"]),
+        F32_SUMS * projected(np.abs(codes), magnitudes, inputs["w_uv_scale"]),
     )
-    appended = append({**inputs, "query_rope": rope}, attributes)
-    absorbed = projected(_quantized_reference(nope), inputs["w_uk"], inputs["w_uk_scale"])
-    query = np.concatenate([absorbed, appended["query_rope_out"]], axis=2)
-    latent = attention({**inputs, "kv_cache": appended["kv_cache_out"]}, attributes, query)["output"]
-    output = projected(_quantized_reference(latent), inputs["w_uv"], inputs["w_uv_scale"])
-    return {"output": output, "kv_cache_out": appended["kv_cache_out"]}

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from cases import decoding_case, key_lists, kv_attributes, layout, step_of
 from harness import compare, compare_exactly
-from large_reference import append, attention, decode_branch
-from op_harness import assert_close, e4m3_weight, garbage_pool, latent_pool, reference
+from large_reference import append, attention
+from op_harness import assert_close, garbage_pool, reference
 
 pytestmark = pytest.mark.cpu
 
@@ -64,26 +64,6 @@ def test_appends_what_the_op_sets_reference_appends(row_format: str, rope: int, 
         np.testing.assert_array_equal(found[name], expected[name])
 
 
-def test_equals_the_decode_branchs_reference() -> None:
-    rng = np.random.default_rng(4)
-    pages, step = layout("fp8", 160, 8, 4), step_of(rng, [3, 1], [7, 3], 4, padding=2)
-    inputs = {
-        "query": rng.standard_normal((step.tokens, 3, 24 + 8), np.float32),
-        "latent": rng.standard_normal((step.tokens, 160), np.float32),
-        "rope_key": rng.standard_normal((step.tokens, 8), np.float32),
-        "cos": rng.uniform(-1, 1, (step.tokens, 4)).astype(np.float32),
-        "sin": rng.uniform(-1, 1, (step.tokens, 4)).astype(np.float32),
-        **step.inputs,
-        "kv_cache": latent_pool(rng, pages, step, with_new=False),
-    }
-    for name, shape in (("w_uk", (3, 160, 24)), ("w_uv", (3, 20, 160))):
-        inputs[name], inputs[f"{name}_scale"] = e4m3_weight(rng, *shape)
-    attributes = {**kv_attributes(pages), "softmax_scale": 0.1}
-    found, expected = decode_branch(inputs, attributes), reference("MlaDecodeBranchFp8", inputs, **attributes)
-    np.testing.assert_array_equal(found["kv_cache_out"], expected["kv_cache_out"])
-    assert_close(found["output"], expected["output"], 1e-6)
-
-
 def test_a_comparison_names_the_worst_value() -> None:
     expected = np.array([[1.0, 2.0], [-4.0, -np.inf]])
     found = expected.copy()
@@ -91,6 +71,15 @@ def test_a_comparison_names_the_worst_value() -> None:
     with pytest.raises(AssertionError, match=r"output: error 0\.125 > 0\.001 .* at \[0, 1\]: found 2\.5, expected 2;"):
         compare("output", found, expected, 1e-3)
     assert compare("output", found, expected, 0.2).error == 0.125
+
+
+def test_values_have_units_of_their_own() -> None:
+    expected, found = np.array([1.0, 100.0]), np.array([1.5, 90.0])
+    assert compare("output", found, expected, 1.0, units=np.array([1.0, 20.0])).index == (0,)
+    with pytest.raises(AssertionError, match=r"error 2 > 1 \(of 5\) at \[1\]"):
+        compare("output", found, expected, 1.0, units=np.array([1.0, 5.0]))
+    with pytest.raises(AssertionError, match=r"at \[0\]"):
+        compare("output", found, expected, 1.0, units=np.array([0.0, 20.0]))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 0.0])
