@@ -20,6 +20,9 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from mla_trt.engine import Engine
+from mla_trt.engine_file import read_description
+from mla_trt.engine_tensorrt import TensorRtEngine, pool_pages
 from mla_trt.errors import MlaTrtError, UsageError
 from mla_trt.opening import open_engine
 from mla_trt.serving.loop import EngineLoop
@@ -27,13 +30,12 @@ from mla_trt.serving.request import Event, Request
 from mla_trt.serving.runner import LoopRunner
 from mla_trt.serving.sampling import Sampling
 from mla_trt.serving.triton_repository import Settings
+from mla_trt.serving.triton_runner import TritonRunner, tells_not_served
 from mla_trt.session import Session
 
 POLL_SECONDS = 0.1
 """How often cancellations are asked for and metrics are set."""
 MAX_STOP_IDS = 1024
-NOT_SERVED = ("not ready", "unknown model", "no available versions")
-"""In what Triton answers when it ends, and when it unloads a model."""
 
 
 class TritonPythonModel:
@@ -52,9 +54,7 @@ class TritonPythonModel:
             check_tensors()
             parameters = json.loads(args["model_config"]).get("parameters", {})
             self._settings = Settings.parse({name: entry["string_value"] for name, entry in parameters.items()})
-            folder = Path(args["model_repository"]) / args["model_version"]
-            plugins = folder / self._settings.plugins if self._settings.plugins else None
-            engine = open_engine(folder / self._settings.model, pages=self._settings.pages, plugins=plugins)
+            engine, watch = _open(Path(args["model_repository"]), args["model_version"], self._settings)
             loop = EngineLoop(
                 Session(engine),
                 max_batch=self._settings.max_batch,
@@ -69,6 +69,7 @@ class TritonPythonModel:
             Metrics(loop, {"model": name, "version": version}),
             still_served=lambda: _is_served(name),
             on_unload=self._drain_in_background,
+            watch=watch,
         )
 
     def execute(self, requests: Sequence[Any]) -> None:
@@ -130,10 +131,19 @@ class Responder:
         still_served: whether Triton serves the model. It tells in no other way that it wants to unload the model or to end: it
             waits until all requests are done, and after its exit timeout it kills everything.
         on_unload: called once when that is over.
+        watch: called every `POLL_SECONDS`.
     """
 
-    def __init__(self, metrics: Metrics, *, still_served: Callable[[], bool], on_unload: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        *,
+        still_served: Callable[[], bool],
+        on_unload: Callable[[], None],
+        watch: Callable[[], None],
+    ) -> None:
         self._metrics = metrics
+        self._watch_engine = watch
         self._still_served = still_served
         self._on_unload = on_unload
         self._unloading = False
@@ -165,6 +175,7 @@ class Responder:
                 _log_failure(self._cancel)
                 _log_failure(self._metrics.update)
                 _log_failure(self._watch)
+                _log_failure(self._watch_engine)
                 poll_at = time.monotonic() + POLL_SECONDS
         _log_failure(self._metrics.update)
 
@@ -320,6 +331,24 @@ def check_tensors() -> None:
         )
 
 
+def _open(folder: Path, version: str, settings: Settings) -> tuple[Engine, Callable[[], None]]:
+    """The engine of a model, and what is to be called every `POLL_SECONDS` for it.
+
+    Args:
+        folder: of the model in the repository.
+        version: of the model.
+        settings: of the model.
+    """
+    if settings.engine_model is None:
+        files = folder / version
+        plugins = files / settings.plugins if settings.plugins else None
+        return open_engine(files / settings.model, pages=settings.pages, plugins=plugins), lambda: None
+    plan = folder.parent / settings.engine_model / version / settings.model
+    description = read_description(plan)
+    runner = TritonRunner(description, settings.engine_model, int(version), plan)
+    return TensorRtEngine(description, runner, pool_pages(description, settings.pages)), runner.watch
+
+
 def _is_served(name: str) -> bool:
     """Whether Triton takes requests for a model.
 
@@ -328,7 +357,7 @@ def _is_served(name: str) -> bool:
     """
     request = pb_utils.InferenceRequest(model_name=name, requested_output_names=["token_ids"], inputs=[])
     answers = [answer.error().message() for answer in request.exec(decoupled=True) if answer.has_error()]
-    return not any(reason in message for message in answers for reason in NOT_SERVED)
+    return not any(map(tells_not_served, answers))
 
 
 def _log_failure(action: Callable[[], None]) -> None:

@@ -1,0 +1,205 @@
+"""`mla-trt triton --backend tensorrt` in a real tritonserver: the model asks a stand-in for the engine, which holds the pages and
+runs the lowered model on ONNX Runtime, by the configuration and the requests that the engine itself would get."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import onnx
+import pytest
+from tensorrt_stand_in import describe, write_engine
+
+from mla_trt.cli import main
+from mla_trt.engine_file import RESIDENT
+from mla_trt.generation import generate
+from mla_trt.session import Session
+
+triton_server = pytest.importorskip("triton_server", reason="tritonclient is not installed")
+from triton_server import Answer, TritonServer, missing  # noqa: E402
+
+EXAMPLE = Path(__file__).resolve().parent.parent / "models" / "examples" / "deepseek_v3__dynamo_op20__eager__dec.onnx"
+STAND_IN = Path(__file__).with_name("triton_engine_model.py")
+PAGE, PAGES = 4, 60
+LONG = 200
+
+pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
+
+
+@pytest.fixture(scope="module")
+def lowered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "lowered"
+    arguments = ["lower", str(EXAMPLE), "-o", str(folder), "--kv-format", "f32", "--page-size", str(PAGE)]
+    assert main([*arguments, "--no-verify", "--quiet"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def written(lowered: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository with the models `small` and `small_engine`, the latter a stand-in."""
+    folder = tmp_path_factory.mktemp("engine")
+    model = onnx.load(lowered / "model.onnx")
+    limits = {"max_batch": 6, "max_tokens": 48, "max_length": 240, "pages": PAGES}
+    engine = write_engine(folder, describe(model, RESIDENT, **limits), model)
+    repository = folder / "repository"
+    options = ["--name", "small", "--backend", "tensorrt", "--max-batch", "8", "--drain-seconds", "1", "--quiet"]
+    assert main(["triton", str(engine), "-o", str(repository), *options]) == 0
+    version = repository / "small_engine" / "1"
+    shutil.copy(STAND_IN, version / "model.py")
+    for file in lowered.glob("model.*"):
+        shutil.copy(file, version)
+    change(
+        repository / "small_engine" / "config.pbtxt",
+        'backend: "tensorrt"\nplatform: "tensorrt_plan"',
+        'backend: "python"',
+    )
+    change(
+        repository / "small_engine" / "config.pbtxt", "kind: KIND_GPU count: 1 gpus: [ 0 ]", "kind: KIND_CPU count: 1"
+    )
+    return repository
+
+
+@pytest.fixture
+def repository(written: Path, tmp_path: Path) -> Path:
+    """One of the test's own."""
+    return Path(shutil.copytree(written, tmp_path / "repository"))
+
+
+@pytest.fixture(scope="module")
+def alone(lowered: Path) -> Callable[[list[int], int], list[int]]:
+    session = Session(lowered / "model.onnx", pages=PAGES)
+    return lambda prompt, count: [token for _, token in generate(session, [prompt], max_new_tokens=count)]
+
+
+@pytest.fixture(scope="module")
+def server(written: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    with TritonServer(written, tmp_path_factory.mktemp("server")) as started:
+        started.load("small_engine")
+        started.load("small")
+        yield started
+
+
+def change(file: Path, old: str, new: str) -> None:
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+
+
+def assert_whole(server: TritonServer) -> None:
+    values = server.wait_for(running=0, waiting=0)
+    assert values["mla_trt_pages"] == PAGES
+    assert values["mla_trt_pages_in_use"] == values["mla_trt_pages_cached"]
+
+
+def test_clients_that_share_batches_and_pages_get_what_each_gets_alone(
+    server: TritonServer, alone: Callable[[list[int], int], list[int]]
+) -> None:
+    draw = random.Random(0)
+    beginning = [draw.randrange(64) for _ in range(12)]
+    asked = []
+    for case in range(14):
+        prompt = (beginning if case % 2 else []) + [draw.randrange(64) for _ in range(draw.randint(1, 40))]
+        asked.append((prompt, draw.randint(20, 60)))
+
+    def ask(case: int) -> Answer:
+        time.sleep(case * 0.02)
+        prompt, count = asked[case]
+        answer = Answer(server, "small", prompt, max_new_tokens=count)
+        if case % 5:
+            return answer.wait()
+        while len(answer.tokens) < 3:
+            answer.read()
+        answer.vanish()
+        return answer
+
+    with ThreadPoolExecutor(len(asked)) as clients:
+        answers = list(clients.map(ask, range(len(asked))))
+    for case, (answer, (prompt, count)) in enumerate(zip(answers, asked, strict=True)):
+        assert answer.error is None
+        if case % 5:
+            assert (answer.tokens, answer.finish) == (alone(prompt, count), "length")
+        else:
+            assert answer.tokens == alone(prompt, len(answer.tokens))
+    assert_whole(server)
+    values = server.values()
+    # The pool is too small for all: pages were shared, and taken from some to be computed again.
+    assert values["mla_trt_prefix_tokens_total"] > 0
+    assert values["mla_trt_preemptions_total"] > 0
+
+
+def test_a_request_beyond_the_engine_is_refused(server: TritonServer) -> None:
+    answer = Answer(server, "small", [1] * 200, max_new_tokens=41 + 1).wait()
+    assert "the engine takes 240" in str(answer.error)
+    assert_whole(server)
+
+
+def test_an_engine_that_is_not_loaded_is_an_error_that_says_what_it_needs(
+    repository: Path, tmp_path: Path, alone: Callable[[list[int], int], list[int]]
+) -> None:
+    with TritonServer(repository, tmp_path) as server:
+        server.load("small")
+        answer = Answer(server, "small", [1, 5, 9], max_new_tokens=4).wait()
+        assert "the model 'small_engine' is not loaded" in str(answer.error)
+        assert "TensorRT 10.6.0" in str(answer.error)
+        server.load("small_engine")
+        assert Answer(server, "small", [1, 5, 9], max_new_tokens=4).wait().tokens == alone([1, 5, 9], 4)
+
+
+@pytest.mark.parametrize("how", ["unloaded", "replaced"])
+def test_pages_of_an_engine_that_is_loaded_again_are_not_read(
+    repository: Path, tmp_path: Path, alone: Callable[[list[int], int], list[int]], how: str
+) -> None:
+    prompt = list(range(1, 20))
+    with TritonServer(repository, tmp_path) as server:
+        server.load("small_engine")
+        server.load("small")
+        assert Answer(server, "small", prompt, max_new_tokens=4).wait().tokens == alone(prompt, 4)
+        if how == "unloaded":
+            server.client.unload_model("small_engine")
+        else:
+            os.utime(repository / "small_engine" / "1" / "model.plan")
+        server.load("small_engine")
+        time.sleep(0.5)
+        answer = Answer(server, "small", prompt, max_new_tokens=4).wait()
+        assert "the pages that it held are gone" in str(answer.error)
+        server.client.unload_model("small")
+        server.load("small")
+        assert Answer(server, "small", prompt, max_new_tokens=4).wait().tokens == alone(prompt, 4)
+
+
+def test_another_plan_than_was_written_is_a_load_error(repository: Path, tmp_path: Path) -> None:
+    (repository / "small_engine" / "1" / "model.plan").write_bytes(b"plan of another engine")
+    with TritonServer(repository, tmp_path) as server:
+        with pytest.raises(triton_server.InferenceServerException) as caught:
+            server.load("small")
+        assert "is not the plan that" in str(caught.value)
+
+
+@pytest.mark.parametrize("how", ["unload", "sigterm"])
+def test_requests_that_run_end_when_the_server_does(repository: Path, tmp_path: Path, how: str) -> None:
+    server = TritonServer(repository, tmp_path)
+    try:
+        server.load("small_engine")
+        server.load("small")
+        long = [Answer(server, "small", [case], max_new_tokens=LONG) for case in range(4)]
+        for answer in long:
+            answer.read()
+        began = time.monotonic()
+        if how == "sigterm":
+            server.process.send_signal(signal.SIGTERM)
+        else:
+            server.client.unload_model("small")
+        for answer in long:
+            answer.wait()
+            assert answer.finish == "length" or answer.error is not None
+        assert time.monotonic() - began < 20
+    finally:
+        assert server.stop() == 0
+    with pytest.raises(ProcessLookupError):
+        os.killpg(server.process.pid, 0)
