@@ -10,8 +10,11 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
+import ml_dtypes
+import numpy as np
 import onnx
 import pytest
 from tensorrt_stand_in import describe, write_engine
@@ -42,26 +45,23 @@ def lowered(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def written(lowered: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository with the models `small` and `small_engine`, the latter a stand-in."""
-    folder = tmp_path_factory.mktemp("engine")
+    """A repository with the models `small` and `narrow`, the latter with logits in bfloat16. Their engines are stand-ins."""
+    repository = tmp_path_factory.mktemp("written") / "repository"
     model = onnx.load(lowered / "model.onnx")
     limits = {"max_batch": 6, "max_tokens": 48, "max_length": 240, "pages": PAGES}
-    engine = write_engine(folder, describe(model, RESIDENT, **limits), model)
-    repository = folder / "repository"
-    options = ["--name", "small", "--backend", "tensorrt", "--max-batch", "8", "--drain-seconds", "1", "--quiet"]
-    assert main(["triton", str(engine), "-o", str(repository), *options]) == 0
-    version = repository / "small_engine" / "1"
-    shutil.copy(STAND_IN, version / "model.py")
-    for file in lowered.glob("model.*"):
-        shutil.copy(file, version)
-    change(
-        repository / "small_engine" / "config.pbtxt",
-        'backend: "tensorrt"\nplatform: "tensorrt_plan"',
-        'backend: "python"',
-    )
-    change(
-        repository / "small_engine" / "config.pbtxt", "kind: KIND_GPU count: 1 gpus: [ 0 ]", "kind: KIND_CPU count: 1"
-    )
+    description = describe(model, RESIDENT, **limits)
+    logits, *others = description.outputs
+    narrow = replace(description, outputs=(replace(logits, dtype=onnx.TensorProto.BFLOAT16), *others))
+    options = ["--backend", "tensorrt", "--max-batch", "8", "--drain-seconds", "1", "--quiet"]
+    for name, described in (("small", description), ("narrow", narrow)):
+        engine = write_engine(tmp_path_factory.mktemp("engine"), described, model)
+        assert main(["triton", str(engine), "-o", str(repository), "--name", name, *options]) == 0
+        folder = repository / f"{name}_engine"
+        shutil.copy(STAND_IN, folder / "1" / "model.py")
+        for file in lowered.glob("model.*"):
+            shutil.copy(file, folder / "1")
+        change(folder / "config.pbtxt", 'backend: "tensorrt"\nplatform: "tensorrt_plan"', 'backend: "python"')
+        change(folder / "config.pbtxt", "kind: KIND_GPU count: 1 gpus: [ 0 ]", "kind: KIND_CPU count: 1")
     return repository
 
 
@@ -131,6 +131,18 @@ def test_clients_that_share_batches_and_pages_get_what_each_gets_alone(
     # The pool is too small for all: pages were shared, and taken from some to be computed again.
     assert values["mla_trt_prefix_tokens_total"] > 0
     assert values["mla_trt_preemptions_total"] > 0
+
+
+def test_bfloat16_logits_are_read(server: TritonServer, lowered: Path) -> None:
+    server.load("narrow_engine")
+    server.load("narrow")
+    session = Session(lowered / "model.onnx", pages=PAGES)
+    sequence, logits = session.prefill([1, 5, 9])
+    tokens: list[int] = []
+    for _ in range(20):
+        tokens.append(int(np.argmax(logits.astype(ml_dtypes.bfloat16).astype(np.float32))))
+        logits = session.decode({sequence: tokens[-1]})[sequence]
+    assert Answer(server, "narrow", [1, 5, 9], max_new_tokens=20).wait().tokens == tokens
 
 
 def test_a_request_beyond_the_engine_is_refused(server: TritonServer) -> None:
