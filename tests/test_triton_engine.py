@@ -3,10 +3,12 @@ runs the lowered model on ONNX Runtime, by the configuration and the requests th
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +28,9 @@ from mla_trt.session import Session
 
 triton_server = pytest.importorskip("triton_server", reason="tritonclient is not installed")
 from triton_server import Answer, TritonServer, missing  # noqa: E402
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import serving  # noqa: E402
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "models" / "examples" / "deepseek_v3__dynamo_op20__eager__dec.onnx"
 STAND_IN = Path(__file__).with_name("triton_engine_model.py")
@@ -143,6 +148,25 @@ def test_bfloat16_logits_are_read(server: TritonServer, lowered: Path) -> None:
         tokens.append(int(np.argmax(logits.astype(ml_dtypes.bfloat16).astype(np.float32))))
         logits = session.decode({sequence: tokens[-1]})[sequence]
     assert Answer(server, "narrow", [1, 5, 9], max_new_tokens=20).wait().tokens == tokens
+
+
+def test_the_benchmark_measures_a_server(server: TritonServer, tmp_path: Path) -> None:
+    options = [
+        "--server",
+        f"127.0.0.1:{server.grpc}",
+        "--model",
+        "small",
+        "--vocabulary",
+        "64",
+        "--max-step-tokens",
+        "48",
+    ]
+    cases = ["--batches", "1", "3", "--contexts", "20", "--steps", "8", "-o", str(tmp_path)]
+    assert serving.main([*options, *cases]) == 0
+    found = json.loads((tmp_path / "serving.json").read_text())["results"]
+    assert [entry["batch"] for entry in found] == [1, 3]
+    assert all(entry["tokens_per_second"] > 0 for entry in found)
+    assert_whole(server)
 
 
 def test_a_request_beyond_the_engine_is_refused(server: TritonServer) -> None:
