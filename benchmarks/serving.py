@@ -250,8 +250,11 @@ def plot(pyplot: Any, path: Path, results: Sequence[Result]) -> None:
         (line,) = latency.plot(batches, [result.p50 for result in row], marker="o", label=f"context {context}, p50")
         latency.plot(batches, [result.p99 for result in row], linestyle=":", color=line.get_color(), label="p99")
     for axis, title in ((rate, "tokens/s of all requests"), (latency, "ms between tokens of a request")):
-        axis.set_xscale("log", base=2)
+        axis.set_xscale("log")
         axis.set_yscale("log")
+        batches = sorted({result.batch for result in measured})
+        axis.set_xticks(batches, [str(batch) for batch in batches])
+        axis.set_xticks([], minor=True)
         axis.set_xlabel("requests that decode together")
         axis.set_title(title)
         axis.grid(alpha=0.3)
