@@ -80,8 +80,13 @@ def evaluate(case: Case, times: Times) -> Result:
     Args:
         case: the case.
         times: more than `WARM` tokens of each request.
+
+    Raises:
+        MlaTrtError: there is no time in which all requests decode.
     """
     start, end = max(each[WARM - 1] for each in times), min(each[-1] for each in times)
+    if end <= start:
+        raise RequestFailedError("not all requests run at a time: batch or pool are too small")
     inside = [[time for time in each if start <= time <= end] for each in times]
     gaps = np.concatenate([np.diff(each) for each in inside])
     firsts = [each[0] for each in times]
@@ -150,8 +155,8 @@ def ask_server(address: str, model: str, prompts: Sequence[np.ndarray], new: int
     changed = threading.Condition()
     times: Times = [[] for _ in prompts]
     failures: list[str] = []
+    ended: set[int] = set()
     clients = [triton.InferenceServerClient(address) for _ in prompts]
-    began = time.perf_counter()
 
     def receive(case: int, result: Any, error: Any) -> None:
         now = time.perf_counter() - began
@@ -162,21 +167,24 @@ def ask_server(address: str, model: str, prompts: Sequence[np.ndarray], new: int
                 before, count = times[case][-1] if times[case] else now, len(result.as_numpy("token_ids"))
                 times[case] += [before + (now - before) * (index + 1) / count for index in range(count)]
                 if result.as_numpy("finish_reason")[0]:
-                    failures.append("not all requests run at a time: the server's batch or pool is too small")
+                    ended.add(case)
             changed.notify_all()
 
     def done() -> bool:
-        return bool(failures) or min(map(len, times)) >= WARM + steps
+        enough = (case in ended or len(each) >= WARM + steps for case, each in enumerate(times))
+        return bool(failures) or all(enough)
 
     try:
-        for case, (client, prompt) in enumerate(zip(clients, prompts, strict=True)):
+        for case, client in enumerate(clients):
             client.start_stream(lambda result, error, case=case: receive(case, result, error))
-            inputs = [
-                triton.InferInput("input_ids", [len(prompt)], "INT32"),
-                triton.InferInput("max_new_tokens", [1], "INT32"),
-            ]
-            inputs[0].set_data_from_numpy(prompt.astype(np.int32))
-            inputs[1].set_data_from_numpy(np.array([new], np.int32))
+        began = time.perf_counter()
+        for client, prompt in zip(clients, prompts, strict=True):
+            # -1 is no token: nothing ends a request early, whatever the server's configuration says.
+            values = {"input_ids": prompt, "max_new_tokens": [new], "stop_ids": [-1]}
+            inputs = []
+            for name, value in values.items():
+                inputs.append(triton.InferInput(name, [len(value)], "INT32"))
+                inputs[-1].set_data_from_numpy(np.asarray(value, np.int32))
             client.async_stream_infer(model, inputs)
         with changed:
             if not changed.wait_for(done, SERVER_SECONDS):
@@ -320,7 +328,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             what = f"Model '{options.model}' of the Triton server at {options.server}, times as its client has them"
 
             def run(prompts: Sequence[np.ndarray], new: int) -> Times:
-                return ask_server(options.server, options.model, prompts, new, options.steps)
+                # Clients need time to begin.
+                return ask_server(options.server, options.model, prompts, 2 * new, options.steps)
         else:
             session = Session(open_engine(options.engine, pages=options.pages, plugins=options.plugins))
             what, vocabulary = describe(session.engine), vocabulary or session.engine.vocabulary

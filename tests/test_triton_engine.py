@@ -181,32 +181,44 @@ def test_an_engine_that_is_not_loaded_is_an_error_that_says_what_it_needs(
     with TritonServer(repository, tmp_path) as server:
         server.load("small")
         answer = Answer(server, "small", [1, 5, 9], max_new_tokens=4).wait()
-        assert "the model 'small_engine' is not loaded" in str(answer.error)
-        assert "TensorRT 10.6.0" in str(answer.error)
+        assert "Triton does not serve the model 'small_engine'" in str(answer.error)
+        assert "it needs TensorRT 10.6.0, a GPU of compute capability 9.0" in str(answer.error)
         server.load("small_engine")
         assert Answer(server, "small", [1, 5, 9], max_new_tokens=4).wait().tokens == alone([1, 5, 9], 4)
 
 
-@pytest.mark.parametrize("how", ["unloaded", "replaced"])
-def test_pages_of_an_engine_that_is_loaded_again_are_not_read(
-    repository: Path, tmp_path: Path, alone: Callable[[list[int], int], list[int]], how: str
+def test_pages_of_an_engine_that_was_loaded_again_are_not_read(
+    repository: Path, tmp_path: Path, alone: Callable[[list[int], int], list[int]]
 ) -> None:
     prompt = list(range(1, 20))
     with TritonServer(repository, tmp_path) as server:
         server.load("small_engine")
         server.load("small")
         assert Answer(server, "small", prompt, max_new_tokens=4).wait().tokens == alone(prompt, 4)
-        if how == "unloaded":
-            server.client.unload_model("small_engine")
-        else:
-            os.utime(repository / "small_engine" / "1" / "model.plan")
+        server.client.unload_model("small_engine")
         server.load("small_engine")
-        time.sleep(0.5)
-        answer = Answer(server, "small", prompt, max_new_tokens=4).wait()
-        assert "the pages that it held are gone" in str(answer.error)
-        server.client.unload_model("small")
-        server.load("small")
         assert Answer(server, "small", prompt, max_new_tokens=4).wait().tokens == alone(prompt, 4)
+        running = [Answer(server, "small", [case], max_new_tokens=LONG) for case in range(2)]
+        for answer in running:
+            answer.read()
+        server.client.unload_model("small_engine")
+        for answer in running:
+            assert "does not serve the model 'small_engine'" in str(answer.wait().error)
+        server.load("small_engine")
+        assert Answer(server, "small", prompt, max_new_tokens=4).wait().tokens == alone(prompt, 4)
+
+
+@pytest.mark.parametrize("file", ["1/model.plan", "config.pbtxt"])
+def test_an_engine_that_was_replaced_is_not_used(server: TritonServer, written: Path, file: str) -> None:
+    changed = written / "small_engine" / file
+    before = changed.stat().st_mtime_ns
+    os.utime(changed)
+    try:
+        answer = Answer(server, "small", [1, 5, 9], max_new_tokens=4).wait()
+        assert "the files of the model 'small_engine' were replaced" in str(answer.error)
+    finally:
+        os.utime(changed, ns=(before, before))
+    assert Answer(server, "small", [1, 5, 9], max_new_tokens=4).wait().finish == "length"
 
 
 def test_another_plan_than_was_written_is_a_load_error(repository: Path, tmp_path: Path) -> None:

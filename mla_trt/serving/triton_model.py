@@ -54,7 +54,7 @@ class TritonPythonModel:
             check_tensors()
             parameters = json.loads(args["model_config"]).get("parameters", {})
             self._settings = Settings.parse({name: entry["string_value"] for name, entry in parameters.items()})
-            engine, watch = _open(Path(args["model_repository"]), args["model_version"], self._settings)
+            engine, forget = _open(Path(args["model_repository"]), args["model_version"], self._settings)
             loop = EngineLoop(
                 Session(engine),
                 max_batch=self._settings.max_batch,
@@ -63,13 +63,12 @@ class TritonPythonModel:
             )
         except MlaTrtError as error:
             raise pb_utils.TritonModelException(f"mla-trt: {error}") from None
-        self._runner = LoopRunner(loop)
+        self._runner = LoopRunner(loop, forget)
         name, version = args["model_name"], args["model_version"]
         self._responder = Responder(
             Metrics(loop, {"model": name, "version": version}),
             still_served=lambda: _is_served(name),
             on_unload=self._drain_in_background,
-            watch=watch,
         )
 
     def execute(self, requests: Sequence[Any]) -> None:
@@ -131,19 +130,10 @@ class Responder:
         still_served: whether Triton serves the model. It tells in no other way that it wants to unload the model or to end: it
             waits until all requests are done, and after its exit timeout it kills everything.
         on_unload: called once when that is over.
-        watch: called every `POLL_SECONDS`.
     """
 
-    def __init__(
-        self,
-        metrics: Metrics,
-        *,
-        still_served: Callable[[], bool],
-        on_unload: Callable[[], None],
-        watch: Callable[[], None],
-    ) -> None:
+    def __init__(self, metrics: Metrics, *, still_served: Callable[[], bool], on_unload: Callable[[], None]) -> None:
         self._metrics = metrics
-        self._watch_engine = watch
         self._still_served = still_served
         self._on_unload = on_unload
         self._unloading = False
@@ -175,7 +165,6 @@ class Responder:
                 _log_failure(self._cancel)
                 _log_failure(self._metrics.update)
                 _log_failure(self._watch)
-                _log_failure(self._watch_engine)
                 poll_at = time.monotonic() + POLL_SECONDS
         _log_failure(self._metrics.update)
 
@@ -331,8 +320,8 @@ def check_tensors() -> None:
         )
 
 
-def _open(folder: Path, version: str, settings: Settings) -> tuple[Engine, Callable[[], None]]:
-    """The engine of a model, and what is to be called every `POLL_SECONDS` for it.
+def _open(folder: Path, version: str, settings: Settings) -> tuple[Engine, Callable[[], None] | None]:
+    """The engine of a model, and what is to be called when no page of it will be read any more.
 
     Args:
         folder: of the model in the repository.
@@ -340,13 +329,15 @@ def _open(folder: Path, version: str, settings: Settings) -> tuple[Engine, Calla
         settings: of the model.
     """
     if settings.engine_model is None:
-        files = folder / version
-        plugins = files / settings.plugins if settings.plugins else None
-        return open_engine(files / settings.model, pages=settings.pages, plugins=plugins), lambda: None
-    plan = folder.parent / settings.engine_model / version / settings.model
+        own = folder / version
+        plugins = own / settings.plugins if settings.plugins else None
+        return open_engine(own / settings.model, pages=settings.pages, plugins=plugins), None
+    other = folder.parent / settings.engine_model
+    plan = other / version / settings.model
     description = read_description(plan)
-    runner = TritonRunner(description, settings.engine_model, int(version), plan)
-    return TensorRtEngine(description, runner, pool_pages(description, settings.pages)), runner.watch
+    files = [file for file in other.rglob("*") if file.is_file()]
+    runner = TritonRunner(description, settings.engine_model, int(version), files)
+    return TensorRtEngine(description, runner, pool_pages(description, settings.pages)), runner.forget
 
 
 def _is_served(name: str) -> bool:

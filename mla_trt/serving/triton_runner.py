@@ -24,58 +24,61 @@ NOT_SERVED = ("not ready", "unknown model", "no available versions")
 class TritonRunner:
     """Runs steps by requests to a model of this Triton; see `mla_trt.engine_tensorrt.Runner`.
 
-    The model's plugins hold the pages. They are gone when it is unloaded, and pages that were written before must not be
-    read from an engine that was loaded since: after that every step is an error.
+    The model's plugins hold the pages, which are gone when it is unloaded. So once it was not served every step is an error,
+    until `forget` tells that nobody wants them back. An engine that was replaced is not used at all.
 
     Args:
         description: of the engine.
         model: its name in Triton.
         version: its version there.
-        plan: its file; Triton may replace an engine whose file was replaced without a moment in which none is served.
+        files: of the engine. Where they change, Triton may replace it without a moment in which none is served.
     """
 
-    def __init__(self, description: EngineDescription, model: str, version: int, plan: Path) -> None:
+    def __init__(self, description: EngineDescription, model: str, version: int, files: Sequence[Path]) -> None:
         self._description = description
         self._model = model
         self._version = version
-        self._plan = plan
-        self._stamp = _stamp(plan)
+        self._files = files
+        self._stamps = self._read_stamps()
         self._dtypes = {output.name: output.numpy_dtype for output in description.outputs}
-        self._began = False
-        self._gone = False
+        self._missing: str | None = None
 
     def run(self, profile: str, inputs: Mapping[str, np.ndarray], *, recurring: bool) -> dict[str, np.ndarray]:
         """Runs one step; see `mla_trt.engine_tensorrt.Runner.run`.
 
         Raises:
-            MlaTrtError: the engine is not served, or fails.
+            MlaTrtError: the engine is not served, was not served since the last `forget`, was replaced, or fails.
         """
-        self._check()
-        tensors = [pb_utils.Tensor(name, value) for name, value in inputs.items()]
-        try:
-            found = self._ask(tensors)
-        except pb_utils.TritonModelException as error:
-            raise MlaTrtError(f"the model '{self._model}' cannot run the step: {error}") from None
-        if found.has_error():
-            message = found.error().message()
-            if tells_not_served(message):
-                self._gone = self._began
-                self._check()
-                raise MlaTrtError(
-                    f"the model '{self._model}' is not loaded ({message}): it needs a Triton with TensorRT "
-                    f"{self._description.tensorrt}, a GPU of compute capability {self._description.compute_capability} and the "
-                    "plugin library; Triton's log says what is wrong"
-                )
+        if self._read_stamps() != self._stamps:
+            raise MlaTrtError(
+                f"the files of the model '{self._model}' were replaced: load it and then this model again"
+            )
+        if self._missing is not None:
+            raise MlaTrtError(self._missing)
+        request = pb_utils.InferenceRequest(
+            model_name=self._model,
+            model_version=self._version,
+            requested_output_names=list(self._dtypes),
+            inputs=[pb_utils.Tensor(name, value) for name, value in inputs.items()],
+            preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU),
+        )
+        found = request.exec()
+        if not found.has_error():
+            return {
+                tensor.name(): read_tensor(tensor, self._dtypes[tensor.name()]) for tensor in found.output_tensors()
+            }
+        message = found.error().message()
+        if not tells_not_served(message):
             raise MlaTrtError(f"the model '{self._model}' cannot run the step: {message}")
-        self._began = True
-        return {tensor.name(): read_tensor(tensor, self._dtypes[tensor.name()]) for tensor in found.output_tensors()}
+        self._missing = (
+            f"Triton does not serve the model '{self._model}' ({message}): it needs TensorRT {self._description.tensorrt}, a GPU "
+            f"of compute capability {self._description.compute_capability} and the plugin library; Triton's log says what is wrong"
+        )
+        raise MlaTrtError(self._missing)
 
-    def watch(self) -> None:
-        """Looks whether the engine is still there. To be called often enough to see it being loaded again."""
-        if self._began and not self._gone:
-            answer = self._ask([])
-            unloaded = answer.has_error() and tells_not_served(answer.error().message())
-            self._gone = unloaded or _stamp(self._plan) != self._stamp
+    def forget(self) -> None:
+        """Tells that no page that was written before will be read."""
+        self._missing = None
 
     def copy_pages(self, page_copies: np.ndarray) -> None:
         """Never needed: such an engine has the input `page_copies`."""
@@ -97,24 +100,8 @@ class TritonRunner:
         """None: Triton runs the engine as it likes."""
         return None
 
-    def _ask(self, tensors: Sequence[Any]) -> Any:
-        """The response to a request with these inputs. Without any Triton refuses it, in words that tell whether it serves
-        the model."""
-        request = pb_utils.InferenceRequest(
-            model_name=self._model,
-            model_version=self._version,
-            requested_output_names=list(self._dtypes),
-            inputs=list(tensors),
-            preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU),
-        )
-        return request.exec()
-
-    def _check(self) -> None:
-        if self._gone:
-            raise MlaTrtError(
-                f"the model '{self._model}' was unloaded or replaced, and the pages that it held are gone: if the server goes "
-                f"on, load '{self._model}' and then this model again"
-            )
+    def _read_stamps(self) -> list[tuple[int, int] | None]:
+        return [_stamp(file) for file in self._files]
 
     def _refuse(self) -> NoReturn:
         raise MlaTrtError(f"the plugins of '{self._model}' hold its pages, which cannot be read or replaced")
