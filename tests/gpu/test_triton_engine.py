@@ -228,7 +228,7 @@ def test_without_the_plugin_library_the_error_says_what_the_engine_needs(reposit
         assert "Mla" in server.log.read_text()  # the plugin that TensorRT does not find
         server.load("asked")
         answer = Answer(server, "asked", [1, 5, 9]).wait()
-        assert "the model 'asked_engine' is not loaded" in str(answer.error)
+        assert "Triton does not serve the model 'asked_engine'" in str(answer.error)
         assert "the plugin library" in str(answer.error)
 
 
