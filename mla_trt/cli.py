@@ -57,9 +57,11 @@ A folder that 'mla-trt lower' wrote runs on ONNX Runtime, an engine that 'mla-tr
     "triton": """examples:
   mla-trt triton lowered/ -o repository --name deepseek
   mla-trt triton model.engine -o repository --max-batch 64 --stop-ids 1
+  mla-trt triton model.engine -o repository --backend tensorrt --plugins libmla_trt_plugins.so
 
-Adds the model NAME to REPO: config.pbtxt, model.py and a copy of the model. Requests of all clients run together; tokens
-come one by one over gRPC. docs/triton.md says what tritonserver needs and how clients ask.
+Adds the model NAME to REPO: config.pbtxt, model.py and a copy of the model; with --backend tensorrt also NAME_engine.
+Requests of all clients run together; tokens come one by one over gRPC. docs/triton.md says what tritonserver needs and how
+clients ask.
 exit status: 0 done; 2 bad input or usage (nothing is written).""",
     "bench": """examples:
   mla-trt bench kernels -o results
@@ -250,6 +252,12 @@ def _parser() -> argparse.ArgumentParser:
     triton.add_argument("model", type=Path, metavar="DIR|ENGINE")
     triton.add_argument("-o", "--output", type=Path, required=True, metavar="REPO", help="model repository to write to")
     triton.add_argument("--name", help="the model's name in Triton (default: that of the folder or engine)")
+    triton.add_argument(
+        "--backend",
+        default="python",
+        help="python (default): the model holds the engine; tensorrt: Triton's TensorRT backend does (engines with resident "
+        "pages)",
+    )
     triton.add_argument(
         "--pages", type=int, help="pages in the pool (default 256, or as many as an engine was built for)"
     )
@@ -536,11 +544,12 @@ def _triton(options: argparse.Namespace) -> int:
         options.output,
         settings,
         name=options.name,
+        backend=options.backend,
         plugins=options.plugins,
         environment=options.environment,
     )
     if not options.quiet:
-        print(f"written: {folder}")
+        print(f"written: {folder}" + (f", {folder}_engine" if options.backend == "tensorrt" else ""))
     return 0
 
 

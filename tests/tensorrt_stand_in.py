@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 
-from mla_trt.engine_file import IO, RESIDENT, EngineDescription, engine_tensors, without_pools
+from mla_trt.engine_file import (
+    IO,
+    RESIDENT,
+    EngineDescription,
+    description_path,
+    engine_tensors,
+    plan_digest,
+    without_pools,
+)
 from mla_trt.engine_onnxruntime import OnnxRuntimeEngine, embedded_vocabulary
 from mla_trt.engine_tensorrt import TensorRtEngine
 from mla_trt.metadata import LoweredMetadata
@@ -52,6 +63,16 @@ def describe(model: onnx.ModelProto, cache: str = IO, **limits: int) -> EngineDe
         plan_digest="",
         mla_trt="0.1.0",
     )
+
+
+def write_engine(folder: Path, description: EngineDescription, model: onnx.ModelProto, plan: bytes = b"plan") -> Path:
+    """The two files of an engine, of which the plan is anything."""
+    path = folder / "model.engine"
+    path.write_bytes(plan)
+    complete = replace(description, plan_bytes=len(plan), plan_digest=plan_digest(path))
+    metadata = json.loads(next(entry.value for entry in model.metadata_props if entry.key == "mla_trt"))
+    description_path(path).write_text(json.dumps(complete.to_json(metadata)))
+    return path
 
 
 class StandInRunner:

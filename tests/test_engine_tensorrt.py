@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,19 +10,17 @@ import numpy as np
 import onnx
 import pytest
 from small_models import SPARSE, Config, lowered
-from tensorrt_stand_in import describe, stand_in, with_known_axes
+from tensorrt_stand_in import describe, stand_in, with_known_axes, write_engine
 
 from mla_trt.cuda import Gpu, NoGpuError, find_gpu
 from mla_trt.engine_file import (
     CACHES,
     IO,
     RESIDENT,
-    EngineDescription,
     EngineTensor,
     Range,
     description_path,
     is_engine,
-    plan_digest,
     read_description,
 )
 from mla_trt.engine_onnxruntime import OnnxRuntimeEngine
@@ -224,15 +221,6 @@ def test_a_plan_that_holds_its_pages_has_one_profile_for_every_step(model: onnx.
 def test_sizes_are_read_from_all_inputs() -> None:
     tensors = [EngineTensor("a", 6, ("B",)), EngineTensor("b", 6, ("B", "T", 3))]
     assert read_sizes(tensors, {"a": np.zeros(2), "b": np.zeros((2, 5, 3))}) == {"B": 2, "T": 5}
-
-
-def write_engine(folder: Path, description: EngineDescription, model: onnx.ModelProto, plan: bytes = b"plan") -> Path:
-    path = folder / "model.engine"
-    path.write_bytes(plan)
-    complete = replace(description, plan_bytes=len(plan), plan_digest=plan_digest(path))
-    metadata = json.loads(next(entry.value for entry in model.metadata_props if entry.key == "mla_trt"))
-    description_path(path).write_text(json.dumps(complete.to_json(metadata)))
-    return path
 
 
 @pytest.mark.parametrize("cache", CACHES)

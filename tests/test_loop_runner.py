@@ -177,3 +177,19 @@ def test_nobody_waits_when_the_loop_itself_fails(model: onnx.ModelProto, monkeyp
     with pytest.raises(MlaTrtError, match="the engine loop failed"):
         runner.submit(Request(ids(3), 5))
     runner.close(drain_seconds=WAIT)
+
+
+def test_where_pages_may_go_none_are_kept_while_nothing_runs(model: onnx.ModelProto) -> None:
+    told = threading.Event()
+    session = Session(model, pages=PAGES)
+    runner = LoopRunner(EngineLoop(session), told.set)
+    try:
+        prompt = list(range(1, 12))
+        first, second = (runner.submit(Request(prompt, 8)) for _ in range(2))
+        assert list(first) == list(second)
+        assert told.wait(WAIT)
+        assert session.free_count == PAGES
+        stats = runner.loop.stats()
+        assert (stats.pages_cached, stats.running, stats.waiting) == (0, 0, 0)
+    finally:
+        runner.close()

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import time
 import urllib.request
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,7 +20,7 @@ import tritonclient.grpc
 from tritonclient.utils import InferenceServerException
 
 ROOT = Path(__file__).resolve().parent.parent
-ENVIRONMENT = ROOT / ".venv-triton"
+ENVIRONMENT = Path(os.environ.get("MLA_TRT_TRITON_ENVIRONMENT", ROOT / ".venv-triton"))
 START_SECONDS = 60
 LOAD_SECONDS = 60
 ANSWER_SECONDS = 60
@@ -28,7 +29,7 @@ ANSWER_SECONDS = 60
 def missing() -> str | None:
     """Why there is no tritonserver here; None where there is one."""
     if not (ENVIRONMENT / "bin" / "python3").exists():
-        return "there is no .venv-triton: run the tests with 'make test'"
+        return f"there is no {ENVIRONMENT.name}: run the tests with 'make test'"
     if _server_folder() is None:
         error = ENVIRONMENT / "error.txt"
         lines = error.read_text().strip().splitlines() if error.exists() else []
@@ -58,6 +59,33 @@ def backend_folder(folder: Path) -> Path:
     return folder
 
 
+def tensorrt_backend(library: Path, libraries: Iterable[Path], folder: Path) -> dict[str, str]:
+    """Adds Triton's TensorRT backend to a backend directory.
+
+    Args:
+        library: the backend, libtriton_tensorrt.so, as it was built from its source.
+        libraries: folders to look for what it needs in: TensorRT and CUDA's runtime.
+        folder: the backend directory.
+
+    Returns:
+        what the server's environment needs.
+    """
+    server = _server_folder()
+    assert server is not None
+    own = server.parents[1] / "nvidia_pytriton.libs"
+    target = folder / "tensorrt"
+    target.mkdir()
+    (target / library.name).symlink_to(library.resolve())
+    (target / "libtritonserver.so").symlink_to(next(own.glob("libtritonserver-*.so")))
+    needed = re.findall(rb"lib(?:nvinfer|nvinfer_plugin|cudart)\.so\.\d+", library.read_bytes())
+    for name in sorted({entry.decode() for entry in needed}):
+        found = next((place / name for place in libraries if (place / name).exists()), None)
+        assert found is not None, f"there is no {name} in {', '.join(map(str, libraries))}"
+        (target / name).symlink_to(found.resolve())
+    others = os.environ.get("LD_LIBRARY_PATH")
+    return {"LD_LIBRARY_PATH": os.pathsep.join([str(own), *([others] if others else [])])}
+
+
 def _free_ports(count: int) -> list[int]:
     sockets = [socket.socket() for _ in range(count)]
     try:
@@ -77,17 +105,27 @@ class TritonServer:
         folder: where its log and its backend directory go.
         options: more options of tritonserver.
         python: folder whose `python3` runs the models.
+        tensorrt: adds a TensorRT backend to a backend directory; returns what the server's environment needs.
     """
 
-    def __init__(self, repository: Path, folder: Path, *options: str, python: Path = ENVIRONMENT / "bin") -> None:
+    def __init__(
+        self,
+        repository: Path,
+        folder: Path,
+        *options: str,
+        python: Path = ENVIRONMENT / "bin",
+        tensorrt: Callable[[Path], dict[str, str]] | None = None,
+    ) -> None:
         server = _server_folder()
         assert server is not None
         self.http, self.grpc, self.metrics = _free_ports(3)
         self.log = folder / "tritonserver.log"
+        backends = backend_folder(folder / "backends")
+        environment = os.environ | (tensorrt(backends) if tensorrt is not None else {})
         command = [
             str(server / "bin" / "tritonserver"),
             f"--model-repository={repository}",
-            f"--backend-directory={backend_folder(folder / 'backends')}",
+            f"--backend-directory={backends}",
             "--model-control-mode=explicit",
             *(f"--{what}-address=127.0.0.1" for what in ("http", "grpc", "metrics")),
             f"--http-port={self.http}",
@@ -101,7 +139,7 @@ class TritonServer:
                 command,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=os.environ | {"PATH": f"{python}{os.pathsep}{os.environ['PATH']}"},
+                env=environment | {"PATH": f"{python}{os.pathsep}{environment['PATH']}"},
                 start_new_session=True,
             )
         self.client = tritonclient.grpc.InferenceServerClient(f"127.0.0.1:{self.grpc}")

@@ -76,10 +76,12 @@ class LoopRunner:
 
     Args:
         loop: nobody else may call its `step`.
+        forget: called when nothing runs, after the pages that were kept for prompts to come were freed. None: they stay.
     """
 
-    def __init__(self, loop: EngineLoop) -> None:
+    def __init__(self, loop: EngineLoop, forget: Callable[[], None] | None = None) -> None:
         self.loop = loop
+        self._forget = forget
         self._callbacks: dict[int, Callable[[Event], None]] = {}
         self._condition = threading.Condition()
         self._closing = False
@@ -129,6 +131,10 @@ class LoopRunner:
                             del self._callbacks[event.request_id]
                 for callback, event in told:
                     self._tell(callback, event)
+                if self._forget is not None and self.loop.idle:
+                    # A request that is submitted meanwhile has no pages before the next step.
+                    self.loop.drop_prefixes()
+                    self._forget()
                 with self._condition:
                     self._condition.notify_all()
             self.loop.drop_prefixes()

@@ -20,6 +20,9 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from mla_trt.engine import Engine
+from mla_trt.engine_file import read_description
+from mla_trt.engine_tensorrt import TensorRtEngine, pool_pages
 from mla_trt.errors import MlaTrtError, UsageError
 from mla_trt.opening import open_engine
 from mla_trt.serving.loop import EngineLoop
@@ -27,13 +30,12 @@ from mla_trt.serving.request import Event, Request
 from mla_trt.serving.runner import LoopRunner
 from mla_trt.serving.sampling import Sampling
 from mla_trt.serving.triton_repository import Settings
+from mla_trt.serving.triton_runner import TritonRunner, tells_not_served
 from mla_trt.session import Session
 
 POLL_SECONDS = 0.1
 """How often cancellations are asked for and metrics are set."""
 MAX_STOP_IDS = 1024
-NOT_SERVED = ("not ready", "unknown model", "no available versions")
-"""In what Triton answers when it ends, and when it unloads a model."""
 
 
 class TritonPythonModel:
@@ -52,9 +54,7 @@ class TritonPythonModel:
             check_tensors()
             parameters = json.loads(args["model_config"]).get("parameters", {})
             self._settings = Settings.parse({name: entry["string_value"] for name, entry in parameters.items()})
-            folder = Path(args["model_repository"]) / args["model_version"]
-            plugins = folder / self._settings.plugins if self._settings.plugins else None
-            engine = open_engine(folder / self._settings.model, pages=self._settings.pages, plugins=plugins)
+            engine, forget = _open(Path(args["model_repository"]), args["model_version"], self._settings)
             loop = EngineLoop(
                 Session(engine),
                 max_batch=self._settings.max_batch,
@@ -63,7 +63,7 @@ class TritonPythonModel:
             )
         except MlaTrtError as error:
             raise pb_utils.TritonModelException(f"mla-trt: {error}") from None
-        self._runner = LoopRunner(loop)
+        self._runner = LoopRunner(loop, forget)
         name, version = args["model_name"], args["model_version"]
         self._responder = Responder(
             Metrics(loop, {"model": name, "version": version}),
@@ -320,6 +320,26 @@ def check_tensors() -> None:
         )
 
 
+def _open(folder: Path, version: str, settings: Settings) -> tuple[Engine, Callable[[], None] | None]:
+    """The engine of a model, and what is to be called when no page of it will be read any more.
+
+    Args:
+        folder: of the model in the repository.
+        version: of the model.
+        settings: of the model.
+    """
+    if settings.engine_model is None:
+        own = folder / version
+        plugins = own / settings.plugins if settings.plugins else None
+        return open_engine(own / settings.model, pages=settings.pages, plugins=plugins), None
+    other = folder.parent / settings.engine_model
+    plan = other / version / settings.model
+    description = read_description(plan)
+    files = [file for file in other.rglob("*") if file.is_file()]
+    runner = TritonRunner(description, settings.engine_model, int(version), files)
+    return TensorRtEngine(description, runner, pool_pages(description, settings.pages)), runner.forget
+
+
 def _is_served(name: str) -> bool:
     """Whether Triton takes requests for a model.
 
@@ -328,7 +348,7 @@ def _is_served(name: str) -> bool:
     """
     request = pb_utils.InferenceRequest(model_name=name, requested_output_names=["token_ids"], inputs=[])
     answers = [answer.error().message() for answer in request.exec(decoupled=True) if answer.has_error()]
-    return not any(reason in message for message in answers for reason in NOT_SERVED)
+    return not any(map(tells_not_served, answers))
 
 
 def _log_failure(action: Callable[[], None]) -> None:
