@@ -101,17 +101,20 @@ def _kv_attributes(pages: KvLayout) -> dict[str, Any]:
     }
 
 
-def decoding(row_format: str, batch: int, heads: int, keys: int, new: int = 1) -> Case:
-    """Dense decode. Peers: FlashMLA over bf16 rows, vLLM's fork of it over fp8_flat rows of the same length."""
+def decoding(row_format: str, batch: int, heads: int, keys: int, new: int = 1, terms: int = 0) -> Case:
+    """Dense decode, with the query in ``terms`` e4m3 terms. Peers: FlashMLA over bf16 rows, vLLM's fork of it over e4m3
+    rows of nearly the same length, with the query in one term."""
     step, pages = _step(np.random.default_rng(0), batch, new, keys)
     layout, tokens = _layout(row_format), batch * new
     peer = "flash_mla_dense" if row_format == "bf16" else "vllm_flash_mla_dense_fp8"
     return Case(
         "MlaDecoding",
-        {**_kv_attributes(layout), "softmax_scale": SCALE},
+        {**_kv_attributes(layout), "softmax_scale": SCALE, "query_terms": terms},
         {"query": Random((tokens, heads, RANK + ROPE)), **step, "kv_cache": Pool(layout, pages)},
         flops=2.0 * tokens * heads * keys * (2 * RANK + ROPE),
         bytes=batch * keys * _row_bytes(layout) + 2.0 * tokens * heads * (2 * RANK + ROPE),
+        precision="fp8" if terms else "bf16",
+        tolerance=(1e-2, 6e-2, 2e-2)[terms],
         peer=(peer, {"batch": batch, "heads": heads, "keys": keys, "new": new}),
     )
 
@@ -270,11 +273,14 @@ def decode_branch(tokens: int, heads: int = 128) -> Case:
 def _cases() -> dict[str, Callable[[], Case]]:
     cases: dict[str, Callable[[], Case]] = {}
     shapes = ((128, 128, 4096), (128, 128, 16384), (32, 128, 32768), (128, 64, 4096), (64, 16, 16384), (1, 128, 32768))
-    for row_format in ("bf16", "fp8"):
+    kinds = {"bf16": ("bf16", 0), "fp8": ("fp8", 2), "fp8-1term": ("fp8", 1), "fp8-bf16products": ("fp8", 0)}
+    for kind, (row_format, terms) in kinds.items():
         for batch, heads, keys in shapes:
-            name = f"decode-{row_format}-b{batch}-h{heads}-{keys // 1024}k"
-            cases[name] = functools.partial(decoding, row_format, batch, heads, keys)
-        cases[f"decode-{row_format}-b128-h128-4k-2tokens"] = functools.partial(decoding, row_format, 128, 128, 4096, 2)
+            name = f"decode-{kind}-b{batch}-h{heads}-{keys // 1024}k"
+            cases[name] = functools.partial(decoding, row_format, batch, heads, keys, terms=terms)
+        cases[f"decode-{kind}-b128-h128-4k-2tokens"] = functools.partial(
+            decoding, row_format, 128, 128, 4096, 2, terms
+        )
     for row_format in ("fp8", "fp8_ds_mla"):
         for batch, heads in ((128, 128), (128, 64), (1, 128)):
             name = f"decode-sparse-{row_format}-b{batch}-h{heads}"

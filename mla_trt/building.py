@@ -34,6 +34,7 @@ from mla_trt.errors import BadModelError, UsageError
 from mla_trt.loading import load_model
 from mla_trt.metadata import METADATA_KEY, LoweredMetadata
 from mla_trt.ops import OPS
+from mla_trt.ops.common import QUERY_TERMS
 from mla_trt.plugin_model import DTYPES, MODEL_FILE, write_plugin_model
 from mla_trt.profiles import input_range, make_profiles, plan_profiles
 from mla_trt.tensorrt_api import Messages, load_plugins, load_tensorrt, start
@@ -68,6 +69,7 @@ class BuildOptions:
 
     Attributes:
         dtype: "keep" the model's types, or "bf16" (mla_trt.bfloat16).
+        query_terms: how exact attention over e4m3 rows must be (docs/op-set.md, MlaDecoding); None: as the model says.
         cache: "io", pages are inputs and outputs, or "resident", the engine's plugins hold them (`pages` of each cache).
         max_batch, max_tokens, max_length, pages: see `mla_trt.profiles.make_profiles`.
         optimization_level: TensorRT's, 0 (fastest build) to 5.
@@ -81,6 +83,7 @@ class BuildOptions:
     """
 
     dtype: str = "keep"
+    query_terms: int | None = None
     cache: str = IO
     max_batch: int | None = None
     max_tokens: int | None = None
@@ -98,6 +101,8 @@ class BuildOptions:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise UsageError(f"--dtype is '{self.dtype}': choose one of {', '.join(DTYPES)}")
+        if self.query_terms not in (None, *QUERY_TERMS.choices):
+            raise UsageError(f"--query-terms is {self.query_terms}: choose one of 0, 1, 2")
         if self.cache not in CACHES:
             raise UsageError(f"--cache is '{self.cache}': choose one of {', '.join(CACHES)}")
         if self.cache == RESIDENT and self.pages is None:
@@ -153,7 +158,14 @@ def build_file(
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as place:
         folder = Path(place)
-        write_plugin_model(path, folder, dtype=options.dtype, pages=options.pages, resident=options.cache == RESIDENT)
+        write_plugin_model(
+            path,
+            folder,
+            dtype=options.dtype,
+            query_terms=options.query_terms,
+            pages=options.pages,
+            resident=options.cache == RESIDENT,
+        )
         weights = _weight_bytes(folder)
         if options.timing_cache is None and options.keep_times:
             options = replace(options, timing_cache=default_timing_cache(gpu, trt.__version__))

@@ -186,6 +186,13 @@ def _parser() -> argparse.ArgumentParser:
         help="keep (default) the types of the model, or bf16: multiply in bfloat16 what is float32; norms, routers, rope "
         "and the residual stream stay",
     )
+    build.add_argument(
+        "--query-terms",
+        type=int,
+        metavar="0-2",
+        help="attention over e4m3 rows on Hopper: 2 (default) products of e4m3 codes, two for each value of the query; 1: one, faster "
+        "and less exact; 0: products of bfloat16, slower and more exact (docs/kernels.md has figures)",
+    )
     build.add_argument("--max-batch", type=int, metavar="N", help="most sequences of a step (default 16)")
     build.add_argument("--max-tokens", type=int, metavar="N", help="most tokens of a step (default 2048)")
     build.add_argument(
@@ -462,6 +469,7 @@ def _build(options: argparse.Namespace) -> int:
 
     build_options = BuildOptions(
         dtype=options.dtype,
+        query_terms=options.query_terms,
         cache=options.cache,
         max_batch=options.max_batch,
         max_tokens=options.max_tokens,

@@ -19,6 +19,7 @@ from mla_trt.engine_file import COPIES
 from mla_trt.errors import BadModelError, UsageError
 from mla_trt.loading import load_model
 from mla_trt.ops import OPS, mla_nodes, strip_functions
+from mla_trt.ops.common import QUERY_TERMS
 from mla_trt.weight_file import WeightFile
 from mla_trt.writing import external_locations
 
@@ -39,6 +40,15 @@ def compact(model: onnx.ModelProto) -> None:
         node.output.extend(outputs.values())
         node.attribute.append(helper.make_attribute("inputs", " ".join(inputs)))
         node.attribute.append(helper.make_attribute("outputs", " ".join(outputs)))
+
+
+def set_query_terms(model: onnx.ModelProto, terms: int) -> None:
+    """Gives the ops that have it the attribute `query_terms`, in place: how exact attention over e4m3 rows must be."""
+    for node in mla_nodes(model):
+        if any(attribute.name == QUERY_TERMS.name for attribute in OPS[node.op_type].attributes):
+            kept = [attribute for attribute in node.attribute if attribute.name != QUERY_TERMS.name]
+            del node.attribute[:]
+            node.attribute.extend([*kept, helper.make_attribute(QUERY_TERMS.name, terms)])
 
 
 def fix_pages(model: onnx.ModelProto, pages: int) -> None:
@@ -94,7 +104,13 @@ def _remove_pool(model: onnx.ModelProto, node: onnx.NodeProto, before: str, afte
 
 
 def write_plugin_model(
-    source: Path, folder: Path, *, dtype: str = "keep", pages: int | None = None, resident: bool = False
+    source: Path,
+    folder: Path,
+    *,
+    dtype: str = "keep",
+    query_terms: int | None = None,
+    pages: int | None = None,
+    resident: bool = False,
 ) -> onnx.ModelProto:
     """Writes `model.onnx` for the parser into a folder. Weights that stay as they are stay where they are: links lead to
     their files.
@@ -103,6 +119,7 @@ def write_plugin_model(
         source: the lowered model.
         folder: an empty folder.
         dtype: "bf16" to multiply in bfloat16 what is float32 in the model, or "keep".
+        query_terms: see `set_query_terms`; None: as the model has it.
         pages: fixed number of pages of the pools; None: dynamic.
         resident: the plugins hold the pools, of that number of pages.
 
@@ -122,6 +139,8 @@ def write_plugin_model(
     if dtype == "bf16":
         name = next(name for count in range(len(before) + 1) if (name := f"bf16.{count}.data") not in before)
         to_bfloat16(model, source.parent, WeightFile(folder / name))
+    if query_terms is not None:
+        set_query_terms(model, query_terms)
     compact(model)
     if pages is not None:
         if resident:

@@ -22,7 +22,7 @@ ROPE_ATTRIBUTES = (
     Attribute("rope_interleaved", int, 1, choices=(0, 1)),
 )
 SOFTMAX_SCALE = Attribute("softmax_scale", float)
-QUERY_TERMS = Attribute("query_terms", int, 2, choices=(0, 1, 2))
+QUERY_TERMS = Attribute("query_terms", int, 2, choices=(0, 1, 2))  # says how exact kernels must be; bodies are exact
 TOP_K = Attribute("top_k", int, letter="K", minimum=1)
 INDEX_ATTRIBUTES = (
     Attribute("index_head_dim", int, letter="Di", minimum=0),

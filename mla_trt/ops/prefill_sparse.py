@@ -6,7 +6,7 @@ entries of a token's list from that number on are masked. K is the width of ``in
 
 from __future__ import annotations
 
-from mla_trt.ops.common import KV_ATTRIBUTES, KV_CACHE, SINKS, SOFTMAX_SCALE, STEP
+from mla_trt.ops.common import KV_ATTRIBUTES, KV_CACHE, QUERY_TERMS, SINKS, SOFTMAX_SCALE, STEP
 from mla_trt.ops.decoding import emit, reference
 from mla_trt.ops.schema import F32, I32, F, Input, Op, Output
 
@@ -22,7 +22,7 @@ OP = Op(
         Input("index_lengths", I32, "T", optional=True),
     ),
     outputs=(Output("output", F, "T H R"), Output("lse", F32, "T H", optional=True)),
-    attributes=(*KV_ATTRIBUTES, SOFTMAX_SCALE),
+    attributes=(*KV_ATTRIBUTES, SOFTMAX_SCALE, QUERY_TERMS),
     emit=emit,
     reference=reference,
 )

@@ -229,6 +229,7 @@ constexpr AttributeSpec prefill_sparse_attributes[] = {
     {"row_format", AttributeSpec::text, 16, nullptr, "f32 bf16 fp8 fp8_ds_mla fp8_flat", 2, false},
     {"kv_scale", AttributeSpec::number, 20, nullptr, nullptr, 1.0, false},
     {"softmax_scale", AttributeSpec::number, 32, nullptr, nullptr, 0, true},
+    {"query_terms", AttributeSpec::integer, 36, nullptr, nullptr, 2, false},
 };
 constexpr TensorSpec decode_branch_fp8_inputs[] = {
     {"query", Kind::any_float, "T H Dn+Dr", false},
@@ -406,7 +407,7 @@ constexpr OpSpec ops[] = {
     {"MlaFusedRopeRmsNormQuantization", 12, 2, 7, table::fused_rope_rms_norm_quantization_inputs, table::fused_rope_rms_norm_quantization_outputs, table::fused_rope_rms_norm_quantization_attributes},
     {"MlaDecoding", 10, 2, 7, table::decoding_inputs, table::decoding_outputs, table::decoding_attributes},
     {"MlaPrefill", 13, 2, 6, table::prefill_inputs, table::prefill_outputs, table::prefill_attributes},
-    {"MlaPrefillSparse", 11, 2, 6, table::prefill_sparse_inputs, table::prefill_sparse_outputs, table::prefill_sparse_attributes},
+    {"MlaPrefillSparse", 11, 2, 7, table::prefill_sparse_inputs, table::prefill_sparse_outputs, table::prefill_sparse_attributes},
     {"MlaDecodeBranchFp8", 21, 2, 9, table::decode_branch_fp8_inputs, table::decode_branch_fp8_outputs, table::decode_branch_fp8_attributes},
     {"MlaIndexer", 15, 2, 9, table::indexer_inputs, table::indexer_outputs, table::indexer_attributes},
     {"MlaAttention", 20, 2, 12, table::attention_inputs, table::attention_outputs, table::attention_attributes},

@@ -102,7 +102,7 @@ def decoding_case(
     cache = latent_pool(rng, pages, step, with_new=True) if pool is None else pool
     inputs = {"query": query, **step.inputs, "kv_cache": cache}
     softmax_scale = pages.width**-0.5 if scale is None else scale
-    return inputs, {**kv_attributes(pages), "softmax_scale": softmax_scale}
+    return inputs, {**kv_attributes(pages), "softmax_scale": softmax_scale, "query_terms": 0}
 
 
 def layer_case(
@@ -123,6 +123,7 @@ def layer_case(
         "qk_nope_head_dim": nope,
         "v_head_dim": value,
         "softmax_scale": (nope + rope) ** -0.5,
+        "query_terms": 0,
     }
     tokens = step.tokens
     inputs: dict[str, Array] = {

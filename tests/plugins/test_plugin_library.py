@@ -47,6 +47,7 @@ ATTRIBUTES: dict[str, int | float | str] = {
     "epsilon": 1e-5,
     "rope_interleaved": 0,
     "softmax_scale": 0.0721,
+    "query_terms": 1,
     "index_head_dim": 64,
     "index_rope_dim": 10,
     "index_rope_interleaved": 1,

@@ -1,0 +1,211 @@
+"""The kernel for SM90 with e4m3 products (attend_hopper.cu): MlaDecoding over dense fp8 rows with queries in bfloat16.
+
+References are float64 over the same bytes. What the kernel rounds: the query to one or two e4m3 codes a value, and the
+weights to codes with 4 bits. So its error is that of a weight, up to 2^-4 of it, averaged over the keys that count, and with one code for
+the query that of the scores, which grows with their spread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+from cases import decoding_case, layer_case, layout, long_pool, step_of
+from harness import Array, compare, compare_exactly, run_op
+from large_reference import attention
+from op_harness import behind_a_page_of_nan
+from test_gpu_decoding import LENGTHS, STEPS
+
+MOST = {1: 1.5e-1, 2: 4e-2}  # of the largest output
+MEAN = {1: 6e-2, 2: 2e-2}  # Frobenius, relative
+LSE = {1: 3e-1, 2: 7e-2}  # absolute: the sum is of the rounded weights
+
+
+def _compare(
+    found: Mapping[str, Array], inputs: Mapping[str, Array], attributes: Mapping[str, Any], what: str = ""
+) -> None:
+    expected, terms = attention(inputs, attributes), attributes["query_terms"]
+    prefix = f"{what} " if what else ""
+    compare(f"{prefix}output", found["output"], expected["output"], MOST[terms])
+    difference = found["output"].astype(np.float64) - expected["output"]
+    mean = np.linalg.norm(difference) / max(float(np.linalg.norm(expected["output"])), 1e-30)
+    compare(f"{prefix}output on average", np.array(mean), np.array(0.0), MEAN[terms], absolute=True)
+    if "lse" in found:
+        compare(f"{prefix}lse", found["lse"], expected["lse"], LSE[terms], absolute=True)
+
+
+def _case(
+    rng: np.random.Generator, step: Any, heads: int, terms: int, **more: Any
+) -> tuple[dict[str, Array], dict[str, Any]]:
+    page_size = more.pop("page_size", 64)
+    inputs, attributes = decoding_case(rng, step, layout("fp8", page_size=page_size), heads, "bf16", **more)
+    return inputs, attributes | {"query_terms": terms}
+
+
+TERMS = pytest.mark.parametrize("terms", [1, 2])
+
+
+@TERMS
+@pytest.mark.parametrize("heads", [1, 8, 16, 17, 32, 40, 64, 96, 128])
+def test_lengths(heads: int, terms: int) -> None:
+    rng = np.random.default_rng(1)
+    step = step_of(rng, [min(length, 1) for length in LENGTHS], [max(length - 1, 0) for length in LENGTHS])
+    inputs, attributes = _case(rng, step, heads, terms)
+    _compare(run_op("MlaDecoding", inputs, **attributes), inputs, attributes)
+
+
+@pytest.mark.memcheck
+@TERMS
+@pytest.mark.parametrize("heads", [4, 16, 128])
+@pytest.mark.parametrize("case", STEPS.values(), ids=STEPS.keys())
+def test_steps(case: tuple[list[int], list[int], int], heads: int, terms: int) -> None:
+    rng = np.random.default_rng(2)
+    inputs, attributes = _case(rng, step_of(rng, *case[:2], padding=case[2]), heads, terms)
+    _compare(run_op("MlaDecoding", inputs, **attributes), inputs, attributes)
+
+
+@TERMS
+@pytest.mark.parametrize("heads", [16, 128])
+def test_131072_keys(heads: int, terms: int) -> None:
+    rng = np.random.default_rng(3)
+    step = step_of(rng, [1, 1], [131071, 40])
+    inputs, attributes = _case(rng, step, heads, terms, pool=long_pool(rng, step, layout("fp8")))
+    _compare(run_op("MlaDecoding", inputs, **attributes), inputs, attributes)
+
+
+@TERMS
+@pytest.mark.parametrize("heads", [16, 64])
+def test_flat_attention_with_a_common_offset_does_not_lose_with_length(heads: int, terms: int) -> None:
+    """What the 14 bits of e4m3 products' sums would lose, and what the rounding of weights would, were it of one sign."""
+    for length in (1000, 131071):
+        rng = np.random.default_rng(4)
+        step = step_of(rng, [1], [length])
+        pool = long_pool(rng, step, layout("fp8"), mean=1.0, spread=0.1)
+        inputs, attributes = _case(rng, step, heads, terms, pool=pool)
+        inputs["query"] = (inputs["query"].astype(np.float32) * 0.01).astype(inputs["query"].dtype)
+        found, expected = run_op("MlaDecoding", inputs, **attributes), attention(inputs, attributes)
+        compare(f"output of {length} keys", found["output"], expected["output"], 5e-3)
+
+
+@TERMS
+@pytest.mark.parametrize("heads", [16, 64])
+@pytest.mark.parametrize("share", [8.0, 11.0, 14.0])
+def test_one_heavy_key_and_many_light_ones(share: float, heads: int, terms: int) -> None:
+    """The light ones' weights are far below e4m3's smallest of the heavy one's scale."""
+    rng = np.random.default_rng(5)
+    step, pages = step_of(rng, [1], [65535]), layout("fp8")
+    pool = long_pool(rng, step, pages, spread=0.3)
+    direction = rng.standard_normal(512, np.float32)
+    heavy = direction * np.float32(share * 576**0.5 / float(direction @ direction))
+    pages.write(pool, *step.places(0, range(1)), heavy[None], np.zeros((1, 64), np.float32))
+    inputs, attributes = _case(rng, step, heads, terms, pool=pool)
+    query = inputs["query"].astype(np.float32)
+    query[..., :512] += direction
+    inputs["query"] = query.astype(inputs["query"].dtype)
+    _compare(run_op("MlaDecoding", inputs, **attributes), inputs, attributes)
+
+
+@TERMS
+@pytest.mark.parametrize("page_size", [64, 128, 256])
+def test_page_sizes(page_size: int, terms: int) -> None:
+    rng = np.random.default_rng(6)
+    step = step_of(rng, [2, 1, 1, 1], [page_size - 1, 2 * page_size, 0, 300], page_size)
+    inputs, attributes = _case(rng, step, 64, terms, page_size=page_size)
+    _compare(run_op("MlaDecoding", inputs, **attributes), inputs, attributes)
+
+
+@TERMS
+@pytest.mark.parametrize("heads", [16, 128])
+@pytest.mark.parametrize("scale", [4, 0.05])
+def test_peaked_and_flat_attention(scale: float, heads: int, terms: int) -> None:
+    rng = np.random.default_rng(7)
+    inputs, attributes = _case(rng, step_of(rng, [1, 2], [3000, 62]), heads, terms, scale=scale * 576**-0.5)
+    found, expected = run_op("MlaDecoding", inputs, **attributes), attention(inputs, attributes)
+    compare("output", found["output"], expected["output"], MOST[terms] * (3 if scale > 1 and terms == 1 else 1))
+
+
+@TERMS
+def test_sinks(terms: int) -> None:
+    rng = np.random.default_rng(8)
+    inputs, attributes = _case(rng, step_of(rng, [2, 0, 3, 1], [5, 1, 0, 1000], padding=1), 5, terms)
+    inputs["sinks"] = np.array([0.5, -40, 3, 200, -np.inf], np.float32)
+    found = run_op("MlaDecoding", inputs, **attributes)
+    _compare(found, inputs, attributes)
+    compare_exactly("output under an all-taking sink", found["output"][:, 3], np.zeros_like(found["output"][:, 3]))
+
+
+@pytest.mark.memcheck
+@TERMS
+@pytest.mark.parametrize("heads", [16, 64])
+def test_pages_outside_the_pool_are_masked(heads: int, terms: int) -> None:
+    rng = np.random.default_rng(9)
+    step = step_of(rng, [2, 1, 1], [200, 130, 3])
+    table = step.inputs["block_table"]
+    table[0, 1], table[1, 0], table[2, 0] = -1, step.pages, -(2**31)
+    inputs, attributes = _case(rng, step, heads, terms)
+    for what, given in (("", inputs), ("behind a page of NaN", behind_a_page_of_nan(inputs, "kv_cache"))):
+        found = run_op("MlaDecoding", given, **attributes)
+        _compare(found, given, attributes, what)
+        compare_exactly("output without a page", found["output"][3], np.zeros_like(found["output"][3]))
+
+
+@TERMS
+def test_a_query_that_is_not_a_number_spoils_its_own_row_only(terms: int) -> None:
+    rng = np.random.default_rng(10)
+    inputs, attributes = _case(rng, step_of(rng, [2, 1], [300, 70]), 40, terms)
+    clean = run_op("MlaDecoding", inputs, **attributes)["output"]
+    inputs["query"][1, 7, 3] = np.nan
+    found = run_op("MlaDecoding", inputs, **attributes)["output"]
+    assert np.isnan(found[1, 7].astype(np.float32)).any()
+    others = np.ones(found.shape[:2], bool)
+    others[1, 7] = False
+    compare_exactly("the other rows", found[others], clean[others])
+
+
+@TERMS
+@pytest.mark.parametrize("heads", [16, 128])
+def test_runs_are_bitwise_equal(heads: int, terms: int) -> None:
+    rng = np.random.default_rng(11)
+    step = step_of(rng, [1] * 8 + [3], [1000, 1, 63, 64, 65, 4000, 200, 31, 500])
+    inputs, attributes = _case(rng, step, heads, terms)
+    run_op("MlaDecoding", inputs, repeat=1000, **attributes)
+
+
+@TERMS
+def test_a_graph_gives_the_same_bits(terms: int) -> None:
+    rng = np.random.default_rng(12)
+    inputs, attributes = _case(rng, step_of(rng, [1, 2, 1], [1000, 62, 0]), 64, terms)
+    plain = run_op("MlaDecoding", inputs, **attributes)
+    captured = run_op("MlaDecoding", inputs, graph=True, repeat=3, **attributes)
+    compare_exactly("output of the graph", captured["output"].view(np.int16), plain["output"].view(np.int16))
+
+
+@pytest.mark.memcheck
+@TERMS
+def test_garbage_is_survived(terms: int) -> None:
+    rng = np.random.default_rng(13)
+    inputs, attributes = _case(rng, step_of(rng, [1, 3, 2], [200, 62, 5]), 16, terms)
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        for name, values in inputs.items():
+            if values.dtype == np.int32 and name != "kv_cache":
+                inputs[name] = rng.integers(-(2**31), 2**31, values.shape).astype(np.int32)
+        run_op("MlaDecoding", inputs, **attributes)
+        for name in ("query_offsets", "cache_lengths", "token_sequence", "positions", "schedule"):
+            inputs[name] = rng.integers(-2, 300, inputs[name].shape).astype(np.int32)
+        run_op("MlaDecoding", inputs, **attributes)
+
+
+@TERMS
+def test_in_a_layer(terms: int) -> None:
+    """MlaAttention hands its absorbed queries to the kernel."""
+    rng = np.random.default_rng(14)
+    step = step_of(rng, [1, 2, 1, 1], [300, 62, 0, 1000])
+    inputs, attributes = layer_case(rng, step, "fp8", (16, 128, 64, 128, 512), weights="bf16", dtype="bf16")
+    exact = run_op("MlaAttention", inputs, **attributes)
+    found = run_op("MlaAttention", inputs, **attributes | {"query_terms": terms})
+    compare_exactly("kv_cache_out", found["kv_cache_out"], exact["kv_cache_out"])
+    compare("output", found["output"], exact["output"].astype(np.float64), MOST[terms])
+    assert not np.array_equal(found["output"], exact["output"]), "the other kernel ran"
