@@ -1,7 +1,8 @@
 """`mla-trt bench layer`: one attention layer of DeepSeek-V3 as TensorRT engines, decoding one token for each sequence.
 
-Three forms of the layer have the same weights and cached rows: lowered, with our plugins; as exported, with expanded keys
-and values; absorbed by hand. The last two have fixed sizes, which is the best that TensorRT can be given. Their steps run
+Four forms of the layer have the same weights and cached rows: lowered, with our plugins; as exported, with expanded keys
+and values; absorbed by hand, with a cache from past to present as exporters write it, and with one that is read where it
+lies. The last three have fixed sizes, which is the best that TensorRT can be given. Their steps run
 as CUDA graphs, alternating in one process. Every result is checked against a float32 reference in the same run, ours against the
 absorbed form's over all sequences too: a wrong engine has no figure.
 """
@@ -50,6 +51,7 @@ ROUND_MILLISECONDS = 4.0  # of a form
 MOST_LAUNCHES = 50
 WRONG = 4  # exit status
 EXPORTED, ABSORBED, OURS = "as exported", "absorbed by hand", "ours"
+GROWING = "absorbed by hand, cache from past to present"
 KV_CACHE = "kv_cache.0"
 KV_CACHE_OUT = "kv_cache_out.0"
 
@@ -192,6 +194,11 @@ class LayerStep:
             "sin": self._angles(self.sin),
             "cache": cache,
         }
+
+    def for_growing(self) -> dict[str, np.ndarray]:
+        """Inputs of `absorbed_layer` with a cache that grows."""
+        inputs = self.for_absorbed()
+        return {**inputs, "past": np.ascontiguousarray(inputs.pop("cache")[:, :-1])}
 
     def for_lowered(self, row_format: str) -> dict[str, np.ndarray]:
         """Inputs of the lowered layer. The rope of its rows has the pairs together."""
@@ -384,8 +391,9 @@ class TensorRtForms:
                 model = exported_layer(self._dimensions, self._weights, batch=batch, new=1, past=keys - 1)
                 inputs = step.for_exported()
             else:
-                model = absorbed_layer(self._dimensions, self._weights, batch=batch, total=keys)
-                inputs = step.for_absorbed()
+                grows = form == GROWING
+                model = absorbed_layer(self._dimensions, self._weights, batch=batch, total=keys, grows=grows)
+                inputs = step.for_growing() if grows else step.for_absorbed()
             path = save_layer(model, self._folder / "peer.onnx")
             build_static(self._trt, path, plan, optimization_level=self._level, timing_cache=self._cache)
         seconds = time.monotonic() - started
@@ -535,7 +543,7 @@ def _measure(options: argparse.Namespace, names: Sequence[str], formats: Sequenc
     check_usable()
     trt = load_tensorrt()
     find_library(options.plugins)  # before the long work
-    peers = [EXPORTED, ABSORBED] if options.peers else []
+    peers = [EXPORTED, GROWING, ABSORBED] if options.peers else []
     forms = [*peers, *(f"{OURS} {row_format}" for row_format in formats)]
     dimensions, dtype = LayerDimensions(), TensorProto.BFLOAT16
     results: list[FormResult] = []

@@ -120,15 +120,20 @@ def exported_layer(
     return _Layer(dimensions, weights).exported(batch, new, past)
 
 
-def absorbed_layer(dimensions: LayerDimensions, weights: LayerWeights, *, batch: Axis, total: Axis) -> onnx.ModelProto:
+def absorbed_layer(
+    dimensions: LayerDimensions, weights: LayerWeights, *, batch: Axis, total: int, grows: bool = False
+) -> onnx.ModelProto:
     """A decoding step of one token for each sequence, absorbed by hand.
 
     The cache is read where it lies: the caller puts the new token's row, an output, at its end beforehand, so that nothing is copied.
 
     Inputs: `hidden_states` [batch, hidden], `cos` and `sin` [batch, Dr], `cache` [batch, total, R + Dr] (latent, then rope as in
     `exported_layer`). Outputs: `attn_out` [batch, hidden] and `row` [batch, R + Dr].
+
+    With ``grows`` the cache is as exporters have it: an input `past` [batch, total - 1, R + Dr], and an output `present`
+    [batch, total, R + Dr] that has the new row behind it.
     """
-    return _Layer(dimensions, weights).absorbed(batch, total)
+    return _Layer(dimensions, weights).absorbed(batch, total, grows)
 
 
 class _Layer:
@@ -174,11 +179,22 @@ class _Layer:
         g.output("present_rope", g.dtype, [batch, 1, total, d.rope])
         return g.model(OPSET)
 
-    def absorbed(self, batch: Axis, total: Axis) -> onnx.ModelProto:
+    def absorbed(self, batch: Axis, total: int, grows: bool) -> onnx.ModelProto:
         d, g = self.d, self.g
         x = g.input("hidden_states", g.dtype, [batch, d.hidden])
         cos, sin = (self._slice(g.input(name, g.dtype, [batch, d.rope]), 0, d.rope // 2, 1) for name in ("cos", "sin"))
-        cache = g.input("cache", g.dtype, [batch, total, d.rank + d.rope])
+        width = d.rank + d.rope
+        latent, rope_key = self._compressed(x, 1)
+        row = [latent, self._rotate(rope_key, cos, sin, 1)]
+        if grows:
+            past = g.input("past", g.dtype, [batch, total - 1, width])
+            new = g.node("Unsqueeze", g.node("Concat", *row, axis=-1), g.constant([1]))
+            cache = g.node("Concat", past, new, output="present", axis=1)
+            g.output("present", g.dtype, [batch, total, width])
+        else:
+            cache = g.input("cache", g.dtype, [batch, total, width])
+            g.node("Concat", *row, output="row", axis=-1)
+            g.output("row", g.dtype, [batch, width])
         query = self._reshape(self._query(x), 0, d.heads, d.nope + d.rope)
         q_nope, q_rope = g.node("Split", query, g.constant([d.nope, d.rope]), outputs=2, axis=2)
         cos_of_heads, sin_of_heads = (g.node("Unsqueeze", table, g.constant([1])) for table in (cos, sin))
@@ -192,10 +208,7 @@ class _Layer:
         attended = g.node("Transpose", self._slice(g.node("MatMul", shares, cache), 0, d.rank, 2), perm=[1, 0, 2])
         output = g.node("Transpose", g.node("MatMul", attended, self._weight("w_uv")), perm=[1, 0, 2])
         g.node("MatMul", self._reshape(output, 0, d.heads * d.value), self._weight("o_proj"), output="attn_out")
-        latent, rope_key = self._compressed(x, 1)
-        g.node("Concat", latent, self._rotate(rope_key, cos, sin, 1), output="row", axis=-1)
         g.output("attn_out", g.dtype, [batch, d.hidden])
-        g.output("row", g.dtype, [batch, d.rank + d.rope])
         return g.model(OPSET)
 
     def _weight(self, name: str) -> str:

@@ -18,6 +18,7 @@ from mla_trt.bench_layer import (
     ABSORBED,
     CASES,
     EXPORTED,
+    GROWING,
     KV_CACHE,
     FormResult,
     LayerCase,
@@ -94,9 +95,10 @@ class Forms:
         if form == EXPORTED:
             inputs = step.for_exported()
             run = self._on_onnxruntime(exported_layer(SMALL, self.weights, batch=batch, new=1, past=keys - 1))
-        elif form == ABSORBED:
-            inputs = step.for_absorbed()
-            run = self._on_onnxruntime(absorbed_layer(SMALL, self.weights, batch=batch, total=keys))
+        elif form in (ABSORBED, GROWING):
+            grows = form == GROWING
+            inputs = step.for_growing() if grows else step.for_absorbed()
+            run = self._on_onnxruntime(absorbed_layer(SMALL, self.weights, batch=batch, total=keys, grows=grows))
         else:
             row_format = form.split()[1]
             inputs = step.for_lowered(row_format)
@@ -126,7 +128,7 @@ def forms(tmp_path: Path) -> Forms:
 
 def measured(forms: Forms, row_formats: tuple[str, ...]) -> dict[str, FormResult]:
     step = LayerStep(SMALL, CASE, TensorProto.FLOAT, row_formats[0])
-    names = [EXPORTED, ABSORBED, *(f"ours {row_format}" for row_format in row_formats)]
+    names = [EXPORTED, GROWING, ABSORBED, *(f"ours {row_format}" for row_format in row_formats)]
     results = measure_case("small", step, names, forms.build, references(step, forms.weights.arrays), 1e12)
     return {result.form: result for result in results}
 
@@ -201,6 +203,7 @@ def test_tensorrt_knows_every_op_of_the_peers() -> None:
     for model in (
         exported_layer(SMALL, weights, batch=2, new=1, past=4),
         absorbed_layer(SMALL, weights, batch=2, total=5),
+        absorbed_layer(SMALL, weights, batch=2, total=5, grows=True),
     ):
         assert illegal_nodes(gs.import_onnx(model), "tensorrt-10.6") == []
         inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
