@@ -145,12 +145,12 @@ struct Ring {
         int32_t const page = page_of_half(work, n, key / half);
         barrier_wait(shared_address(memory + P::scales_full) + (n % 4 * 2 + key / half) * 8, n / 4 & 1);
         float const scale = reinterpret_cast<const float*>(memory + P::raw_scales)[n % 4 * tile + key];
-        bool const there = page < static_cast<int32_t>(work.step.pages) && scale > 0.0f;  // what was never written may be NaN
+        bool const there = page < static_cast<int32_t>(work.step.pages) && scale > 0.0f;  // what was never written may be anything
         auto* table = reinterpret_cast<float*>(memory + P::scales) + third * (3 * tile) + key / half * half + key % 8 / 2 * 16 +
                       key % half / 8 * 2 + key % 2;
         table[0] = there ? scale : 0.0f;
         table[tile] = there ? fast_log2(scale) : -INFINITY;
-        table[2 * tile] = there ? half_code_unit * fast_inverse(scale) : 0.0f;
+        table[2 * tile] = there ? fminf(half_code_unit * fast_inverse(scale), 1e37f) : 0.0f;  // finite: P may be 0
     }
 
     // Zeros for the values of a half's keys behind the last one, which were never written and may be NaN. By `group` threads.

@@ -19,7 +19,7 @@ from op_harness import behind_a_page_of_nan
 from test_gpu_decoding import LENGTHS, STEPS
 
 MOST = {1: 1.5e-1, 2: 4e-2}  # of the largest output
-MEAN = {1: 6e-2, 2: 2e-2}  # Frobenius, relative
+MEAN = {1: 6e-2, 2: 2.5e-2}  # Frobenius, relative
 LSE = {1: 3e-1, 2: 7e-2}  # absolute: the sum is of the rounded weights
 
 
