@@ -331,7 +331,8 @@ def _open(folder: Path, version: str, settings: Settings) -> tuple[Engine, Calla
     if settings.engine_model is None:
         own = folder / version
         plugins = own / settings.plugins if settings.plugins else None
-        return open_engine(own / settings.model, pages=settings.pages, plugins=plugins), None
+        # Where it is a link, the model's other files lie beside what it points to.
+        return open_engine((own / settings.model).resolve(), pages=settings.pages, plugins=plugins), None
     other = folder.parent / settings.engine_model
     plan = other / version / settings.model
     description = read_description(plan)
