@@ -264,20 +264,20 @@ class Handler(BaseHTTPRequestHandler):
                     _json(body),
                     {"Content-Type": "application/json"},
                 )
-                self._pass_on(connection.getresponse(), len(body["input_ids"]))
+                self._pass_on(connection.getresponse(), body["input_ids"])
         except (ConnectionError, http.client.HTTPException):
             raise RefusedError(HTTPStatus.BAD_GATEWAY, "tritonserver does not answer") from None
         finally:
             connection.close()
 
-    def _pass_on(self, response: http.client.HTTPResponse, prompt_tokens: int) -> None:
+    def _pass_on(self, response: http.client.HTTPResponse, prompt: list[int]) -> None:
         if response.status != HTTPStatus.OK:
             event = next(_events(response), {})
             raise RefusedError(response.status, str(event.get("error", "tritonserver gives no reason")))
-        text_of = self.server.tokenizer.stream() if self.server.tokenizer is not None else None
+        text_of = self.server.tokenizer.stream(prompt) if self.server.tokenizer is not None else None
         try:
             self._begin(HTTPStatus.OK, "text/event-stream", None)
-            self._send({"prompt_tokens": prompt_tokens})
+            self._send({"prompt_tokens": len(prompt)})
             for event in _events(response):
                 if "error" in event:
                     self._send({"error": event["error"]})

@@ -116,6 +116,7 @@ def serve(model: Path, settings: Settings, options: ServeOptions, *, quiet: bool
             installation,
             repository,
             address,
+            work / "stop",
             options=installation.options(python_version(options.environment), work / "backends"),
             path=Path(sys.executable).parent if options.environment is None else None,
             exit_seconds=exit_seconds,

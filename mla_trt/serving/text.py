@@ -39,10 +39,21 @@ class Tokenizer:
         """The ids of a text, with those that the tokenizer puts around a text."""
         return self._tokenizer.encode(text).ids
 
-    def stream(self) -> Callable[[list[int]], str]:
-        """What turns the next ids of one sequence into its next piece of text; a character that is not complete waits for its end."""
+    def stream(self, prompt: list[int]) -> Callable[[list[int]], str]:
+        """What turns the next ids of one sequence into its next piece of text.
+
+        A character that is not complete waits for its end.
+
+        Args:
+            prompt: the ids before; whether a word begins with a space depends on them.
+        """
         decoder = self._decoder(skip_special_tokens=True)
-        return lambda ids: "".join(decoder.step(self._tokenizer, token) or "" for token in ids)
+
+        def text_of(ids: list[int]) -> str:
+            return "".join(decoder.step(self._tokenizer, token) or "" for token in ids)
+
+        text_of(prompt)
+        return text_of
 
 
 def stop_ids_of(folder: Path) -> tuple[int, ...]:

@@ -45,6 +45,9 @@ TYPES: dict[int, str] = {
     TensorProto.BOOL: "BOOL",
 }
 """Names of types in `config.pbtxt`."""
+STOP_FILE = "MLA_TRT_STOP_FILE"
+"""Environment variable that names a file: when it appears, the server is about to end. Triton by itself lets a model know only after all HTTP
+clients have gone, and ends in disorder when its exit timeout is over before."""
 
 MODEL_PY = '''"""The model that Triton's Python backend runs."""
 

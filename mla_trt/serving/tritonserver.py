@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mla_trt.errors import ServerError, UsageError
+from mla_trt.serving.triton_repository import STOP_FILE
 
 CONTAINER = Path("/opt/tritonserver/bin/tritonserver")
 KEPT_LINES = 200
@@ -176,6 +177,7 @@ class TritonServer:
         installation: which.
         repository: the model repository; models are loaded at the start, and no others later.
         address: where it listens.
+        stop_file: a file that does not exist; it tells the model that the server is about to end.
         options: further options.
         path: folder whose `python3` runs models that name no environment; None: whatever PATH says.
         exit_seconds: after SIGTERM, how long it lets requests go on.
@@ -187,6 +189,7 @@ class TritonServer:
         installation: Installation,
         repository: Path,
         address: Address,
+        stop_file: Path,
         *,
         options: Sequence[str] = (),
         path: Path | None = None,
@@ -194,6 +197,7 @@ class TritonServer:
         on_line: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.address = address
+        self._stop_file = stop_file
         self._lines: deque[str] = deque(maxlen=KEPT_LINES)
         secret = secrets.token_hex()
         command = [
@@ -208,7 +212,7 @@ class TritonServer:
             f"--grpc-restricted-protocol={RESTRICTED}:mla-trt={secret}",
             *options,
         ]
-        environment = dict(os.environ)
+        environment = os.environ | {STOP_FILE: str(stop_file)}
         if path is not None:
             environment["PATH"] = f"{path}{os.pathsep}{environment.get('PATH', '')}"
         libc = ctypes.CDLL(None)
@@ -276,6 +280,7 @@ class TritonServer:
         """Ends it: SIGTERM, and SIGKILL to it and its models after some seconds or when `hurry` is set. Returns whether it ended in order."""
         deadline = time.monotonic() + seconds
         if self.exit_status is None:
+            self._stop_file.touch()
             self._process.terminate()
         while self.exit_status is None and time.monotonic() < deadline and not hurry.wait(POLL_SECONDS):
             pass

@@ -1,7 +1,8 @@
 const POLL_MS = 500;
-const HISTORY = 240; // polls: two minutes
+const HISTORY = 120; // polls: a minute
 const RATE_POLLS = 4;
 const MOST_STREAMS = 4; // browsers open six connections to a server, and the figures need one
+const TELL_MS = 100;
 const KEPT_STREAMS = 20;
 const KEPT_SAMPLES = 2000;
 const SHOWN_SAMPLES = 200;
@@ -71,6 +72,8 @@ class Stream {
     this.body = body;
     this.abort = new AbortController();
     this.tokens = 0;
+    this.unseen = "";
+    this.told = 0;
     this.element = make("article", "card stream running");
     const head = make("header");
     this.status = make("span", "status", "waiting");
@@ -144,12 +147,18 @@ class Stream {
     }
     this.latest = now;
     this.tokens += count;
-    this.answer.appendData(about.text ? event.text : event.token_ids.map((id) => `${id} `).join(""));
-    this.said.scrollTop = this.said.scrollHeight;
-    this.tell();
+    this.unseen += about.text ? event.text : event.token_ids.map((id) => `${id} `).join("");
+    // Each change makes the browser lay out all of the text: tokens can come faster than that.
+    this.timer ??= setTimeout(() => this.tell(), Math.max(0, this.told + TELL_MS - now));
   }
 
   tell() {
+    clearTimeout(this.timer);
+    this.timer = undefined;
+    this.told = performance.now();
+    this.answer.appendData(this.unseen);
+    this.unseen = "";
+    this.said.scrollTop = this.said.scrollHeight;
     const decoding = (this.latest - this.began - this.first) / 1000;
     const speed = this.tokens > 1 && decoding > 0 ? ` · ${short((this.tokens - 1) / decoding)} tokens/s` : "";
     this.figures.textContent = `${this.tokens} token${this.tokens === 1 ? "" : "s"}${speed} · first after ${time(this.first)}`;
@@ -161,6 +170,7 @@ class Stream {
 
   end(kind, text) {
     running.delete(this);
+    if (this.tokens) this.tell();
     this.element.classList.replace("running", kind);
     this.status.textContent = text;
     this.button.remove();
@@ -269,7 +279,7 @@ function shape(tag, attributes) {
 
 function area(id, values, least) {
   const top = Math.max(least, ...values) * 1.08;
-  const points = values.map((value, index) => `${HISTORY - values.length + index},${(100 - (100 * value) / top).toFixed(2)}`);
+  const points = values.map((value, index) => `${HISTORY - values.length + index},${(98 - (96 * value) / top).toFixed(2)}`);
   const svg = at(id);
   svg.setAttribute("viewBox", `0 0 ${HISTORY - 1} 100`);
   svg.setAttribute("preserveAspectRatio", "none");
@@ -293,11 +303,12 @@ function dots(id, values) {
     for (const [share, name] of [[0.5, "p50"], [0.95, "p95"]]) {
       const value = percentile(values, share);
       drawn.push(shape("line", { class: "rule", x1: 0, x2: width, y1: y(value), y2: y(value) }));
-      const label = shape("text", { x: 2, y: Math.max(11, y(value) - 4) });
+      const below = name === "p50" && y(value) < height - 14; // so that the two do not meet
+      const label = shape("text", { x: 2, y: below ? y(value) + 12 : Math.max(11, y(value) - 4) });
       label.textContent = `${name} ${time(value)}`;
       drawn.push(label);
     }
-    at("between-caption").textContent = `time between the latest ${values.length} tokens; 0 at the bottom, ${time(top)} at the top`;
+    at("between-caption").textContent = `time between the latest ${values.length} tokens, from 0 to ${time(top)}`;
   }
   svg.replaceChildren(...drawn);
 }
