@@ -257,6 +257,11 @@ class Answer:
         self.client.stop_stream()
         return self
 
+    def close(self) -> None:
+        """Closes the stream and the connection."""
+        self.client.stop_stream()
+        self.client.close()
+
     def vanish(self) -> None:
         """Ends the connection as a client does that goes away."""
         self.client.stop_stream(cancel_requests=True)

@@ -8,8 +8,7 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from pathlib import Path
@@ -98,6 +97,7 @@ def serve(model: Path, settings: Settings, options: ServeOptions, *, quiet: bool
     address, page_port = _addresses(host, options)
     console = Console(stderr=True, quiet=quiet)
     with ExitStack() as stack:
+        signals = stack.enter_context(_Signals())
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mla-trt-serve-")))
         repository = options.repository or work / "repository"
         write_repository(
@@ -110,7 +110,7 @@ def serve(model: Path, settings: Settings, options: ServeOptions, *, quiet: bool
             link=options.repository is None,
         )
         about = _about(model, name, settings, tokenizer is not None, f"{address.reached_at}:{address.grpc}")
-        stopped, hurry = stack.enter_context(_signals())
+        signals.armed = True
         exit_seconds = math.ceil(settings.drain_seconds) + EXIT_SECONDS
         server = TritonServer(
             installation,
@@ -125,12 +125,12 @@ def serve(model: Path, settings: Settings, options: ServeOptions, *, quiet: bool
         in_order = False
         try:
             with console.status(f"tritonserver loads '{name}'"):
-                ready = server.wait_ready(name, options.load_seconds, stopped)
+                ready = server.wait_ready(name, options.load_seconds, signals.stopped)
             if ready:
                 if page_port is not None:
                     stack.callback(_start_page(host, page_port, address, about, tokenizer).close)
                 _announce(address, page_port, about, quiet=quiet)
-            while not stopped.wait(POLL_SECONDS):
+            while not signals.stopped.wait(POLL_SECONDS):
                 if server.exit_status is not None:
                     raise server.death()
             console.print(
@@ -141,7 +141,7 @@ def serve(model: Path, settings: Settings, options: ServeOptions, *, quiet: bool
                 print(*server.last_lines(), sep="\n", file=sys.stderr)
             raise
         finally:
-            in_order = server.stop(exit_seconds + EXIT_SECONDS, hurry)
+            in_order = server.stop(exit_seconds + EXIT_SECONDS, signals.hurry)
     return 0 if in_order else 1
 
 
@@ -154,20 +154,29 @@ def _start_page(host: str, port: int, address: Address, about: About, tokenizer:
     return page
 
 
-@contextmanager
-def _signals() -> Iterator[tuple[threading.Event, threading.Event]]:
-    """Events that the first and the second signal to end set."""
-    stopped, hurry = threading.Event(), threading.Event()
+class _Signals:
+    """What SIGINT, SIGTERM and SIGHUP do within it.
 
-    def note(number: int, frame: object) -> None:
-        (hurry if stopped.is_set() else stopped).set()
+    Attributes:
+        armed: False: they raise KeyboardInterrupt; True: the first one sets `stopped`, the next one `hurry`.
+    """
 
-    before = {number: signal.signal(number, note) for number in SIGNALS}
-    try:
-        yield stopped, hurry
-    finally:
-        for number, handler in before.items():
+    def __init__(self) -> None:
+        self.armed = False
+        self.stopped, self.hurry = threading.Event(), threading.Event()
+
+    def __enter__(self) -> _Signals:
+        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        if not self.armed:
+            raise KeyboardInterrupt
+        (self.hurry if self.stopped.is_set() else self.stopped).set()
 
 
 def _addresses(host: str, options: ServeOptions) -> tuple[Address, int | None]:
