@@ -239,6 +239,7 @@ def test_a_signal_ends_everything_in_order_and_streams_get_to_know(lowered: Path
         assert stream.finish == "length" or "shutting down" in str(stream.error)
     assert list(process.temporary.glob("mla-trt*")) == []
     assert "Traceback" not in process.errors
+    assert "the page takes token ids, not text: the library tokenizers is not installed" in process.errors
 
 
 @needs_triton
@@ -388,7 +389,7 @@ def test_a_port_that_is_taken_is_named(
 
 
 def test_listening_on_a_network_is_said_loudly(capsys: pytest.CaptureFixture[str]) -> None:
-    about = About("small", "ONNX Runtime", 64, PAGE, 2, 16, (), False, "127.0.0.1:2", "0")
+    about = About("small", "ONNX Runtime", 64, PAGE, 2, 16, (), False, "127.0.0.1:2")
     serve_module._announce(Address("127.0.0.1", 1, 2, 3), 4, about, quiet=False)
     assert capsys.readouterr().err == ""
     serve_module._announce(Address("0.0.0.0", 1, 2, 3), 4, about, quiet=True)

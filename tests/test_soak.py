@@ -36,7 +36,7 @@ PROMPTS = 160
 LONGEST_PROMPT, LONGEST_ANSWER = 48, 64
 SHARED = 3
 """Beginnings that half of the prompts have in common, so that pages are shared."""
-MOST_GROWTH = 0.05
+MOST_GROWTH = 0.03 if SECONDS >= 60 else 0.1
 WARM_SHARE = 1 / 3
 """Of the time, after which memory must not grow any more."""
 

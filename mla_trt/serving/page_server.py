@@ -75,7 +75,6 @@ class About:
         max_new_tokens, stop_ids: of requests that do not say.
         text: whether prompts may be text.
         grpc: where Triton's clients connect.
-        version: of mla-trt.
     """
 
     name: str
@@ -87,7 +86,6 @@ class About:
     stop_ids: tuple[int, ...]
     text: bool
     grpc: str
-    version: str
 
 
 class PageServer(ThreadingHTTPServer):

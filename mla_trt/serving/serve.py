@@ -15,7 +15,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mla_trt import __version__
 from mla_trt.engine_file import is_engine, read_description
 from mla_trt.engine_onnxruntime import embedded_vocabulary, load_structure
 from mla_trt.errors import ServerError, UsageError
@@ -224,7 +223,6 @@ def _about(model: Path, name: str, settings: Settings, text: bool, grpc: str) ->
         stop_ids=settings.stop_ids,
         text=text,
         grpc=grpc,
-        version=__version__,
     )
 
 
