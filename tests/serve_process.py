@@ -130,6 +130,7 @@ class PageStream:
         self.status: int | None = None
         self.tokens: list[int] = []
         self.text = ""
+        self.times: list[float] = []
         self.finish = ""
         self.error: str | None = None
         self._answer: http.client.HTTPResponse | None = None
@@ -146,6 +147,7 @@ class PageStream:
                 event = json.loads(line[5:])
                 self.tokens += event.get("token_ids", [])
                 self.text += event.get("text", "")
+                self.times += [event["ms"]] if "ms" in event else []
                 self.finish = event.get("finish_reason", "")
                 self.error = event.get("error")
                 yield event

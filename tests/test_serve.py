@@ -86,6 +86,8 @@ def test_ids_and_text_give_what_the_sequence_gives_alone(
         stream.wait()
         assert (stream.tokens, stream.finish, stream.error) == (wanted, "length", None)
         assert stream.text == "".join(f" w{token}" for token in wanted)
+        assert 0 < stream.times[0] < 60_000
+        assert stream.times == sorted(stream.times)
 
 
 @needs_triton

@@ -14,6 +14,7 @@ import re
 import select
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -249,6 +250,7 @@ class Handler(BaseHTTPRequestHandler):
         return {name: float(value) for name, labels, value in METRIC.findall(text) if label in labels.split(",")}
 
     def _generate(self) -> None:
+        began = time.monotonic()
         body = read_prompt(self._body(), self.server.tokenizer)
         address = self.server.triton
         # There is no limit to how long a request may wait in the queue.
@@ -262,13 +264,13 @@ class Handler(BaseHTTPRequestHandler):
                     _json(body),
                     {"Content-Type": "application/json"},
                 )
-                self._pass_on(connection.getresponse(), body["input_ids"])
+                self._pass_on(connection.getresponse(), body["input_ids"], began)
         except (ConnectionError, http.client.HTTPException):
             raise RefusedError(HTTPStatus.BAD_GATEWAY, "tritonserver does not answer") from None
         finally:
             connection.close()
 
-    def _pass_on(self, response: http.client.HTTPResponse, prompt: list[int]) -> None:
+    def _pass_on(self, response: http.client.HTTPResponse, prompt: list[int], began: float) -> None:
         if response.status != HTTPStatus.OK:
             event = next(_events(response), {})
             raise RefusedError(response.status, str(event.get("error", "tritonserver gives no reason")))
@@ -283,7 +285,10 @@ class Handler(BaseHTTPRequestHandler):
                 # Triton writes a tensor of one element without brackets, and none of no elements.
                 ids = event.get("token_ids", [])
                 ids = ids if isinstance(ids, list) else [ids]
-                said: dict[str, Any] = {"token_ids": ids, "finish_reason": event.get("finish_reason", "")}
+                # A browser that draws takes tokens late, so it does not measure.
+                milliseconds = round((time.monotonic() - began) * 1000, 2)
+                said: dict[str, Any] = {"token_ids": ids, "ms": milliseconds}
+                said["finish_reason"] = event.get("finish_reason", "")
                 if text_of is not None:
                     said["text"] = text_of(ids)
                 self._send(said)

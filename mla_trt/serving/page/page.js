@@ -99,7 +99,6 @@ class Stream {
     }
     running.add(this);
     buttons();
-    this.began = this.latest = performance.now();
     try {
       const finish = await this.read();
       this.end("done", FINISHES[finish] ?? finish);
@@ -138,14 +137,14 @@ class Stream {
     const count = event.token_ids.length;
     if (!count) return;
     if (!this.tokens) {
-      this.first = now - this.began;
+      this.first = event.ms;
       keep(firsts, this.first);
       this.status.textContent = "running";
     } else {
       // Tokens that come together were made one after the other.
-      for (let token = 0; token < count; token++) keep(betweens, (now - this.latest) / count);
+      for (let token = 0; token < count; token++) keep(betweens, (event.ms - this.latest) / count);
     }
-    this.latest = now;
+    this.latest = event.ms;
     this.tokens += count;
     this.unseen += about.text ? event.text : event.token_ids.map((id) => `${id} `).join("");
     // Each change makes the browser lay out all of the text: tokens can come faster than that.
@@ -159,7 +158,7 @@ class Stream {
     this.answer.appendData(this.unseen);
     this.unseen = "";
     this.said.scrollTop = this.said.scrollHeight;
-    const decoding = (this.latest - this.began - this.first) / 1000;
+    const decoding = (this.latest - this.first) / 1000;
     const speed = this.tokens > 1 && decoding > 0 ? ` · ${short((this.tokens - 1) / decoding)} tokens/s` : "";
     this.figures.textContent = `${this.tokens} token${this.tokens === 1 ? "" : "s"}${speed} · first after ${time(this.first)}`;
   }
