@@ -46,6 +46,7 @@ MAX_BODY_BYTES = 1 << 20
 MAX_CONNECTIONS = 128
 IDLE_SECONDS = 30.0
 """How long a client may take to send a request, or to take what it is sent."""
+LINGER_SECONDS = 2.0
 METRICS_SECONDS = 5.0
 LOOK_SECONDS = 0.2
 """How often clients are looked at whether they are still there."""
@@ -202,8 +203,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         """Generates."""
-        self.close_connection = True  # the body of what is refused is not read
+        self.close_connection = True
         self._answer(self._generate if self.path == "/api/generate" else _not_found)
+        self._linger()
 
     def _answer(self, make: Callable[[], tuple[bytes, str] | None]) -> None:
         """Sends what `make` gives, a body and its type, or the error that it raises; None was sent already."""
@@ -224,6 +226,15 @@ class Handler(BaseHTTPRequestHandler):
             status, kind, body = HTTPStatus.BAD_REQUEST, "application/json", _json({"error": str(error)})
         self._begin(status, kind, len(body))
         self.wfile.write(body)
+
+    def _linger(self) -> None:
+        """Reads what is left of a request that was refused before its end: closing at once would take the answer from the client."""
+        left = 16 * MAX_BODY_BYTES
+        with suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+            self.connection.settimeout(LINGER_SECONDS)
+            while left > 0 and (part := self.rfile.read1(1 << 16)):
+                left -= len(part)
 
     def _begin(self, status: int, kind: str, length: int | None) -> None:
         self.send_response(status)
