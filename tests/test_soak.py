@@ -57,7 +57,8 @@ def server(lowered: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     repository = tmp_path_factory.mktemp("repository")
     limits = ["--pages", str(PAGES), "--max-batch", "16", "--max-step-tokens", "96"]
     assert main(["triton", str(lowered), "-o", str(repository), "--name", "soak", *limits, "--quiet"]) == 0
-    with TritonServer(repository, tmp_path_factory.mktemp("server")) as started:
+    # After cancelled streams it may use up all of this time (docs/triton.md).
+    with TritonServer(repository, tmp_path_factory.mktemp("server"), "--exit-timeout-secs=5") as started:
         started.load("soak")
         yield started
 

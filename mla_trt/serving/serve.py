@@ -141,6 +141,8 @@ def serve(model: Path, settings: Settings, options: ServeOptions, *, quiet: bool
             raise
         finally:
             in_order = server.stop(exit_seconds + EXIT_SECONDS, signals.hurry)
+    if not in_order:
+        log.error("tritonserver did not end in order, and was killed if it was still there")
     return 0 if in_order else 1
 
 
