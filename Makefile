@@ -8,11 +8,12 @@ TRITON_VENV := .venv-triton
 TRITON_STAMP := $(TRITON_VENV)/.installed
 JOBS ?= auto
 
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo test soak lint format clean
 
 help:
 	@echo "make demo    lower a small exported DeepSeek-V3 and generate with it"
 	@echo "make test    run the tests"
+	@echo "make soak    64 clients of a tritonserver for two minutes"
 	@echo "make lint    ruff and mypy"
 	@echo "make setup   only create .venv and .venv-triton and install into them (PYTHON=python3.12 chooses another Python)"
 	@echo "make clean   remove .venv, .venv-triton and everything that was built"
@@ -40,6 +41,9 @@ demo: $(STAMP)
 
 test: $(STAMP) $(TRITON_STAMP)
 	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+
+soak: $(STAMP) $(TRITON_STAMP)
+	MLA_TRT_SOAK_SECONDS=120 $(BIN)/python -m pytest -n 0 -q tests/test_soak.py
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .

@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -18,6 +18,10 @@ from rich.table import Table
 from mla_trt import __version__
 from mla_trt.bench_options import add_bench_arguments
 from mla_trt.errors import MlaTrtError, UsageError
+from mla_trt.serve_options import add_serve_arguments
+
+if TYPE_CHECKING:
+    from mla_trt.serving.triton_repository import Settings
 
 log = logging.getLogger("mla_trt")
 
@@ -63,6 +67,17 @@ Adds the model NAME to REPO: config.pbtxt, model.py and a copy of the model; wit
 Requests of all clients run together; tokens come one by one over gRPC. docs/triton.md says what tritonserver needs and how
 clients ask.
 exit status: 0 done; 2 bad input or usage (nothing is written).""",
+    "serve": """examples:
+  mla-trt serve lowered/
+  mla-trt serve model.engine --max-batch 64 --pages 4096 --stop-ids 1
+  mla-trt serve lowered/ --environment served/ --port 0
+  mla-trt serve lowered/ --no-page --host 0.0.0.0
+
+Starts NVIDIA's tritonserver with the model and, on http://127.0.0.1:8080, a page that streams tokens and shows batch, pages,
+queue and latency. tritonserver is looked for in --environment, on PATH, in /opt/tritonserver and in this Python's
+nvidia-pytriton (pip install 'mla-trt[triton]'). Prompts are text where tokenizer.json lies beside the model (and the library
+tokenizers is installed: 'mla-trt[text]'), and token ids otherwise.
+exit status: 0 ended by Ctrl-C or SIGTERM; 1 there is no tritonserver, or it ended by itself or had to be killed; 2 bad input or usage.""",
     "bench": """examples:
   mla-trt bench kernels -o results
   mla-trt bench kernels --cases '^decode-fp8' --no-peers
@@ -265,32 +280,9 @@ def _parser() -> argparse.ArgumentParser:
         help="python (default): the model holds the engine; tensorrt: Triton's TensorRT backend does (engines with resident "
         "pages)",
     )
-    triton.add_argument(
-        "--pages", type=int, help="pages in the pool (default 256, or as many as an engine was built for)"
-    )
-    triton.add_argument("--max-batch", type=int, default=16, metavar="N", help="most sequences of a step (default 16)")
-    triton.add_argument(
-        "--max-step-tokens", type=int, default=512, metavar="N", help="most tokens of a step (default 512)"
-    )
-    triton.add_argument(
-        "--max-waiting", type=int, default=256, metavar="N", help="most requests that wait (default 256)"
-    )
-    triton.add_argument(
-        "--max-new-tokens",
-        type=int,
-        default=128,
-        metavar="N",
-        help="tokens of a request that does not say (default 128)",
-    )
+    _add_model_settings(triton, drain_seconds=20)
     triton.add_argument(
         "--stop-ids", default="", metavar="ID,...", help="ids that end a sequence, of a request that does not say"
-    )
-    triton.add_argument(
-        "--drain-seconds",
-        type=float,
-        default=20,
-        metavar="S",
-        help="time for requests to end at unloading (default 20)",
     )
     triton.add_argument(
         "--plugins", type=Path, metavar="FILE.so", help="the plugin library of an engine, to be copied too"
@@ -301,6 +293,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="Python environment that runs the model (default: the python3 that is first on tritonserver's PATH)",
     )
+
+    serve = _command(
+        commands, "serve", _serve, "start Triton Inference Server with a model, and a web page that uses it"
+    )
+    add_serve_arguments(serve)
+    _add_model_settings(serve, drain_seconds=5)
 
     export = _command(commands, "export", _export, "export a public model configuration with random weights")
     export.add_argument("config", nargs="?", metavar="CONFIG", help="such as deepseek-v3; --list shows all")
@@ -366,6 +364,34 @@ def _command(
     parser.add_argument("-v", "--verbose", action="count", default=0, help="say more (-v passes, -vv tracebacks)")
     parser.add_argument("-q", "--quiet", action="store_true", help="say nothing but errors")
     return parser
+
+
+def _add_model_settings(parser: argparse.ArgumentParser, *, drain_seconds: int) -> None:
+    """Limits and defaults of a model in Triton."""
+    parser.add_argument(
+        "--pages", type=int, help="pages in the pool (default 256, or as many as an engine was built for)"
+    )
+    parser.add_argument("--max-batch", type=int, default=16, metavar="N", help="most sequences of a step (default 16)")
+    parser.add_argument(
+        "--max-step-tokens", type=int, default=512, metavar="N", help="most tokens of a step (default 512)"
+    )
+    parser.add_argument(
+        "--max-waiting", type=int, default=256, metavar="N", help="most requests that wait (default 256)"
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=128,
+        metavar="N",
+        help="tokens of a request that does not say (default 128)",
+    )
+    parser.add_argument(
+        "--drain-seconds",
+        type=float,
+        default=drain_seconds,
+        metavar="S",
+        help=f"time for requests to end when the model does (default {drain_seconds})",
+    )
 
 
 def _add_verify_memory(parser: argparse.ArgumentParser) -> None:
@@ -536,21 +562,12 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _triton(options: argparse.Namespace) -> int:
-    from mla_trt.serving.triton_repository import Settings, write_repository
+    from mla_trt.serving.triton_repository import write_repository
 
-    settings = Settings(
-        pages=options.pages,
-        max_batch=options.max_batch,
-        max_step_tokens=options.max_step_tokens,
-        max_waiting=options.max_waiting,
-        max_new_tokens=options.max_new_tokens,
-        stop_ids=tuple(_ids(options.stop_ids, "--stop-ids")),
-        drain_seconds=options.drain_seconds,
-    )
     folder = write_repository(
         options.model,
         options.output,
-        settings,
+        _model_settings(options, tuple(_ids(options.stop_ids, "--stop-ids"))),
         name=options.name,
         backend=options.backend,
         plugins=options.plugins,
@@ -559,6 +576,41 @@ def _triton(options: argparse.Namespace) -> int:
     if not options.quiet:
         print(f"written: {folder}" + (f", {folder}_engine" if options.backend == "tensorrt" else ""))
     return 0
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from mla_trt.serving.serve import ServeOptions, serve
+
+    stop_ids = None if options.stop_ids is None else tuple(_ids(options.stop_ids, "--stop-ids"))
+    serve_options = ServeOptions(
+        host=options.host,
+        port=options.port if options.page else None,
+        http_port=options.http_port,
+        grpc_port=options.grpc_port,
+        metrics_port=options.metrics_port,
+        name=options.name,
+        repository=options.repository,
+        environment=options.environment,
+        plugins=options.plugins,
+        tokenizer=options.tokenizer,
+        stop_ids=stop_ids,
+        load_seconds=options.load_seconds,
+    )
+    return serve(options.model, _model_settings(options, ()), serve_options, quiet=options.quiet)
+
+
+def _model_settings(options: argparse.Namespace, stop_ids: tuple[int, ...]) -> Settings:
+    from mla_trt.serving.triton_repository import Settings
+
+    return Settings(
+        pages=options.pages,
+        max_batch=options.max_batch,
+        max_step_tokens=options.max_step_tokens,
+        max_waiting=options.max_waiting,
+        max_new_tokens=options.max_new_tokens,
+        stop_ids=stop_ids,
+        drain_seconds=options.drain_seconds,
+    )
 
 
 def _export(options: argparse.Namespace) -> int:

@@ -47,3 +47,9 @@ class RequestFailedError(MlaTrtError):
 
 class PluginLibraryError(MlaTrtError):
     """The plugin library cannot be built, is missing, or is of another version."""
+
+
+class ServerError(MlaTrtError):
+    """The server cannot be started, or ended by itself."""
+
+    exit_status = 1

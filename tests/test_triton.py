@@ -188,6 +188,17 @@ def test_what_makes_no_sense_is_an_error_of_that_request(
     assert beside.wait().finish == "length"
 
 
+@pytest.mark.usefixtures("healthy")
+@pytest.mark.parametrize("size", [0, 1, 4, 11, 13, 4000])
+def test_a_tensor_of_other_bytes_than_its_shape_says_is_refused(server: TritonServer, size: int) -> None:
+    prompt = triton_server.tritonclient.grpc.InferInput("input_ids", [3], "INT32")
+    prompt.set_data_from_numpy(np.array([1, 5, 9], np.int32))
+    prompt._raw_content = bytes(size)
+    answer = Answer(server, "many", prompt).wait()
+    assert "size" in str(answer.error)
+    assert answer.tokens == []
+
+
 def test_one_at_a_time_the_larger_priority_goes_first_and_a_full_queue_refuses(server: TritonServer) -> None:
     server.load("one")
     running = Answer(server, "one", [1], max_new_tokens=300, priority=9)
@@ -249,8 +260,9 @@ def test_http_clients_see_health_and_get_tokens(
             "beside model.py",
         ),
         (lambda folder: old_engine(folder), "has version 0; this program reads"),
+        (lambda folder: without_plugins(folder), "libmla_trt_plugins.so' does not exist: write the repository again"),
     ],
-    ids=["missing", "truncated", "version", "pages", "parameter", "outside", "engine"],
+    ids=["missing", "truncated", "version", "pages", "parameter", "outside", "engine", "plugins"],
 )
 def test_a_model_that_cannot_be_loaded_says_why(
     server: TritonServer, repository: Path, spoil: Callable[[Path], None], reason: str
@@ -289,6 +301,12 @@ def old_engine(folder: Path) -> None:
     change(folder / "config.pbtxt", '"model.onnx"', '"model.engine"')
     (folder / "1" / "model.engine").write_bytes(b"plan")
     (folder / "1" / "model.engine.json").write_text('{"version": 0}')
+
+
+def without_plugins(folder: Path) -> None:
+    old_engine(folder)
+    with (folder / "config.pbtxt").open("a") as config:
+        config.write('parameters { key: "plugins" value { string_value: "libmla_trt_plugins.so" } }')
 
 
 @pytest.mark.skipif(np.lib.NumpyVersion(np.__version__) < "2.0.0", reason="these tests run with numpy 1")

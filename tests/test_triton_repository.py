@@ -15,7 +15,7 @@ from tensorrt_stand_in import describe, with_known_axes, write_engine
 from mla_trt.cli import main
 from mla_trt.engine_file import IO, RESIDENT
 from mla_trt.errors import UsageError
-from mla_trt.serving.triton_repository import Settings
+from mla_trt.serving.triton_repository import Settings, write_repository
 
 
 @pytest.fixture
@@ -58,6 +58,25 @@ def test_refusals(
     assert main(["triton", str(model), "-o", str(tmp_path / "repository"), *options]) == 2
     assert reason in capsys.readouterr().err
     assert not (tmp_path / "repository").exists()
+
+
+def test_the_plugin_library_of_an_engine_must_exist(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = with_known_axes(lowered(Config()))
+    engine = write_engine(tmp_path, describe(small), small)
+    missing = tmp_path / "libmla_trt_plugins.so"
+    arguments = ["triton", str(engine), "-o", str(tmp_path / "repository"), "--plugins", str(missing)]
+    assert main(arguments) == 2
+    assert f"the plugin library '{missing}' does not exist" in capsys.readouterr().err
+    assert not (tmp_path / "repository").exists()
+    missing.write_bytes(b"library")
+    assert main(arguments) == 0
+    assert (tmp_path / "repository" / "model" / "1" / missing.name).read_bytes() == b"library"
+
+
+def test_links_in_place_of_copies(model: Path, tmp_path: Path) -> None:
+    folder = write_repository(model, tmp_path / "repository", Settings(), link=True)
+    assert (folder / "1" / "model.onnx").resolve() == model / "model.onnx"
+    assert (folder / "1" / "w.data").resolve() == model / "w.data"
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,21 @@ def _free_ports(count: int) -> list[int]:
             entry.close()
 
 
+def process_tree(root: int) -> list[int]:
+    """The processes that a process started, and those that they started."""
+    threads = Path(f"/proc/{root}/task").iterdir()
+    found = [int(child) for thread in threads for child in (thread / "children").read_text().split()]
+    return found + [entry for child in found for entry in process_tree(child)]
+
+
+def is_alive(process: int) -> bool:
+    """Whether a process runs; one that only waits for its parent to look does not."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 class TritonServer:
     """A tritonserver that loads models when it is told to.
 
@@ -212,6 +227,9 @@ class Answer:
         dtypes = {"temperature": np.float32, "top_p": np.float32, "seed": np.uint64}
         tensors = []
         for name, value in {"input_ids": prompt, **inputs}.items():
+            if isinstance(value, tritonclient.grpc.InferInput):
+                tensors.append(value)
+                continue
             array = np.atleast_1d(
                 value if isinstance(value, np.ndarray) else np.array(value, dtypes.get(name, np.int32))
             )
@@ -238,6 +256,11 @@ class Answer:
             pass
         self.client.stop_stream()
         return self
+
+    def close(self) -> None:
+        """Closes the stream and the connection."""
+        self.client.stop_stream()
+        self.client.close()
 
     def vanish(self) -> None:
         """Ends the connection as a client does that goes away."""

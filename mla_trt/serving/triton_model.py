@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import queue
 import threading
 import time
@@ -23,13 +24,13 @@ import triton_python_backend_utils as pb_utils
 from mla_trt.engine import Engine
 from mla_trt.engine_file import read_description
 from mla_trt.engine_tensorrt import TensorRtEngine, pool_pages
-from mla_trt.errors import MlaTrtError, UsageError
+from mla_trt.errors import BadModelError, MlaTrtError, UsageError
 from mla_trt.opening import open_engine
 from mla_trt.serving.loop import EngineLoop
 from mla_trt.serving.request import Event, Request
 from mla_trt.serving.runner import LoopRunner
 from mla_trt.serving.sampling import Sampling
-from mla_trt.serving.triton_repository import Settings
+from mla_trt.serving.triton_repository import STOP_FILE, Settings
 from mla_trt.serving.triton_runner import TritonRunner, tells_not_served
 from mla_trt.session import Session
 
@@ -331,7 +332,10 @@ def _open(folder: Path, version: str, settings: Settings) -> tuple[Engine, Calla
     if settings.engine_model is None:
         own = folder / version
         plugins = own / settings.plugins if settings.plugins else None
-        return open_engine(own / settings.model, pages=settings.pages, plugins=plugins), None
+        if plugins is not None and not plugins.is_file():
+            raise BadModelError(f"'{plugins}' does not exist: write the repository again, with --plugins")
+        # Where it is a link, the model's other files lie beside what it points to.
+        return open_engine((own / settings.model).resolve(), pages=settings.pages, plugins=plugins), None
     other = folder.parent / settings.engine_model
     plan = other / version / settings.model
     description = read_description(plan)
@@ -341,11 +345,14 @@ def _open(folder: Path, version: str, settings: Settings) -> tuple[Engine, Calla
 
 
 def _is_served(name: str) -> bool:
-    """Whether Triton takes requests for a model.
+    """Whether Triton takes requests for a model, and nobody has said that it will soon end.
 
     It is asked by a request that has no inputs, which Triton refuses in either case: `is_model_ready` now and then ends the
     process with a segmentation fault when the server stops (seen with tritonserver 2.51).
     """
+    stop_file = os.environ.get(STOP_FILE)
+    if stop_file and os.path.exists(stop_file):
+        return False
     request = pb_utils.InferenceRequest(model_name=name, requested_output_names=["token_ids"], inputs=[])
     answers = [answer.error().message() for answer in request.exec(decoupled=True) if answer.has_error()]
     return not any(map(tells_not_served, answers))

@@ -45,6 +45,9 @@ TYPES: dict[int, str] = {
     TensorProto.BOOL: "BOOL",
 }
 """Names of types in `config.pbtxt`."""
+STOP_FILE = "MLA_TRT_STOP_FILE"
+"""Environment variable that names a file: when it appears, the server is about to end. Triton by itself lets a model know only after all HTTP
+clients have gone, and ends in disorder when its exit timeout is over before."""
 
 MODEL_PY = '''"""The model that Triton's Python backend runs."""
 
@@ -176,10 +179,11 @@ def write_repository(
     backend: str = PYTHON,
     plugins: Path | None = None,
     environment: Path | None = None,
+    link: bool = False,
 ) -> Path:
     """Writes a model into a repository, which may have others.
 
-    The model is copied, so that the repository can be moved and nothing outside of it is read.
+    The model is copied, so that the repository can be moved and nothing outside of it is read, unless `link` is set.
 
     Args:
         model: the folder that `mla-trt lower` wrote, the model in it, or the engine that `mla-trt build` wrote.
@@ -190,6 +194,7 @@ def write_repository(
             backend. That one copies every input, so the engine must hold its pages.
         plugins: TensorRT's plugin library, to be copied too.
         environment: the Python environment that runs the model: a folder with bin/activate, or an archive of one.
+        link: do not copy; the repository has links to the model, for as long as nobody moves either.
 
     Returns:
         the model's folder.
@@ -203,7 +208,7 @@ def write_repository(
         raise UsageError(f"--backend is '{backend}': choose one of {', '.join(BACKENDS)}")
     engine = is_engine(model)
     if name is None:
-        name = _default_name(model, engine)
+        name = default_name(model)
     if not _is_name(name):
         raise UsageError(f"'{name}' is no name for a model: give --name with letters, digits, '_', '-' and '.'")
     if plugins is not None and not engine:
@@ -227,7 +232,7 @@ def write_repository(
     check_writable(repository)
     with folder_written_whole(repository) as draft:
         for target, folder in folders.items():
-            folder.write(draft / target)
+            folder.write(draft / target, link=link)
     return repository / name
 
 
@@ -239,7 +244,7 @@ class _Folder:
         config: its configuration without parameters.
         parameters: those of its configuration.
         script: model.py, None where it has none.
-        files: what is copied beside that, by name.
+        files: what is copied beside that or linked to, by name.
     """
 
     config: str
@@ -247,7 +252,7 @@ class _Folder:
     script: str | None
     files: Mapping[str, Path]
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Path, *, link: bool) -> None:
         version = folder / "1"
         version.mkdir(parents=True)
         parameters = "".join(
@@ -258,7 +263,10 @@ class _Folder:
         if self.script is not None:
             (version / "model.py").write_text(self.script)
         for target, source in self.files.items():
-            copy_sparse(source, version / target)
+            if link:
+                (version / target).symlink_to(source.resolve())
+            else:
+                copy_sparse(source, version / target)
 
 
 def _with_engine_model(engine: Path, settings: Settings, name: str, plugins: Path | None) -> dict[str, _Folder]:
@@ -319,9 +327,10 @@ def _is_name(text: str) -> bool:
     return re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", text) is not None
 
 
-def _default_name(model: Path, engine: bool) -> str:
+def default_name(model: Path) -> str:
+    """The name of the folder or engine."""
     resolved = model.resolve()
-    if engine:
+    if is_engine(model):
         return resolved.stem
     return resolved.name if resolved.is_dir() else resolved.parent.name
 
