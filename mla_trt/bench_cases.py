@@ -278,9 +278,7 @@ def _cases() -> dict[str, Callable[[], Case]]:
         for batch, heads, keys in shapes:
             name = f"decode-{kind}-b{batch}-h{heads}-{keys // 1024}k"
             cases[name] = functools.partial(decoding, row_format, batch, heads, keys, terms=terms)
-        cases[f"decode-{kind}-b128-h128-4k-2tokens"] = functools.partial(
-            decoding, row_format, 128, 128, 4096, 2, terms
-        )
+        cases[f"decode-{kind}-b128-h128-4k-2tokens"] = functools.partial(decoding, row_format, 128, 128, 4096, 2, terms)
     for row_format in ("fp8", "fp8_ds_mla"):
         for batch, heads in ((128, 128), (128, 64), (1, 128)):
             name = f"decode-sparse-{row_format}-b{batch}-h{heads}"
