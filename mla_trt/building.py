@@ -161,6 +161,7 @@ def build_file(
         write_plugin_model(
             path,
             folder,
+            inputs,
             dtype=options.dtype,
             query_terms=options.query_terms,
             pages=options.pages,

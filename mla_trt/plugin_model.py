@@ -8,6 +8,7 @@ hold the pools that the attribute `resident` names, of `resident_pages` pages ea
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import onnx
@@ -15,7 +16,7 @@ from onnx import helper
 
 from mla_trt.bfloat16 import to_bfloat16
 from mla_trt.engine import PAGE_COPIES
-from mla_trt.engine_file import COPIES
+from mla_trt.engine_file import COPIES, EngineTensor
 from mla_trt.errors import BadModelError, UsageError
 from mla_trt.loading import load_model
 from mla_trt.ops import OPS, mla_nodes, strip_functions
@@ -40,6 +41,20 @@ def compact(model: onnx.ModelProto) -> None:
         node.output.extend(outputs.values())
         node.attribute.append(helper.make_attribute("inputs", " ".join(inputs)))
         node.attribute.append(helper.make_attribute("outputs", " ".join(outputs)))
+
+
+def name_axes(model: onnx.ModelProto, inputs: Sequence[EngineTensor]) -> None:
+    """Gives the dynamic axes of a lowered model's inputs the names that they have in the engine, in place.
+
+    Exporters give the batch of states and masks names of their own. TensorRT takes axes of one name to be equal, and needs
+    that to build the recurrent layers of Kimi Linear's dynamo export (seen with TensorRT 10.6).
+    """
+    axes = {tensor.name: tensor.axes for tensor in inputs}
+    for value in model.graph.input:
+        for dim, axis in zip(value.type.tensor_type.shape.dim, axes.get(value.name, ()), strict=False):
+            if isinstance(axis, str) and not dim.HasField("dim_value"):
+                dim.dim_param = axis
+    del model.graph.value_info[:]  # has the old names
 
 
 def set_query_terms(model: onnx.ModelProto, terms: int) -> None:
@@ -106,6 +121,7 @@ def _remove_pool(model: onnx.ModelProto, node: onnx.NodeProto, before: str, afte
 def write_plugin_model(
     source: Path,
     folder: Path,
+    inputs: Sequence[EngineTensor] = (),
     *,
     dtype: str = "keep",
     query_terms: int | None = None,
@@ -118,6 +134,7 @@ def write_plugin_model(
     Args:
         source: the lowered model.
         folder: an empty folder.
+        inputs: of the engine, for `name_axes`.
         dtype: "bf16" to multiply in bfloat16 what is float32 in the model, or "keep".
         query_terms: see `set_query_terms`; None: as the model has it.
         pages: fixed number of pages of the pools; None: dynamic.
@@ -139,6 +156,7 @@ def write_plugin_model(
     if dtype == "bf16":
         name = next(name for count in range(len(before) + 1) if (name := f"bf16.{count}.data") not in before)
         to_bfloat16(model, source.parent, WeightFile(folder / name))
+    name_axes(model, inputs)
     if query_terms is not None:
         set_query_terms(model, query_terms)
     compact(model)

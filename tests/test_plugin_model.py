@@ -14,13 +14,13 @@ from tensorrt_stand_in import with_known_axes
 
 from mla_trt.bfloat16 import element_types, to_bfloat16
 from mla_trt.cli import main
-from mla_trt.engine_file import engine_tensors, without_pools
+from mla_trt.engine_file import EngineTensor, engine_tensors, without_pools
 from mla_trt.errors import BadModelError, UsageError
 from mla_trt.float32 import to_float32
 from mla_trt.metadata import LoweredMetadata
 from mla_trt.ops import DOMAIN, OPS, attach_functions, mla_nodes
 from mla_trt.ops.schema import WEIGHT, F
-from mla_trt.plugin_model import compact, fix_pages, hold_pages, write_plugin_model
+from mla_trt.plugin_model import compact, fix_pages, hold_pages, name_axes, set_query_terms, write_plugin_model
 from mla_trt.session import Session
 from mla_trt.weight_file import WeightFile
 
@@ -118,6 +118,32 @@ def test_pools_of_a_fixed_number_of_pages() -> None:
     ]
     assert len(pools) == 8
     assert {value.type.tensor_type.shape.dim[0].dim_value for value in pools} == {12}
+
+
+def test_axes_of_inputs_get_the_names_that_the_engine_has_for_them() -> None:
+    model = with_known_axes(lowered(CONFIG))
+    model.graph.input.append(helper.make_tensor_value_info("state", FLOAT, ["s10", 4, "s11"]))
+    known = [EngineTensor("state", FLOAT, ("B", 4, "T"))]
+    name_axes(model, [*engine_tensors(with_known_axes(lowered(CONFIG)), LoweredMetadata.of(model))[0], *known])
+    shapes = {
+        value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        for value in model.graph.input
+    }
+    assert shapes["state"] == ["B", 4, "T"]
+    assert shapes["block_table"] == ["B", "max_pages"]
+
+
+@pytest.mark.parametrize("config", [CONFIG, SPARSE], ids=["dense", "sparse"])
+def test_query_terms_reach_every_op_that_has_them(config: Config) -> None:
+    model = lowered(config)
+    for terms in (1, 0):  # the second replaces the first
+        set_query_terms(model, terms)
+        given = {
+            node.op_type: [attribute.i for attribute in node.attribute if attribute.name == "query_terms"]
+            for node in mla_nodes(model)
+        }
+        assert given["MlaSparseAttention" if config is SPARSE else "MlaAttention"] == [terms]
+        assert given["MlaPlan"] == []
 
 
 def rounded_weights(model: onnx.ModelProto) -> set[str]:
