@@ -25,9 +25,9 @@ from typing import Any
 
 import numpy as np
 
-from mla_trt.engine_tensorrt import TensorRtEngine
+from mla_trt.engines.engine_tensorrt import TensorRtEngine
+from mla_trt.engines.opening import open_engine
 from mla_trt.errors import MlaTrtError, RequestFailedError, UsageError
-from mla_trt.opening import open_engine
 from mla_trt.serving.loop import EngineLoop
 from mla_trt.serving.request import Request
 from mla_trt.session import Session

@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 from mla_trt import __version__
-from mla_trt.bench_options import add_bench_arguments
+from mla_trt.bench.options import add_bench_arguments
 from mla_trt.errors import MlaTrtError, UsageError
-from mla_trt.serve_options import add_serve_arguments
+from mla_trt.serving.options import add_serve_arguments
 
 if TYPE_CHECKING:
     from mla_trt.serving.triton_repository import Settings
@@ -489,9 +489,9 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _build(options: argparse.Namespace) -> int:
-    from mla_trt.build_progress import shown
-    from mla_trt.building import BuildOptions, build_file
-    from mla_trt.engine_file import description_path
+    from mla_trt.engines.build_progress import shown
+    from mla_trt.engines.building import BuildOptions, build_file
+    from mla_trt.engines.engine_file import description_path
 
     build_options = BuildOptions(
         dtype=options.dtype,
@@ -524,8 +524,8 @@ def _build(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from mla_trt.engines.opening import open_engine
     from mla_trt.generation import generate
-    from mla_trt.opening import open_engine
     from mla_trt.serving.sampling import Sampling
     from mla_trt.session import Session
 
@@ -659,10 +659,10 @@ def _build_plugins(options: argparse.Namespace) -> int:
 
 def _bench(options: argparse.Namespace) -> int:
     if options.what == "layer":
-        from mla_trt.bench_layer import run as run_layer
+        from mla_trt.bench.layer import run as run_layer
 
         return run_layer(options)
-    from mla_trt.bench import run
+    from mla_trt.bench.kernels import run
 
     return run(options)
 

@@ -15,8 +15,8 @@ from mla_trt.cli import main as command
 from mla_trt.generation import generate
 from mla_trt.loading import load_model
 from mla_trt.lowering import inspect
-from mla_trt.original import OriginalModel
 from mla_trt.session import Session
+from mla_trt.verification.original import OriginalModel
 
 EXAMPLE = "deepseek_v3__dynamo_op20__eager__dec.onnx"
 PROMPTS = ([17, 4, 33, 8, 51], [2, 60], [11, 29, 5, 42, 42, 7, 19, 3, 38])

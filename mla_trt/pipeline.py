@@ -15,9 +15,9 @@ from mla_trt.lowering import Lowered, LowerOptions, Progress, lower
 from mla_trt.metadata import LoweredMetadata
 from mla_trt.ops import retarget
 from mla_trt.report import Report
-from mla_trt.verification import VERIFICATION_PAGE_SIZE, VerificationReport, verify, with_failures
-from mla_trt.verification_layers import half_of_memory, memory_needed, verify_layers
-from mla_trt.verification_weights import compare_attentions, has_quantised_weights
+from mla_trt.verification.layers import half_of_memory, memory_needed, verify_layers
+from mla_trt.verification.verify import VERIFICATION_PAGE_SIZE, VerificationReport, verify, with_failures
+from mla_trt.verification.weights import compare_attentions, has_quantised_weights
 from mla_trt.weight_file import WeightFile
 from mla_trt.writing import check_writable, folder_written_whole, weight_file_in, write_json, write_model
 

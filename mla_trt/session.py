@@ -4,7 +4,7 @@
     sequence, logits = session.prefill([1, 5, 9])
     logits = session.decode({sequence: int(logits.argmax())})[sequence]
 
-The session keeps the books (`mla_trt.pages`) and packs batches; an engine (`mla_trt.engine`) holds the pages and runs
+The session keeps the books (`mla_trt.pages`) and packs batches; an engine (`mla_trt.engines.engine`) holds the pages and runs
 the steps.
 """
 
@@ -18,12 +18,12 @@ import onnx
 from numpy.typing import ArrayLike
 
 from mla_trt import interface as roles
-from mla_trt.engine import Engine
-from mla_trt.engine_onnxruntime import OnnxRuntimeEngine
+from mla_trt.engines.engine import Engine
+from mla_trt.engines.engine_onnxruntime import OnnxRuntimeEngine
+from mla_trt.engines.opening import DEFAULT_PAGES, open_engine
 from mla_trt.errors import BadModelError, UsageError
 from mla_trt.interface import ModelInput
 from mla_trt.metadata import LoweredMetadata
-from mla_trt.opening import DEFAULT_PAGES, open_engine
 from mla_trt.pages import UNASSIGNED, PageTable, StepPlan
 
 Results = dict[str, np.ndarray]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from mla_trt.engine_file import (
+from mla_trt.engines.engine_file import (
     IO,
     RESIDENT,
     EngineDescription,
@@ -20,10 +20,10 @@ from mla_trt.engine_file import (
     plan_digest,
     without_pools,
 )
-from mla_trt.engine_onnxruntime import OnnxRuntimeEngine, embedded_vocabulary
-from mla_trt.engine_tensorrt import TensorRtEngine
+from mla_trt.engines.engine_onnxruntime import OnnxRuntimeEngine, embedded_vocabulary
+from mla_trt.engines.engine_tensorrt import TensorRtEngine
+from mla_trt.engines.profiles import make_profiles
 from mla_trt.metadata import LoweredMetadata
-from mla_trt.profiles import make_profiles
 
 PAGE_COPIES = "page_copies"
 

@@ -11,8 +11,9 @@ import numpy.typing as npt
 import pytest
 from onnx import TensorProto, helper
 
-from mla_trt import bench, bench_cases
-from mla_trt.bench import Ceilings, Result
+from mla_trt.bench import cases as bench_cases
+from mla_trt.bench import kernels as bench
+from mla_trt.bench.kernels import Ceilings, Result
 from mla_trt.cli import main
 from mla_trt.ops import OPS
 from mla_trt.ops.schema import Attributes

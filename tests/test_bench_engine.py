@@ -14,8 +14,8 @@ import onnxruntime
 import pytest
 from onnx import TensorProto
 
-from mla_trt import bench_engine
-from mla_trt.bench_engine import StepEngine, build_static
+from mla_trt.bench import step_engine as bench_engine
+from mla_trt.bench.step_engine import StepEngine, build_static
 from mla_trt.errors import BadModelError, MlaTrtError
 from mla_trt.models.attention_layer import LayerDimensions, absorbed_layer, random_weights
 

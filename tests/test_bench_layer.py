@@ -13,8 +13,8 @@ import onnxruntime
 import pytest
 from onnx import TensorProto
 
-from mla_trt import bench_layer
-from mla_trt.bench_layer import (
+from mla_trt.bench import layer as bench_layer
+from mla_trt.bench.layer import (
     ABSORBED,
     CASES,
     EXPORTED,
@@ -31,7 +31,7 @@ from mla_trt.bench_layer import (
     write_results,
 )
 from mla_trt.cli import main
-from mla_trt.engine_onnxruntime import OnnxRuntimeEngine
+from mla_trt.engines.engine_onnxruntime import OnnxRuntimeEngine
 from mla_trt.loading import load_model
 from mla_trt.lowering import LowerOptions
 from mla_trt.metadata import LoweredMetadata

@@ -14,10 +14,17 @@ from rich.console import Console
 from small_models import Config, lowered
 from tensorrt_stand_in import with_known_axes
 
-from mla_trt.build_progress import shown
-from mla_trt.building import BuildOptions, build_file, default_timing_cache, make_monitor, parser_error, write_times
 from mla_trt.cli import main
 from mla_trt.cuda import Gpu, NoGpuError, find_gpu
+from mla_trt.engines.build_progress import shown
+from mla_trt.engines.building import (
+    BuildOptions,
+    build_file,
+    default_timing_cache,
+    make_monitor,
+    parser_error,
+    write_times,
+)
 from mla_trt.errors import BadModelError, UsageError
 from mla_trt.metadata import LoweredMetadata
 
@@ -97,8 +104,8 @@ def test_an_axis_of_unknown_meaning_is_named(folder: Path) -> None:
 
 
 def test_a_model_for_another_parser_is_refused(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    monkeypatch.setattr("mla_trt.building.find_gpu", lambda: Gpu("NVIDIA H200", "9.0", 1 << 37))
-    monkeypatch.setattr("mla_trt.building.load_tensorrt", lambda: SimpleNamespace(__version__="10.6.0"))
+    monkeypatch.setattr("mla_trt.engines.building.find_gpu", lambda: Gpu("NVIDIA H200", "9.0", 1 << 37))
+    monkeypatch.setattr("mla_trt.engines.building.load_tensorrt", lambda: SimpleNamespace(__version__="10.6.0"))
     assert LoweredMetadata.of(onnx.load(folder / "model.onnx")).target == "onnx"
     with pytest.raises(
         BadModelError, match=r"lowered for 'onnx', and this is TensorRT 10\.6\.0: .*--target tensorrt-10\.6"

@@ -16,8 +16,8 @@ from onnx import helper, numpy_helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from mla_trt.cli import main
+from mla_trt.engines.onnxruntime_session import open_session
 from mla_trt.errors import BadModelError
-from mla_trt.onnxruntime_session import open_session
 from mla_trt.passes.dynamic_quantization import undo_dynamic_quantization
 from mla_trt.passes.simplify import simplify
 from mla_trt.passes.standardize import standardize

@@ -14,18 +14,18 @@ from small_models import SPARSE, Config, interface, lowered, original
 from tensorrt_stand_in import stand_in, with_known_axes
 
 from mla_trt import models
-from mla_trt.engine import Engine
-from mla_trt.engine_onnxruntime import OnnxRuntimeEngine
-from mla_trt.engine_recorder import RecordingEngine
+from mla_trt.engines.engine import Engine
+from mla_trt.engines.engine_onnxruntime import OnnxRuntimeEngine
+from mla_trt.engines.engine_recorder import RecordingEngine
 from mla_trt.errors import MlaTrtError, QueueFullError, UsageError
 from mla_trt.loading import load_model
 from mla_trt.lowering import LowerOptions, inspect
-from mla_trt.original import OriginalModel
 from mla_trt.pipeline import lower_file
 from mla_trt.serving.loop import EngineLoop
 from mla_trt.serving.request import Event, Request
 from mla_trt.serving.sampling import Sampling
 from mla_trt.session import Session
+from mla_trt.verification.original import OriginalModel
 
 CONFIG = Config()
 PAGE = 4

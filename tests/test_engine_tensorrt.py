@@ -13,7 +13,7 @@ from small_models import SPARSE, Config, lowered
 from tensorrt_stand_in import describe, stand_in, with_known_axes, write_engine
 
 from mla_trt.cuda import Gpu, NoGpuError, find_gpu
-from mla_trt.engine_file import (
+from mla_trt.engines.engine_file import (
     CACHES,
     IO,
     RESIDENT,
@@ -23,16 +23,25 @@ from mla_trt.engine_file import (
     is_engine,
     read_description,
 )
-from mla_trt.engine_onnxruntime import OnnxRuntimeEngine
-from mla_trt.engine_tensorrt import TensorRtEngine, pool_pages
+from mla_trt.engines.engine_onnxruntime import OnnxRuntimeEngine
+from mla_trt.engines.engine_tensorrt import TensorRtEngine, pool_pages
+from mla_trt.engines.opening import open_engine
+from mla_trt.engines.profiles import (
+    at_least,
+    bucket,
+    bucketed,
+    input_range,
+    make_profiles,
+    pad,
+    plan_profiles,
+    read_sizes,
+)
+from mla_trt.engines.tensorrt_api import Messages, check_fits, check_plugins, serves
 from mla_trt.errors import BadModelError, MlaTrtError, UsageError
 from mla_trt.generation import generate
-from mla_trt.opening import open_engine
 from mla_trt.plugins.library import Library
-from mla_trt.profiles import at_least, bucket, bucketed, input_range, make_profiles, pad, plan_profiles, read_sizes
 from mla_trt.session import Session
-from mla_trt.tensorrt_api import Messages, check_fits, check_plugins, serves
-from mla_trt.verification_cases import FORKED, TOGETHER, Case, run_step
+from mla_trt.verification.cases import FORKED, TOGETHER, Case, run_step
 
 CONFIG = Config()
 H200 = Gpu("NVIDIA H200", "9.0", 141 << 30)

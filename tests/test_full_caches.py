@@ -15,10 +15,10 @@ from small_models import SPARSE, Builder, Config, FullCaches, ints, original, ro
 from mla_trt import interface as roles
 from mla_trt.errors import NoMlaError
 from mla_trt.lowering import Lowered, LowerOptions, inspect, lower
-from mla_trt.original import Limits, OriginalModel, RefusedLengthError
 from mla_trt.passes.free_rows import free_rows
 from mla_trt.pipeline import lower_file
 from mla_trt.report import Report
+from mla_trt.verification.original import Limits, OriginalModel, RefusedLengthError
 
 DENSE = Config()
 ROWS = 24

@@ -11,8 +11,8 @@ import onnx
 import pytest
 from small_models import Config, lowered
 
-from mla_trt.engine_onnxruntime import OnnxRuntimeEngine
-from mla_trt.engine_recorder import RecordingEngine
+from mla_trt.engines.engine_onnxruntime import OnnxRuntimeEngine
+from mla_trt.engines.engine_recorder import RecordingEngine
 from mla_trt.errors import MlaTrtError, QueueFullError, RequestFailedError, UsageError
 from mla_trt.generation import generate
 from mla_trt.serving.loop import EngineLoop

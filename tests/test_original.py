@@ -14,7 +14,7 @@ from mla_trt import interface as roles
 from mla_trt.errors import BadModelError, UsageError
 from mla_trt.float32 import has_half_types, to_float32
 from mla_trt.interface import ModelInput, ModelInterface
-from mla_trt.original import Limits, OriginalModel, RefusedLengthError, causal_mask, rope_input
+from mla_trt.verification.original import Limits, OriginalModel, RefusedLengthError, causal_mask, rope_input
 
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
 

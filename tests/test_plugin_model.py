@@ -12,15 +12,15 @@ from onnx import TensorProto, helper, numpy_helper
 from small_models import SPARSE, Config, lowered
 from tensorrt_stand_in import with_known_axes
 
-from mla_trt.bfloat16 import element_types, to_bfloat16
 from mla_trt.cli import main
-from mla_trt.engine_file import EngineTensor, engine_tensors, without_pools
+from mla_trt.engines.bfloat16 import element_types, to_bfloat16
+from mla_trt.engines.engine_file import EngineTensor, engine_tensors, without_pools
+from mla_trt.engines.plugin_model import compact, fix_pages, hold_pages, name_axes, set_query_terms, write_plugin_model
 from mla_trt.errors import BadModelError, UsageError
 from mla_trt.float32 import to_float32
 from mla_trt.metadata import LoweredMetadata
 from mla_trt.ops import DOMAIN, OPS, attach_functions, mla_nodes
 from mla_trt.ops.schema import WEIGHT, F
-from mla_trt.plugin_model import compact, fix_pages, hold_pages, name_axes, set_query_terms, write_plugin_model
 from mla_trt.session import Session
 from mla_trt.weight_file import WeightFile
 

@@ -12,11 +12,11 @@ import onnx
 import pytest
 from small_models import SPARSE, Config, interface, lowered, original
 
-from mla_trt.engine_onnxruntime import OnnxRuntimeEngine
+from mla_trt.engines.engine_onnxruntime import OnnxRuntimeEngine
 from mla_trt.errors import BadModelError, MlaTrtError, OutOfPagesError, UsageError
 from mla_trt.generation import generate
-from mla_trt.original import OriginalModel
 from mla_trt.session import Session
+from mla_trt.verification.original import OriginalModel
 
 CONFIG = Config()
 CLOSE = 2e-5

@@ -19,13 +19,13 @@ from small_models import SPARSE, Config, lowered
 from tensorrt_stand_in import describe, with_known_axes
 
 from mla_trt.cuda import Gpu
-from mla_trt.engine_file import CACHES, IO, RESIDENT, EngineDescription
-from mla_trt.engine_onnxruntime import OnnxRuntimeEngine
-from mla_trt.engine_tensorrt import TensorRtEngine
+from mla_trt.engines.engine_file import CACHES, IO, RESIDENT, EngineDescription
+from mla_trt.engines.engine_onnxruntime import OnnxRuntimeEngine
+from mla_trt.engines.engine_tensorrt import TensorRtEngine
+from mla_trt.engines.profiles import plan_profiles
+from mla_trt.engines.tensorrt_runner import TensorRtRunner
 from mla_trt.errors import BadModelError, MlaTrtError
-from mla_trt.profiles import plan_profiles
 from mla_trt.session import Session
-from mla_trt.tensorrt_runner import TensorRtRunner
 
 CONFIG = Config()
 PAGES = 24
@@ -157,7 +157,7 @@ def open_runner(
             ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="user managed"),
             Runtime=lambda _: SimpleNamespace(deserialize_cuda_engine=lambda _: engine if loadable else None),
         )
-        module = "mla_trt.tensorrt_runner"
+        module = "mla_trt.engines.tensorrt_runner"
         monkeypatch.setattr(f"{module}.find_gpu", lambda: Gpu("NVIDIA H200", "9.0", 1 << 37))
         monkeypatch.setattr(f"{module}.load_tensorrt", lambda: trt)
         monkeypatch.setattr(f"{module}.load_plugins", lambda *_: "0.1.0 sm_80 sm_90a")

@@ -22,7 +22,7 @@ import pytest
 from tensorrt_stand_in import describe, write_engine
 
 from mla_trt.cli import main
-from mla_trt.engine_file import RESIDENT
+from mla_trt.engines.engine_file import RESIDENT
 from mla_trt.generation import generate
 from mla_trt.session import Session
 

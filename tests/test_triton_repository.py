@@ -13,7 +13,7 @@ from small_models import SPARSE, Config, lowered
 from tensorrt_stand_in import describe, with_known_axes, write_engine
 
 from mla_trt.cli import main
-from mla_trt.engine_file import IO, RESIDENT
+from mla_trt.engines.engine_file import IO, RESIDENT
 from mla_trt.errors import UsageError
 from mla_trt.serving.triton_repository import Settings, write_repository
 

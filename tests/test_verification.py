@@ -15,15 +15,15 @@ from exports import interface_of, load, needs_exports
 from onnx import TensorProto, helper, numpy_helper
 from small_models import SPARSE, Config, interface, lowered, original
 
-from mla_trt.engine_onnxruntime import OnnxRuntimeEngine
+from mla_trt.engines.engine_onnxruntime import OnnxRuntimeEngine
 from mla_trt.lowering import LowerOptions, lower
 from mla_trt.ops import DOMAIN, attach_functions, retarget
-from mla_trt.original import Limits
 from mla_trt.selection import force_selection, show_selection, top_k
 from mla_trt.session import Session
-from mla_trt.verification import VerificationReport, overlaps, verify
-from mla_trt.verification_cases import ALONE, FORKED, TOGETHER, beyond_top_k
-from mla_trt.verification_ops import OPS_TOLERANCE, check_ops, relative_error, rows_difference
+from mla_trt.verification.cases import ALONE, FORKED, TOGETHER, beyond_top_k
+from mla_trt.verification.ops import OPS_TOLERANCE, check_ops, relative_error, rows_difference
+from mla_trt.verification.original import Limits
+from mla_trt.verification.verify import VerificationReport, overlaps, verify
 
 # W_UK and W_UV of equal sizes, so that they can be mixed up.
 CONFIG = Config(v_head_dim=10, sinks=True)

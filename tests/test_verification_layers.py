@@ -14,15 +14,15 @@ from small_models import Config, original
 
 from mla_trt import pipeline
 from mla_trt.cli import main
-from mla_trt.cutting import CannotCutError, Cutter, Output, Start
 from mla_trt.layer_plan import LayerPlan
 from mla_trt.loading import ModelOnDisk, load_model
 from mla_trt.lowering import Lowered, LowerOptions, lower
 from mla_trt.ops import attach_functions
-from mla_trt.original import OriginalModel
-from mla_trt.verification import VerificationReport
-from mla_trt.verification_layers import COPIES, half_of_memory, memory_needed, verify_layers
-from mla_trt.verification_weights import compare_attentions, has_quantised_weights
+from mla_trt.verification.cutting import CannotCutError, Cutter, Output, Start
+from mla_trt.verification.layers import COPIES, half_of_memory, memory_needed, verify_layers
+from mla_trt.verification.original import OriginalModel
+from mla_trt.verification.verify import VerificationReport
+from mla_trt.verification.weights import compare_attentions, has_quantised_weights
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "models" / "examples"
 EXPORT = "deepseek_v3__dynamo_op20__eager__dec"

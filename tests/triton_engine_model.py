@@ -12,11 +12,11 @@ import ml_dtypes
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from mla_trt.engine import PAGE_COPIES
-from mla_trt.engine_file import PREFILL, read_description
-from mla_trt.engine_onnxruntime import OnnxRuntimeEngine
-from mla_trt.engine_tensorrt import pool_pages
-from mla_trt.profiles import read_sizes
+from mla_trt.engines.engine import PAGE_COPIES
+from mla_trt.engines.engine_file import PREFILL, read_description
+from mla_trt.engines.engine_onnxruntime import OnnxRuntimeEngine
+from mla_trt.engines.engine_tensorrt import pool_pages
+from mla_trt.engines.profiles import read_sizes
 
 
 class TritonPythonModel:

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mla_trt.engine_file import is_engine, read_description
-from mla_trt.engine_onnxruntime import embedded_vocabulary, load_structure
+from mla_trt.engines.engine_file import is_engine, read_description
+from mla_trt.engines.engine_onnxruntime import embedded_vocabulary, load_structure
 from mla_trt.errors import ServerError, UsageError
 from mla_trt.metadata import LoweredMetadata
 from mla_trt.serving.page_server import About, PageServer

@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from mla_trt.engine import Engine
-from mla_trt.engine_file import read_description
-from mla_trt.engine_tensorrt import TensorRtEngine, pool_pages
+from mla_trt.engines.engine import Engine
+from mla_trt.engines.engine_file import read_description
+from mla_trt.engines.engine_tensorrt import TensorRtEngine, pool_pages
+from mla_trt.engines.opening import open_engine
 from mla_trt.errors import BadModelError, MlaTrtError, UsageError
-from mla_trt.opening import open_engine
 from mla_trt.serving.loop import EngineLoop
 from mla_trt.serving.request import Event, Request
 from mla_trt.serving.runner import LoopRunner

@@ -16,7 +16,7 @@ from typing import Any
 
 from onnx import TensorProto
 
-from mla_trt.engine_file import (
+from mla_trt.engines.engine_file import (
     RESIDENT,
     EngineDescription,
     EngineTensor,
@@ -24,8 +24,8 @@ from mla_trt.engine_file import (
     is_engine,
     read_description,
 )
-from mla_trt.engine_onnxruntime import load_structure
-from mla_trt.engine_tensorrt import pool_pages
+from mla_trt.engines.engine_onnxruntime import load_structure
+from mla_trt.engines.engine_tensorrt import pool_pages
 from mla_trt.errors import BadModelError, UsageError
 from mla_trt.metadata import LoweredMetadata
 from mla_trt.plugins.library import describe

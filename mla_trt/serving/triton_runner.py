@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from mla_trt.engine_file import EngineDescription
+from mla_trt.engines.engine_file import EngineDescription
 from mla_trt.errors import MlaTrtError
 
 NOT_SERVED = ("not ready", "unknown model", "no available versions")
@@ -22,7 +22,7 @@ NOT_SERVED = ("not ready", "unknown model", "no available versions")
 
 
 class TritonRunner:
-    """Runs steps by requests to a model of this Triton; see `mla_trt.engine_tensorrt.Runner`.
+    """Runs steps by requests to a model of this Triton; see `mla_trt.engines.engine_tensorrt.Runner`.
 
     The model's plugins hold the pages, which are gone when it is unloaded. So once it was not served every step is an error,
     until `forget` tells that nobody wants them back. An engine that was replaced is not used at all.
@@ -44,7 +44,7 @@ class TritonRunner:
         self._missing: str | None = None
 
     def run(self, profile: str, inputs: Mapping[str, np.ndarray], *, recurring: bool) -> dict[str, np.ndarray]:
-        """Runs one step; see `mla_trt.engine_tensorrt.Runner.run`.
+        """Runs one step; see `mla_trt.engines.engine_tensorrt.Runner.run`.
 
         Raises:
             MlaTrtError: the engine is not served, was not served since the last `forget`, was replaced, or fails.

@@ -18,9 +18,9 @@ import numpy as np
 import onnx
 from engine_sessions import VARIANTS, Record
 
-from mla_trt.building import BuildOptions, build_file
-from mla_trt.engine_file import description_path, plan_digest
-from mla_trt.engine_tensorrt import TensorRtEngine
+from mla_trt.engines.building import BuildOptions, build_file
+from mla_trt.engines.engine_file import description_path, plan_digest
+from mla_trt.engines.engine_tensorrt import TensorRtEngine
 from mla_trt.errors import MlaTrtError
 
 PAGES = 24

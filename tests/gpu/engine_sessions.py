@@ -27,12 +27,12 @@ import mla_trt  # noqa: E402
 if importlib.util.find_spec("mla_trt.plugins") is None:
     mla_trt.__path__.append(str(ROOT))  # a bare source tree: parts of the package lie beside it
 
-from mla_trt.engine import Engine  # noqa: E402
-from mla_trt.engine_file import IO, RESIDENT  # noqa: E402
-from mla_trt.engine_recorder import RecordingEngine  # noqa: E402
+from mla_trt.engines.engine import Engine  # noqa: E402
+from mla_trt.engines.engine_file import IO, RESIDENT  # noqa: E402
+from mla_trt.engines.engine_recorder import RecordingEngine  # noqa: E402
 from mla_trt.ops import retarget, strip_functions  # noqa: E402
 from mla_trt.session import Session  # noqa: E402
-from mla_trt.verification_cases import Case, Script, Step, run_step  # noqa: E402
+from mla_trt.verification.cases import Case, Script, Step, run_step  # noqa: E402
 
 SPARE_PAGES = 6
 MOST_FILLED = 32

@@ -17,9 +17,9 @@ import numpy as np
 import onnx
 from engine_sessions import VARIANTS, Record, errors, pages_needed, replay
 
-from mla_trt.building import BuildOptions, build_file
-from mla_trt.engine_file import RESIDENT
-from mla_trt.engine_tensorrt import TensorRtEngine
+from mla_trt.engines.building import BuildOptions, build_file
+from mla_trt.engines.engine_file import RESIDENT
+from mla_trt.engines.engine_tensorrt import TensorRtEngine
 from mla_trt.metadata import LoweredMetadata
 from mla_trt.selection import top_k
 

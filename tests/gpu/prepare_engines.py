@@ -17,16 +17,16 @@ from pathlib import Path
 
 from engine_sessions import VARIANTS, Record, errors, pack, pages_needed, replay
 
-from mla_trt.engine_onnxruntime import OnnxRuntimeEngine, embedded_vocabulary
+from mla_trt.engines.engine_onnxruntime import OnnxRuntimeEngine, embedded_vocabulary
 from mla_trt.errors import MlaTrtError
 from mla_trt.float32 import has_half_types, to_float32
 from mla_trt.loading import load_model
 from mla_trt.lowering import LowerOptions, lower
 from mla_trt.metadata import LoweredMetadata
-from mla_trt.original import OriginalModel
 from mla_trt.selection import top_k
-from mla_trt.verification import LEAST_BOUND, LONGEST_SELECTION, _lowered_in_float32
-from mla_trt.verification_cases import Case, Step, cases_for, script_for
+from mla_trt.verification.cases import Case, Step, cases_for, script_for
+from mla_trt.verification.original import OriginalModel
+from mla_trt.verification.verify import LEAST_BOUND, LONGEST_SELECTION, _lowered_in_float32
 
 LONG_PROMPTS = Case(
     "long prompts",

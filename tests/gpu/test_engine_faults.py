@@ -39,8 +39,8 @@ UNHARMED = (
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What each fault did."""
     from mla_trt.cuda import find_gpu
+    from mla_trt.engines.tensorrt_api import load_tensorrt
     from mla_trt.errors import MlaTrtError
-    from mla_trt.tensorrt_api import load_tensorrt
 
     if not (RECORDS / RECORD).is_dir():
         pytest.skip(f"there is no record {RECORD} in {RECORDS}: make it with tests/gpu/prepare_engines.py")

@@ -34,7 +34,7 @@ import pytest
 from engine_results import Case, Result, Results, failure, interleaved, kernels_commit, table
 from engine_sessions import ROOT, VARIANTS, records_folder
 
-from mla_trt.engine_file import RESIDENT
+from mla_trt.engines.engine_file import RESIDENT
 
 RECORDS = records_folder()
 OUT = Path(os.environ.get("OUT", ROOT / "build"))
@@ -58,8 +58,8 @@ CASES = [
 def _reason() -> str | None:
     """Why nothing can be run here."""
     from mla_trt.cuda import NoGpuError, find_gpu
+    from mla_trt.engines.tensorrt_api import load_tensorrt
     from mla_trt.errors import MlaTrtError
-    from mla_trt.tensorrt_api import load_tensorrt
 
     if not CASES:
         return f"there are no records in {RECORDS}: make them with tests/gpu/prepare_engines.py"

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from mla_trt.engine import PAGE_COPIES
+from mla_trt.engines.engine import PAGE_COPIES
 from mla_trt.errors import BadModelError
 from mla_trt.interface import Axis
 from mla_trt.metadata import LoweredMetadata

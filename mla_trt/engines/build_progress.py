@@ -12,7 +12,7 @@ MOST_LINES = 6
 
 
 class ShownPhases:
-    """Phases as lines of a rich display; see `mla_trt.building.Phases`."""
+    """Phases as lines of a rich display; see `mla_trt.engines.building.Phases`."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress

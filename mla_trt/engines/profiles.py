@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from mla_trt.engine_file import (
+from mla_trt.engines.engine_file import (
     COLUMNS,
     COPIES,
     DECODE,

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from mla_trt import __version__
 from mla_trt.cuda import Gpu, find_gpu
-from mla_trt.engine_file import (
+from mla_trt.engines.engine_file import (
     CACHES,
     IO,
     RESIDENT,
@@ -29,15 +29,15 @@ from mla_trt.engine_file import (
     plan_digest,
     without_pools,
 )
-from mla_trt.engine_onnxruntime import embedded_vocabulary
+from mla_trt.engines.engine_onnxruntime import embedded_vocabulary
+from mla_trt.engines.plugin_model import DTYPES, MODEL_FILE, write_plugin_model
+from mla_trt.engines.profiles import input_range, make_profiles, plan_profiles
+from mla_trt.engines.tensorrt_api import Messages, load_plugins, load_tensorrt, start
 from mla_trt.errors import BadModelError, UsageError
 from mla_trt.loading import load_model
 from mla_trt.metadata import METADATA_KEY, LoweredMetadata
 from mla_trt.ops import OPS
 from mla_trt.ops.common import QUERY_TERMS
-from mla_trt.plugin_model import DTYPES, MODEL_FILE, write_plugin_model
-from mla_trt.profiles import input_range, make_profiles, plan_profiles
-from mla_trt.tensorrt_api import Messages, load_plugins, load_tensorrt, start
 from mla_trt.writing import check_writable
 
 log = logging.getLogger(__name__)
@@ -68,10 +68,10 @@ class BuildOptions:
     """What the command's options say.
 
     Attributes:
-        dtype: "keep" the model's types, or "bf16" (mla_trt.bfloat16).
+        dtype: "keep" the model's types, or "bf16" (mla_trt.engines.bfloat16).
         query_terms: how exact attention over e4m3 rows must be (docs/op-set.md, MlaDecoding); None: as the model says.
         cache: "io", pages are inputs and outputs, or "resident", the engine's plugins hold them (`pages` of each cache).
-        max_batch, max_tokens, max_length, pages: see `mla_trt.profiles.make_profiles`.
+        max_batch, max_tokens, max_length, pages: see `mla_trt.engines.profiles.make_profiles`.
         optimization_level: TensorRT's, 0 (fastest build) to 5.
         workspace: bytes that a layer may use beside its tensors; None: as much as there is.
         timing_cache: file of measured times, read and written.

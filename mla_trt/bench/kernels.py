@@ -27,9 +27,9 @@ import numpy as np
 import numpy.typing as npt
 from onnx import TensorProto, helper
 
-from mla_trt import bench_peers
-from mla_trt.bench_cases import CASES, Case, Content, Pool, Random
-from mla_trt.bench_options import add_bench_arguments
+from mla_trt.bench import peers
+from mla_trt.bench.cases import CASES, Case, Content, Pool, Random
+from mla_trt.bench.options import add_bench_arguments
 from mla_trt.cuda import CudaError, Memory, Stream, check_usable, milliseconds, properties, synchronize
 from mla_trt.errors import MlaTrtError, UsageError
 from mla_trt.formats import IndexLayout, KvLayout, PageLayout
@@ -328,7 +328,7 @@ def _repeats(milliseconds_once: float, sets: int) -> int:
 class _Theirs:
     """A peer's kernel over all sets, as a graph of torch's."""
 
-    def __init__(self, peer: bench_peers.Peer) -> None:
+    def __init__(self, peer: peers.Peer) -> None:
         self.torch = importlib.import_module("torch")
         self.peer = peer
         for _ in range(2):
@@ -464,7 +464,7 @@ def _make_peer(case: Case, sets: int) -> tuple[_Theirs | None, str]:
         return None, ""
     function, arguments = case.peer
     try:
-        return _Theirs(getattr(bench_peers, function)(sets, **arguments)), ""
+        return _Theirs(getattr(peers, function)(sets, **arguments)), ""
     except (MlaTrtError, RuntimeError, TypeError, AssertionError) as problem:
         return None, " ".join(str(problem).split())[:200]
 
@@ -611,7 +611,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`python -m mla_trt.bench`, for machines without the packages that the command needs."""
+    """See mla_trt/bench/__main__.py."""
     parser = argparse.ArgumentParser(prog="python -m mla_trt.bench", description="Measures the kernels.")
     add_bench_arguments(parser)
     options = parser.parse_args(arguments)
@@ -622,7 +622,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MlaTrtError as error:
         print(f"mla-trt: {error}", file=sys.stderr)
         return error.exit_status
-
-
-if __name__ == "__main__":
-    sys.exit(main())

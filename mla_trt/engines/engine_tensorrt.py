@@ -1,7 +1,7 @@
 """Runs a lowered model as a TensorRT engine.
 
 This module decides what runs: which profile a step uses, how it is padded to sizes that recur, and what of the results is
-padding. `mla_trt.tensorrt_runner` does the running.
+padding. `mla_trt.engines.tensorrt_runner` does the running.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Protocol
 
 import numpy as np
 
-from mla_trt import profiles
-from mla_trt.engine import PAGE_COPIES
-from mla_trt.engine_file import COPIES, DECODE, PAGES, SEQUENCES, TOKENS, EngineDescription, read_description
+from mla_trt.engines import profiles
+from mla_trt.engines.engine import PAGE_COPIES
+from mla_trt.engines.engine_file import COPIES, DECODE, PAGES, SEQUENCES, TOKENS, EngineDescription, read_description
 from mla_trt.errors import BadModelError, MlaTrtError, UsageError
 from mla_trt.pages import UNASSIGNED
 
@@ -58,7 +58,7 @@ class Runner(Protocol):
 
 
 class TensorRtEngine:
-    """The engine of a GPU. See `mla_trt.engine.Engine` for its attributes.
+    """The engine of a GPU. See `mla_trt.engines.engine.Engine` for its attributes.
 
     Args:
         description: what is known of the engine.
@@ -109,14 +109,14 @@ class TensorRtEngine:
             MlaTrtError: there is no GPU, or TensorRT is not installed.
             UsageError: the engine takes another number of pages.
         """
-        from mla_trt.tensorrt_runner import TensorRtRunner
+        from mla_trt.engines.tensorrt_runner import TensorRtRunner
 
         description = read_description(Path(path))
         count = pool_pages(description, pages)
         return cls(description, TensorRtRunner(Path(path), description, pages=count, plugins=plugins), count)
 
     def run(self, inputs: Mapping[str, np.ndarray], page_copies: np.ndarray) -> dict[str, np.ndarray]:
-        """Runs one step on the pool; see `mla_trt.engine.Engine.run`.
+        """Runs one step on the pool; see `mla_trt.engines.engine.Engine.run`.
 
         Raises:
             UsageError: the step is larger than the engine takes, or an input has another shape. Nothing was run.

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from mla_trt.building import parser_error
 from mla_trt.cuda import Graph, Memory, Stream, milliseconds, synchronize
+from mla_trt.engines.building import parser_error
+from mla_trt.engines.tensorrt_api import Messages, start
+from mla_trt.engines.tensorrt_runner import numpy_dtype
 from mla_trt.errors import BadModelError, MlaTrtError
-from mla_trt.tensorrt_api import Messages, start
-from mla_trt.tensorrt_runner import numpy_dtype
 
 
 def build_static(trt: Any, model: Path, plan: Path, *, optimization_level: int, timing_cache: Path) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mla_trt.engine import Engine
-from mla_trt.engine_file import description_path, is_engine
+from mla_trt.engines.engine import Engine
+from mla_trt.engines.engine_file import description_path, is_engine
 from mla_trt.errors import BadModelError
 
 DEFAULT_PAGES = 256
@@ -26,10 +26,10 @@ def open_engine(path: Path | str, *, pages: int | None = None, plugins: Path | N
     """
     path = Path(path)
     if is_engine(path):
-        from mla_trt.engine_tensorrt import TensorRtEngine
+        from mla_trt.engines.engine_tensorrt import TensorRtEngine
 
         return TensorRtEngine.open(path, pages=pages, plugins=plugins)
-    from mla_trt.engine_onnxruntime import OnnxRuntimeEngine
+    from mla_trt.engines.engine_onnxruntime import OnnxRuntimeEngine
 
     model = path / "model.onnx" if path.is_dir() else path
     if not model.exists():

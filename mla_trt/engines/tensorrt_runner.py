@@ -15,9 +15,9 @@ import onnx
 from onnx import TensorProto
 
 from mla_trt.cuda import DeviceBuffer, Graph, Memory, PinnedBuffer, Stream, find_gpu
-from mla_trt.engine_file import PROFILES, RESIDENT, EngineDescription
+from mla_trt.engines.engine_file import PROFILES, RESIDENT, EngineDescription
+from mla_trt.engines.tensorrt_api import Messages, check_fits, load_plugins, load_tensorrt, start
 from mla_trt.errors import BadModelError, MlaTrtError
-from mla_trt.tensorrt_api import Messages, check_fits, load_plugins, load_tensorrt, start
 
 log = logging.getLogger("mla_trt.tensorrt")
 
@@ -44,7 +44,7 @@ class _Recording:
 
 
 class TensorRtRunner:
-    """Runs the plan of an engine; see `mla_trt.engine_tensorrt.Runner`.
+    """Runs the plan of an engine; see `mla_trt.engines.engine_tensorrt.Runner`.
 
     Args:
         path: the plan.
@@ -111,7 +111,7 @@ class TensorRtRunner:
         self._stream.synchronize()
 
     def run(self, profile: str, inputs: Mapping[str, np.ndarray], *, recurring: bool) -> dict[str, np.ndarray]:
-        """Runs one step; see `mla_trt.engine_tensorrt.Runner.run`."""
+        """Runs one step; see `mla_trt.engines.engine_tensorrt.Runner.run`."""
         inputs = {name: value for name, value in inputs.items() if name in self._device}
         shapes: Shapes = tuple(sorted((name, value.shape) for name, value in inputs.items()))
         for name, value in inputs.items():

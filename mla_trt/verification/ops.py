@@ -10,15 +10,15 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from mla_trt.engine_onnxruntime import OnnxRuntimeEngine
-from mla_trt.engine_recorder import RecordingEngine
+from mla_trt.engines.engine_onnxruntime import OnnxRuntimeEngine
+from mla_trt.engines.engine_recorder import RecordingEngine
 from mla_trt.formats import IndexLayout, KvLayout
 from mla_trt.metadata import LoweredMetadata
 from mla_trt.ops import DOMAIN, OPS, Attributes
-from mla_trt.original import Limits
 from mla_trt.selection import show_selection, top_k
 from mla_trt.session import Session
-from mla_trt.verification_cases import Case, Step, run_step
+from mla_trt.verification.cases import Case, Step, run_step
+from mla_trt.verification.original import Limits
 
 OPS_TOLERANCE = 1e-4
 SPARE_PAGES = 4

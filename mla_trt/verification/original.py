@@ -16,9 +16,9 @@ import onnx
 from numpy.typing import ArrayLike
 
 from mla_trt import interface as roles
+from mla_trt.engines.onnxruntime_session import RuntimeErrors, input_dtype, one_line, open_session
 from mla_trt.errors import BadModelError, MlaTrtError, UsageError
 from mla_trt.interface import ModelInput, ModelInterface
-from mla_trt.onnxruntime_session import RuntimeErrors, input_dtype, one_line, open_session
 
 ROPE_THETA = 10000.0
 LONGEST_TRIED_MINIMUM = 16

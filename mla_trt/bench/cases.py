@@ -55,7 +55,7 @@ class Case:
         flops, bytes: the least that it must do and move.
         precision: whose matrix units bound it, "bf16" or "fp8".
         tolerance: of the relative error (Frobenius) of sampled tokens; of a selection, the share of other keys.
-        peer: name and arguments of a function of :mod:`mla_trt.bench_peers`.
+        peer: name and arguments of a function of :mod:`mla_trt.bench.peers`.
     """
 
     op_type: str

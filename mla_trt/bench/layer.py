@@ -26,6 +26,7 @@ from typing import Any, Protocol
 import numpy as np
 from onnx import TensorProto
 
+from mla_trt.engines.profiles import TENSOR_LIMIT
 from mla_trt.errors import MlaTrtError, UsageError
 from mla_trt.formats import ROW_FORMATS, KvLayout, ceil_div
 from mla_trt.models.attention_layer import (
@@ -39,7 +40,6 @@ from mla_trt.models.attention_layer import (
     save_layer,
 )
 from mla_trt.models.weights import NUMPY_TYPES
-from mla_trt.profiles import TENSOR_LIMIT
 from mla_trt.writing import check_writable, folder_written_whole, write_json
 
 PAGE = 64
@@ -101,7 +101,7 @@ class FormResult:
 
 
 class Runnable(Protocol):
-    """An engine with the tensors of a step; see `mla_trt.bench_engine.StepEngine`."""
+    """An engine with the tensors of a step; see `mla_trt.bench.step_engine.StepEngine`."""
 
     def run(self) -> None:
         """Runs the step."""
@@ -375,7 +375,7 @@ class TensorRtForms:
 
     def build(self, form: str, name: str, step: LayerStep) -> tuple[Runnable, float]:
         """See `Build`."""
-        from mla_trt.bench_engine import StepEngine, build_static
+        from mla_trt.bench.step_engine import StepEngine, build_static
 
         plan = self._folder / "plan"
         started = time.monotonic()
@@ -402,7 +402,7 @@ class TensorRtForms:
         return engine, seconds
 
     def _build_ours(self, row_format: str, step: LayerStep, plan: Path) -> None:
-        from mla_trt.building import BuildOptions, build_file
+        from mla_trt.engines.building import BuildOptions, build_file
 
         options = BuildOptions(
             max_batch=step.case.batch,
@@ -535,10 +535,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _measure(options: argparse.Namespace, names: Sequence[str], formats: Sequence[str]) -> int:
-    from mla_trt.bench import measure_copy
+    from mla_trt.bench.kernels import measure_copy
     from mla_trt.cuda import CudaError, Stream, check_usable, synchronize
+    from mla_trt.engines.tensorrt_api import load_tensorrt
     from mla_trt.plugins.library import find_library
-    from mla_trt.tensorrt_api import load_tensorrt
 
     check_usable()
     trt = load_tensorrt()

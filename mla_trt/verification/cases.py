@@ -16,9 +16,9 @@ from onnx import helper
 
 from mla_trt import interface as roles
 from mla_trt.metadata import LoweredMetadata
-from mla_trt.original import Limits, OriginalModel, rope_input
 from mla_trt.pages import UNASSIGNED
 from mla_trt.session import Results, Session
+from mla_trt.verification.original import Limits, OriginalModel, rope_input
 
 
 @dataclass(frozen=True)
@@ -273,7 +273,7 @@ def run_step(
 
 
 def rope_inputs(model: onnx.ModelProto, metadata: LoweredMetadata, positions: np.ndarray) -> dict[str, np.ndarray]:
-    """Cosines and sines of packed tokens, for models that take them: as `mla_trt.original` gives them to the export."""
+    """Cosines and sines of packed tokens, for models that take them: as `mla_trt.verification.original` gives them to the export."""
     found = {}
     for entry in metadata.side_inputs:
         if entry.role not in (roles.ROPE_COS, roles.ROPE_SIN):

@@ -9,14 +9,14 @@ import numpy as np
 import onnx
 import onnxruntime
 
-from mla_trt.engine import PAGE_COPIES
+from mla_trt.engines.engine import PAGE_COPIES
+from mla_trt.engines.onnxruntime_session import RuntimeErrors, input_dtype, one_line, open_session
 from mla_trt.errors import BadModelError, MlaTrtError
 from mla_trt.metadata import LoweredMetadata
-from mla_trt.onnxruntime_session import RuntimeErrors, input_dtype, one_line, open_session
 
 
 class OnnxRuntimeEngine:
-    """The engine of a CPU. See `mla_trt.engine.Engine` for its attributes.
+    """The engine of a CPU. See `mla_trt.engines.engine.Engine` for its attributes.
 
     Args:
         model: a lowered model, or its path.
@@ -62,7 +62,7 @@ class OnnxRuntimeEngine:
         }
 
     def run(self, inputs: Mapping[str, np.ndarray], page_copies: np.ndarray) -> dict[str, np.ndarray]:
-        """Runs one step on the pool; see `mla_trt.engine.Engine.run`.
+        """Runs one step on the pool; see `mla_trt.engines.engine.Engine.run`.
 
         Raises:
             MlaTrtError: ONNX Runtime fails, or an input is missing. The pool is as before.

@@ -21,18 +21,18 @@ from typing import Any
 import numpy as np
 import onnx
 
-from mla_trt.engine_onnxruntime import OnnxRuntimeEngine, embedded_vocabulary, load_structure
-from mla_trt.engine_recorder import RecordingEngine
+from mla_trt.engines.engine_onnxruntime import OnnxRuntimeEngine, embedded_vocabulary, load_structure
+from mla_trt.engines.engine_recorder import RecordingEngine
 from mla_trt.errors import MlaTrtError, NoSessionError
 from mla_trt.float32 import has_half_types, to_float32
 from mla_trt.interface import ModelInterface
 from mla_trt.metadata import LoweredMetadata
 from mla_trt.ops import DOMAIN
-from mla_trt.original import Limits, OriginalModel
 from mla_trt.selection import force_selection, show_selection, sparse_nodes, top_k
 from mla_trt.session import Session
-from mla_trt.verification_cases import Script, Step, cases_for, run_step, script_for
-from mla_trt.verification_ops import OPS_TOLERANCE, OpResult, check_ops
+from mla_trt.verification.cases import Script, Step, cases_for, run_step, script_for
+from mla_trt.verification.ops import OPS_TOLERANCE, OpResult, check_ops
+from mla_trt.verification.original import Limits, OriginalModel
 
 FLOAT32_TOLERANCE = 1e-4
 HALF_TOLERANCE = 1e-3

@@ -22,7 +22,6 @@ import onnx
 from onnx import TensorProto
 
 from mla_trt import interface as roles
-from mla_trt.cutting import PREFIX, SIZE_OPS, CannotCutError, Cutter, Output, Start
 from mla_trt.errors import BadModelError
 from mla_trt.float32 import HALF_TYPES
 from mla_trt.interface import ModelInput, ModelInterface
@@ -31,7 +30,8 @@ from mla_trt.loading import ModelOnDisk, load_from_elsewhere
 from mla_trt.metadata import METADATA_KEY, LoweredMetadata
 from mla_trt.ops import DOMAIN, OPS, retarget
 from mla_trt.selection import SPARSE
-from mla_trt.verification import LAYERS, VERIFICATION_PAGE_SIZE, VerificationReport, verify
+from mla_trt.verification.cutting import PREFIX, SIZE_OPS, CannotCutError, Cutter, Output, Start
+from mla_trt.verification.verify import LAYERS, VERIFICATION_PAGE_SIZE, VerificationReport, verify
 
 DENSE = "MlaAttention"
 FLOATS = {TensorProto.FLOAT, *HALF_TYPES}
@@ -95,7 +95,7 @@ def verify_layers(
         plan: where its layers begin and end.
         exact: the lowered model with weights as exported; may be `written`.
         written: the lowered model as it is to be used.
-        judged, seed: as for `mla_trt.verification.verify`.
+        judged, seed: as for `mla_trt.verification.verify.verify`.
         memory: bytes that what lies between two attention layers may take; what needs more is not run. None: half of the
             machine's memory.
         progress: told which layer comes next.

@@ -1,7 +1,7 @@
 """Engines in a real tritonserver on a GPU: in Triton's TensorRT backend with the pages in the plugins, and in the Python backend.
 
     python tests/gpu/prepare_engines.py EXPORTS -o build/engines --only deepseek_v3__dynamo_op18    # once, without a GPU
-    MLA_TRT_TRITON_TENSORRT_BACKEND=libtriton_tensorrt.so python -m pytest tests/gpu/test_triton_engine.py
+    MLA_TRT_TRITON_TENSORRT_BACKEND=libtriton_tensorrt.so python -m pytest tests/gpu/test_gpu_triton.py
 
 $MLA_TRT_TRITON_TENSORRT_BACKEND is Triton's TensorRT backend, built from its source for this TensorRT; without it only the
 Python backend is tested. What it needs is looked for in $TENSORRT_ROOT/lib, $LD_LIBRARY_PATH, the CUDA toolkit and Python's CUDA
@@ -26,9 +26,9 @@ import onnx
 import pytest
 from engine_sessions import ROOT, VARIANTS, Record, records_folder
 
-from mla_trt.building import BuildOptions, build_file
-from mla_trt.engine_file import IO, RESIDENT
-from mla_trt.engine_onnxruntime import OnnxRuntimeEngine
+from mla_trt.engines.building import BuildOptions, build_file
+from mla_trt.engines.engine_file import IO, RESIDENT
+from mla_trt.engines.engine_onnxruntime import OnnxRuntimeEngine
 from mla_trt.plugins.library import find_library
 from mla_trt.serving.triton_repository import PYTHON, TENSORRT, Settings, write_repository
 from mla_trt.session import Session
@@ -52,8 +52,8 @@ CHOSEN = [name for name, (backend, _) in FORMS.items() if BACKEND or backend == 
 def _reason() -> str | None:
     """Why nothing can be run here."""
     from mla_trt.cuda import find_gpu
+    from mla_trt.engines.tensorrt_api import load_tensorrt
     from mla_trt.errors import MlaTrtError
-    from mla_trt.tensorrt_api import load_tensorrt
 
     if missing() is not None:
         return missing()

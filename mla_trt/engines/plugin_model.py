@@ -14,9 +14,9 @@ from pathlib import Path
 import onnx
 from onnx import helper
 
-from mla_trt.bfloat16 import to_bfloat16
-from mla_trt.engine import PAGE_COPIES
-from mla_trt.engine_file import COPIES, EngineTensor
+from mla_trt.engines.bfloat16 import to_bfloat16
+from mla_trt.engines.engine import PAGE_COPIES
+from mla_trt.engines.engine_file import COPIES, EngineTensor
 from mla_trt.errors import BadModelError, UsageError
 from mla_trt.loading import load_model
 from mla_trt.ops import OPS, mla_nodes, strip_functions

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from mla_trt.engine import PAGE_COPIES, Engine
+from mla_trt.engines.engine import PAGE_COPIES, Engine
 
 POISON = np.int32(-1)
 """Every bit set: NaN in each of the formats of rows and scales."""

@@ -1,0 +1,1 @@
+"""What `mla-trt bench` measures."""

@@ -1,0 +1,1 @@
+"""Whether a lowered model computes what its original does."""
