@@ -201,7 +201,7 @@ def test_a_tensor_of_other_bytes_than_its_shape_says_is_refused(server: TritonSe
 
 def test_one_at_a_time_the_larger_priority_goes_first_and_a_full_queue_refuses(server: TritonServer) -> None:
     server.load("one")
-    running = Answer(server, "one", [1], max_new_tokens=300, priority=9)
+    running = Answer(server, "one", [1], max_new_tokens=1000, priority=9)
     running.read()
     done: list[str] = []
 
@@ -211,9 +211,9 @@ def test_one_at_a_time_the_larger_priority_goes_first_and_a_full_queue_refuses(s
 
     with ThreadPoolExecutor(3) as clients:
         low = Answer(server, "one", [2], max_new_tokens=20)
-        time.sleep(0.05)
+        server.wait_for(model="one", waiting=1)
         high = Answer(server, "one", [3], max_new_tokens=20, priority=5)
-        time.sleep(0.05)
+        server.wait_for(model="one", waiting=2)
         refused = Answer(server, "one", [4]).wait()
         waits = [clients.submit(wait, *case) for case in (("low", low), ("high", high), ("running", running))]
         for entry in waits:

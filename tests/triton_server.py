@@ -177,17 +177,18 @@ class TritonServer:
         """Loads a model."""
         self.client.load_model(name, client_timeout=LOAD_SECONDS)
 
-    def values(self) -> dict[str, float]:
-        """Our metrics, by name, as the metrics endpoint has them."""
+    def values(self, model: str = "") -> dict[str, float]:
+        """Our metrics, by name, as the metrics endpoint has them; of one model where several are served."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics}/metrics", timeout=10) as answer:
             text = answer.read().decode()
-        return {name: float(value) for name, value in re.findall(r"^(mla_trt_\w+)\{.*\} (\S+)$", text, re.MULTILINE)}
+        found = re.findall(r"^(mla_trt_\w+)\{(.*)\} (\S+)$", text, re.MULTILINE)
+        return {name: float(value) for name, labels, value in found if not model or f'"{model}"' in labels}
 
-    def wait_for(self, seconds: float = 20.0, **wanted: float) -> dict[str, float]:
+    def wait_for(self, seconds: float = 20.0, model: str = "", **wanted: float) -> dict[str, float]:
         """The metrics, once some of them have these values."""
         deadline = time.monotonic() + seconds
         while True:
-            values = self.values()
+            values = self.values(model)
             if all(values[f"mla_trt_{name}"] == value for name, value in wanted.items()):
                 return values
             assert time.monotonic() < deadline, f"{wanted} does not come: {values}"
