@@ -44,7 +44,7 @@ from mla_trt.writing import check_writable, folder_written_whole, write_json
 
 PAGE = 64
 DISTINCT_PAGES = 61
-TOLERANCE = 2e-2
+TOLERANCE = 3e-2
 ROUNDS = 15
 SECONDS = 1.5  # of alternating rounds
 ROUND_MILLISECONDS = 4.0  # of a form

@@ -126,6 +126,27 @@ def test_peaked_and_flat_attention(scale: float, heads: int, terms: int) -> None
     compare("output", found["output"], expected["output"], MOST[terms] * (3 if scale > 1 and terms == 1 else 1))
 
 
+@pytest.mark.parametrize("heads", [16, 64])
+@pytest.mark.parametrize("scale", [0.05, 1, 4])
+def test_two_terms_add_less_than_twice_what_the_cache_has_lost(scale: float, heads: int) -> None:
+    """Both errors are relative to float64: the kernel's over the cached codes, the cache's over the values that were cached."""
+    rng = np.random.default_rng(15)
+    length, softmax_scale = 3000, scale * 576**-0.5
+    step = step_of(rng, [1], [length - 1])
+    latent, rope = (rng.standard_normal((length, width), np.float32) for width in (512, 64))
+    pools = {}
+    for row_format in ("f32", "fp8"):
+        pages = layout(row_format)
+        pools[row_format] = pages.empty(step.pages)
+        pages.write(pools[row_format], *step.places(0, range(length)), latent, rope)
+    inputs, attributes = _case(rng, step, heads, 2, scale=softmax_scale, pool=pools["fp8"])
+    exact = attention({**inputs, "kv_cache": pools["f32"]}, attributes | {"row_format": "f32"})["output"]
+    cached = attention(inputs, attributes)["output"]
+    found = run_op("MlaDecoding", inputs, **attributes)["output"].astype(np.float64)
+    lost = np.linalg.norm(cached - exact)
+    compare("error", np.array(np.linalg.norm(found - cached) / lost), np.array(0.0), 2.0, absolute=True)
+
+
 @TERMS
 def test_sinks(terms: int) -> None:
     rng = np.random.default_rng(8)
