@@ -88,10 +88,13 @@ __global__ void __launch_bounds__(threads, 1)
 int make_map(CUtensorMap* map, const Attend& work) {
     void* entry = nullptr;
     cudaDriverEntryPointQueryResult found;
-    if (int status = check_cuda("cuTensorMapEncodeTiled", cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000,
-                                                                                            cudaEnableDefault, &found))) {
-        return status;
-    }
+#if CUDART_VERSION >= 12050
+    cudaError_t const error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
+#else
+    cudaError_t const error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &entry, cudaEnableDefault, &found);
+#endif
+    if (int status = check_cuda("cuTensorMapEncodeTiled", error)) return status;
     if (found != cudaDriverEntryPointSuccess) return fail(MLA_CUDA, "the driver has no cuTensorMapEncodeTiled: update it");
     auto const encode = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(entry);
     cuuint64_t const sizes[4] = {128, static_cast<cuuint64_t>(work.layout.page_size), pieces,
