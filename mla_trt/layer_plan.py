@@ -12,22 +12,19 @@ import heapq
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
 from mla_trt import interface as roles
+from mla_trt.inspection import Inspection
 from mla_trt.passes.contraction import operands
 from mla_trt.passes.graph import is_empty, outer_inputs, producer, topological
 from mla_trt.passes.identify_inputs import data_dependent, static_size
+from mla_trt.passes.match_exits import Exit
+from mla_trt.passes.match_mla import MlaMatch
 from mla_trt.passes.probe import Probe, ProbeError
-
-if TYPE_CHECKING:
-    from mla_trt.lowering import Inspection
-    from mla_trt.passes.match_exits import Exit
-    from mla_trt.passes.match_mla import MlaMatch
 
 MOST_BEGINNINGS = 4
 LONGEST_WAY_OUT = 16  # nodes that only move an attention's result

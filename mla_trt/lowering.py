@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx
@@ -19,6 +19,7 @@ from mla_trt import __version__
 from mla_trt import interface as roles
 from mla_trt.errors import BadModelError, NoMlaError, UsageError
 from mla_trt.formats import INDEX_FORMATS, ROW_FORMATS
+from mla_trt.inspection import Inspection
 from mla_trt.interface import ModelInterface
 from mla_trt.layer_plan import LayerPlan, plan_layers
 from mla_trt.ops import attach_functions
@@ -32,7 +33,7 @@ from mla_trt.passes.identify_inputs import data_dependent, identify_inputs, stat
 from mla_trt.passes.inline_branches import inline_branches
 from mla_trt.passes.legalize import IllegalNode, illegal_nodes, legalize
 from mla_trt.passes.lower import CacheFormat, Lowerer
-from mla_trt.passes.match_indexer import IndexerMatch, SelectsAllKeys, match_indexer
+from mla_trt.passes.match_indexer import SelectsAllKeys, match_indexer
 from mla_trt.passes.match_latent import NormOverCache
 from mla_trt.passes.match_mla import MlaMatch, match_mla
 from mla_trt.passes.match_outputs import cache_outputs
@@ -108,23 +109,6 @@ class Lowered:
     report: Report
     quantised_activations: bool = False
     plan: LayerPlan | None = None
-
-
-@dataclass
-class Inspection:
-    """What was found in an export.
-
-    Attributes:
-        cache_outputs: outputs that hold what attentions would cache, of an export that takes no caches.
-    """
-
-    graph: gs.Graph
-    interface: ModelInterface
-    probes: list[Probe]
-    matches: list[MlaMatch | None]
-    indexers: dict[int, IndexerMatch]
-    report: Report
-    cache_outputs: set[str] = field(default_factory=set)
 
 
 Progress = Callable[[str], None]
