@@ -113,7 +113,7 @@ def test_clients_that_share_batches_and_pages_get_what_each_gets_alone(
         asked.append((prompt, draw.randint(20, 60)))
 
     def ask(case: int) -> Answer:
-        time.sleep(case * 0.02)
+        time.sleep(case * pause)
         prompt, count = asked[case]
         answer = Answer(server, "small", prompt, max_new_tokens=count)
         if case % 5:
@@ -123,17 +123,21 @@ def test_clients_that_share_batches_and_pages_get_what_each_gets_alone(
         answer.vanish()
         return answer
 
-    with ThreadPoolExecutor(len(asked)) as clients:
-        answers = list(clients.map(ask, range(len(asked))))
-    for case, (answer, (prompt, count)) in enumerate(zip(answers, asked, strict=True)):
-        assert answer.error is None
-        if case % 5:
-            assert (answer.tokens, answer.finish) == (alone(prompt, count), "length")
-        else:
-            assert answer.tokens == alone(prompt, len(answer.tokens))
-    assert_whole(server)
-    values = server.values()
-    # The pool is too small for all: pages were shared, and taken from some to be computed again.
+    # The pool is too small for all: pages are shared, and taken from some to be computed again. A machine that is busy with other things
+    # may let few requests meet, so they come ever closer together.
+    for pause in (0.02, 0.01, 0.0, 0.0, 0.0):  # noqa: B007
+        with ThreadPoolExecutor(len(asked)) as clients:
+            answers = list(clients.map(ask, range(len(asked))))
+        for case, (answer, (prompt, count)) in enumerate(zip(answers, asked, strict=True)):
+            assert answer.error is None
+            if case % 5:
+                assert (answer.tokens, answer.finish) == (alone(prompt, count), "length")
+            else:
+                assert answer.tokens == alone(prompt, len(answer.tokens))
+        assert_whole(server)
+        values = server.values()
+        if values["mla_trt_preemptions_total"] > 0:
+            break
     assert values["mla_trt_prefix_tokens_total"] > 0
     assert values["mla_trt_preemptions_total"] > 0
 
