@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import repeat
 from pathlib import Path
 
 import ml_dtypes
@@ -112,7 +113,7 @@ def test_clients_that_share_batches_and_pages_get_what_each_gets_alone(
         prompt = (beginning if case % 2 else []) + [draw.randrange(64) for _ in range(draw.randint(1, 40))]
         asked.append((prompt, draw.randint(20, 60)))
 
-    def ask(case: int) -> Answer:
+    def ask(case: int, pause: float) -> Answer:
         time.sleep(case * pause)
         prompt, count = asked[case]
         answer = Answer(server, "small", prompt, max_new_tokens=count)
@@ -125,9 +126,9 @@ def test_clients_that_share_batches_and_pages_get_what_each_gets_alone(
 
     # The pool is too small for all: pages are shared, and taken from some to be computed again. A machine that is busy with other things
     # may let few requests meet, so they come ever closer together.
-    for pause in (0.02, 0.01, 0.0, 0.0, 0.0):  # noqa: B007
+    for pause in (0.02, 0.01, 0.0, 0.0, 0.0):
         with ThreadPoolExecutor(len(asked)) as clients:
-            answers = list(clients.map(ask, range(len(asked))))
+            answers = list(clients.map(ask, range(len(asked)), repeat(pause)))
         for case, (answer, (prompt, count)) in enumerate(zip(answers, asked, strict=True)):
             assert answer.error is None
             if case % 5:

@@ -14,7 +14,6 @@ import gc
 import importlib
 import json
 import math
-import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +28,7 @@ from onnx import TensorProto, helper
 
 from mla_trt.bench import peers
 from mla_trt.bench.cases import CASES, Case, Content, Pool, Random
-from mla_trt.bench.options import add_bench_arguments
+from mla_trt.bench.options import add_bench_arguments, choose_cases
 from mla_trt.cuda import CudaError, Memory, Stream, check_usable, milliseconds, properties, synchronize
 from mla_trt.errors import MlaTrtError, UsageError
 from mla_trt.formats import IndexLayout, KvLayout, PageLayout
@@ -580,15 +579,10 @@ def plot(pyplot: Any, path: Path, results: Sequence[Result]) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Runs the benchmark; returns the exit status."""
-    try:
-        names = [name for name in CASES if re.search(options.cases, name)]
-    except re.error as error:
-        raise UsageError(f"--cases '{options.cases}' is not a regular expression: {error}") from None
+    names = choose_cases(options, CASES)
     if options.list:
         print("\n".join(names))
         return 0
-    if not names:
-        raise UsageError(f"no case matches '{options.cases}': --list shows them")
     check_usable()
     library = KernelLibrary(find_library(name=KERNELS).path)
     ceilings = measure_ceilings()

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
 import shlex
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from typing import Any, Protocol
 import numpy as np
 from onnx import TensorProto
 
+from mla_trt.bench.options import choose_cases
 from mla_trt.engines.profiles import TENSOR_LIMIT
 from mla_trt.errors import MlaTrtError, UsageError
 from mla_trt.formats import ROW_FORMATS, KvLayout, ceil_div
@@ -512,15 +512,10 @@ def write_results(folder: Path, machine: Machine, plugins: str, results: Sequenc
 
 def run(options: argparse.Namespace) -> int:
     """Runs the benchmark; returns the exit status."""
-    try:
-        names = [name for name in CASES if re.search(options.cases, name)]
-    except re.error as error:
-        raise UsageError(f"--cases '{options.cases}' is not a regular expression: {error}") from None
+    names = choose_cases(options, CASES)
     if options.list:
         print("\n".join(names))
         return 0
-    if not names:
-        raise UsageError(f"no case matches '{options.cases}': --list shows them")
     formats = [part for part in options.formats.split(",") if part]
     unknown = [part for part in formats if part not in ROW_FORMATS]
     if unknown or not formats:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import re
+from collections.abc import Iterable
 from pathlib import Path
+
+from mla_trt.errors import UsageError
 
 
 def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,3 +32,18 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     layer.add_argument("--formats", default="fp8,bf16", help="row formats of the cache of ours (default fp8,bf16)")
     layer.add_argument("--optimization-level", type=int, default=3, metavar="0-5", help="of TensorRT (default 3)")
     layer.add_argument("--plugins", type=Path, metavar="FILE.so", help="the plugin library (default: found by itself)")
+
+
+def choose_cases(options: argparse.Namespace, cases: Iterable[str]) -> list[str]:
+    """The names that `--cases` has chosen.
+
+    Raises:
+        UsageError: it is no regular expression, or no name has it.
+    """
+    try:
+        names = [name for name in cases if re.search(options.cases, name)]
+    except re.error as error:
+        raise UsageError(f"--cases '{options.cases}' is not a regular expression: {error}") from None
+    if not names:
+        raise UsageError(f"no case matches '{options.cases}': --list shows them")
+    return names

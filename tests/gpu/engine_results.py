@@ -56,6 +56,12 @@ def kernels_commit() -> str:
     return commit or hashlib.sha256(find_library().path.read_bytes()).hexdigest()[:8]
 
 
+MADE_BY = """
+Made by `python -m pytest tests/gpu/test_engines.py` from the records of `tests/gpu/prepare_engines.py`; `kernels` is the commit of the
+kernels' sources that an engine ran with.
+"""
+
+
 class Results:
     """Results of the cases, in files that are whole at any time.
 
@@ -101,7 +107,7 @@ class Results:
         self._folder.mkdir(parents=True, exist_ok=True)
         found = [self.found[case] for case in sorted(self.found)]
         _replace(self._folder / "engines.json", "[\n" + ",\n".join(map(json.dumps, found)) + "\n]\n")
-        _replace(self._folder / "engines.md", table(self._cases, self.found))
+        _replace(self._folder / "engines.md", table(self._cases, self.found) + MADE_BY)
 
 
 def _replace(path: Path, text: str) -> None:

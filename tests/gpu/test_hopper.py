@@ -56,6 +56,17 @@ def test_lengths(heads: int, terms: int) -> None:
     _compare(run_op("MlaDecoding", inputs, **attributes), inputs, attributes)
 
 
+@TERMS
+@pytest.mark.parametrize("heads", [16, 32, 64])
+def test_it_is_this_kernel_that_runs(heads: int, terms: int) -> None:
+    """The portable one would pass every comparison here."""
+    rng = np.random.default_rng(16)
+    inputs, attributes = _case(rng, step_of(rng, [1, 1], [300, 2000]), heads, terms)
+    found = run_op("MlaDecoding", inputs, **attributes)["output"]
+    portable = run_op("MlaDecoding", inputs, **attributes | {"query_terms": 0})["output"]
+    assert not np.array_equal(found, portable)
+
+
 @pytest.mark.memcheck
 @TERMS
 @pytest.mark.parametrize("heads", [4, 16, 128])
