@@ -1,5 +1,5 @@
-// MlaFusedRopeRmsNormQuantization. One block a token: it rotates the token's queries, and makes its cache row in shared memory,
-// from where the row leaves in 16-byte pieces, its padding zero.
+// MlaFusedRopeRmsNormQuantization. One block a token makes its cache row in shared memory, from where the row leaves in 16-byte
+// pieces, its padding zero; others rotate the token's queries.
 //
 // What is stored follows the formats' definitions operation by operation in f32 (mla_trt/formats.py); only the order of the
 // norm's sum is free.
@@ -21,19 +21,70 @@ __device__ Pair rotate(Pair x, float cosine, float sine) {
     return {__fsub_rn(__fmul_rn(x.a, cosine), __fmul_rn(x.b, sine)), __fadd_rn(__fmul_rn(x.a, sine), __fmul_rn(x.b, cosine))};
 }
 
-__device__ void rotate_queries(const Append& work, int64_t token, const float* cos, const float* sin) {
-    int const half = work.layout.rope / 2;
-    int const pairs = work.heads * half;
+// Four consecutive values. `aligned`: they may be read and written at once.
+__device__ float4 load_four(const View& x, int64_t index, bool aligned) {
+    if (aligned && x.type == MLA_FLOAT) return *reinterpret_cast<const float4*>(static_cast<const float*>(x.data) + index);
+    if (aligned && x.type == MLA_BFLOAT16) {
+        uint2 const bits = *reinterpret_cast<const uint2*>(static_cast<const __nv_bfloat16*>(x.data) + index);
+        return {__uint_as_float(bits.x << 16), __uint_as_float(bits.x & 0xffff0000u), __uint_as_float(bits.y << 16),
+                __uint_as_float(bits.y & 0xffff0000u)};
+    }
+    return {load_float(x.data, x.type, index), load_float(x.data, x.type, index + 1), load_float(x.data, x.type, index + 2),
+            load_float(x.data, x.type, index + 3)};
+}
+
+__device__ void store_four(const View& y, int64_t index, float4 four, bool aligned) {
+    if (aligned && y.type == MLA_FLOAT) {
+        *reinterpret_cast<float4*>(static_cast<float*>(y.data) + index) = four;
+    } else if (aligned && y.type == MLA_BFLOAT16) {
+        __nv_bfloat162 const pairs[2] = {__floats2bfloat162_rn(four.x, four.y), __floats2bfloat162_rn(four.z, four.w)};
+        *reinterpret_cast<uint2*>(static_cast<__nv_bfloat16*>(y.data) + index) = reinterpret_cast<const uint2&>(pairs);
+    } else {
+        store_float(y.data, y.type, index, four.x);
+        store_float(y.data, y.type, index + 1, four.y);
+        store_float(y.data, y.type, index + 2, four.z);
+        store_float(y.data, y.type, index + 3, four.w);
+    }
+}
+
+// Rotates pairs of a token's queries: those of `block` among `blocks` blocks. A thread takes `unit` pairs of a head at a time,
+// four or one.
+template <int unit>
+__device__ void rotate_queries(const Append& work, int64_t token, const float* cos, const float* sin, int block, int blocks) {
+    int const half = work.layout.rope / 2, units = half / unit;
     int64_t const from = token * work.query.token_stride, to = token * work.query_out.token_stride;
-    for (int i = threadIdx.x; i < pairs; i += threads) {
-        int const head = i / half, j = i % half;
-        int const first = work.interleaved ? 2 * j : j, second = work.interleaved ? 2 * j + 1 : j + half;
+    for (int i = block * threads + threadIdx.x; i < work.heads * units; i += blocks * threads) {
+        int const head = i / units, j = i % units * unit;
+        int const first = work.interleaved ? 2 * j : j, second = work.interleaved ? first + unit : j + half;
         int64_t const read = from + head * work.query.head_stride, write = to + head * work.query_out.head_stride;
-        Pair const x = {load_float(work.query.data, work.query.type, read + first),
-                        load_float(work.query.data, work.query.type, read + second)};
-        Pair const y = rotate(x, cos[j], sin[j]);
-        store_float(work.query_out.data, work.query_out.type, write + first, y.a);
-        store_float(work.query_out.data, work.query_out.type, write + second, y.b);
+        if constexpr (unit == 1) {
+            Pair const x = {load_float(work.query.data, work.query.type, read + first),
+                            load_float(work.query.data, work.query.type, read + second)};
+            Pair const y = rotate(x, cos[j], sin[j]);
+            store_float(work.query_out.data, work.query_out.type, write + first, y.a);
+            store_float(work.query_out.data, work.query_out.type, write + second, y.b);
+        } else {
+            float4 low = load_four(work.query, read + first, work.query_aligned);
+            float4 high = load_four(work.query, read + second, work.query_aligned);
+            auto turn = [&](float& a, float& b, int pair) {
+                Pair const y = rotate({a, b}, cos[j + pair], sin[j + pair]);
+                a = y.a;
+                b = y.b;
+            };
+            if (work.interleaved) {
+                turn(low.x, low.y, 0);
+                turn(low.z, low.w, 1);
+                turn(high.x, high.y, 2);
+                turn(high.z, high.w, 3);
+            } else {
+                turn(low.x, high.x, 0);
+                turn(low.y, high.y, 1);
+                turn(low.z, high.z, 2);
+                turn(low.w, high.w, 3);
+            }
+            store_four(work.query_out, write + first, low, work.query_out_aligned);
+            store_four(work.query_out, write + second, high, work.query_out_aligned);
+        }
     }
 }
 
@@ -100,6 +151,7 @@ __device__ float make_row(const KvLayout& layout, const float* latent, const flo
     return scale;
 }
 
+// Block (token, y): y 0 makes the token's cache row, the others rotate its queries.
 __global__ void __launch_bounds__(threads) append_kernel(Append work) {
     extern __shared__ uint4 shared[];
     __shared__ float scratch[warp_size];
@@ -118,8 +170,16 @@ __global__ void __launch_bounds__(threads) append_kernel(Append work) {
             cos[i] = work.cos[table_row * half + i];
             sin[i] = work.sin[table_row * half + i];
         }
+    }
+    if (blockIdx.y > 0) {
         __syncthreads();
-        rotate_queries(work, token, cos, sin);
+        int const block = static_cast<int>(blockIdx.y) - 1, blocks = static_cast<int>(gridDim.y) - 1;
+        if (half % 4 == 0) {
+            rotate_queries<4>(work, token, cos, sin, block, blocks);
+        } else {
+            rotate_queries<1>(work, token, cos, sin, block, blocks);
+        }
+        return;
     }
 
     int32_t const sequence = work.step.sequence_of(token);
@@ -136,6 +196,7 @@ __global__ void __launch_bounds__(threads) append_kernel(Append work) {
         latent[i] = value;
         squares += value * value;
     }
+    __syncthreads();  // cos and sin are there
     if (work.norm_weight != nullptr) {
         float const mean = divide(block_sum(squares, scratch), static_cast<float>(rank));
         float const spread = __fsqrt_rn(__fadd_rn(mean, work.epsilon));
@@ -164,9 +225,16 @@ __global__ void __launch_bounds__(threads) append_kernel(Append work) {
     }
 }
 
+// Whether four consecutive values, from every fourth one on, may be read at once.
+bool aligned_for_four(const View& view) {
+    int64_t const bytes = 4 * element_bytes(view.type);
+    return reinterpret_cast<uintptr_t>(view.data) % bytes == 0 && view.token_stride % 4 == 0 && view.head_stride % 4 == 0;
+}
+
 }  // namespace
 
-int append(const Append& work, cudaStream_t stream) {
+int append(const Append& given, cudaStream_t stream) {
+    Append work = given;
     if (work.step.tokens == 0) return MLA_OK;
     if (work.layout.rope % 2 != 0) {
         return fail(MLA_BAD_CALL, "qk_rope_head_dim is %d: rope needs pairs of values", work.layout.rope);
@@ -183,7 +251,15 @@ int append(const Append& work, cudaStream_t stream) {
                                                      static_cast<int>(shared)))) {
         return status;
     }
-    append_kernel<<<static_cast<unsigned>(work.step.tokens), threads, shared, stream>>>(work);
+    work.query_aligned = aligned_for_four(work.query);
+    work.query_out_aligned = aligned_for_four(work.query_out);
+    // as many blocks for the queries as fill the GPU, each with work for all of its threads
+    int64_t const pairs = static_cast<int64_t>(work.heads) * (work.layout.rope / 2);
+    int64_t const most = ceil_div<int64_t>(pairs, 4 * threads), wanted = ceil_div<int64_t>(4 * device.multiprocessors, work.step.tokens);
+    bool const rotates = pairs > 0 && work.table_rows > 0;
+    dim3 const grid(static_cast<unsigned>(work.step.tokens),
+                    1 + (rotates ? static_cast<unsigned>(wanted < most ? wanted : most) : 0));
+    append_kernel<<<grid, threads, shared, stream>>>(work);
     return check_launch("MlaFusedRopeRmsNormQuantization");
 }
 

@@ -8,6 +8,7 @@ namespace mla {
 
 struct Append {
     View query, query_out;  // [T, H, Dr], before and after rope
+    bool query_aligned, query_out_aligned;  // four values may be read or written at once; `append` finds out
     const void* latent;  // [T, R]
     const void* rope_key;  // [T, Dr]
     int32_t latent_type, rope_key_type;

@@ -50,6 +50,11 @@ int attend_exact(const Attend& work, const Partials& partials, cudaStream_t stre
 
 #if defined(__CUDACC__)
 
+// The grid is one line: the parts of an item follow each other, and blocks without an item are last, so that none of them
+// holds a place for which a part waits.
+__device__ inline int part_of_block(const Partials& partials) { return static_cast<int>(blockIdx.x % partials.splits); }
+__device__ inline int item_of_block(const Partials& partials) { return static_cast<int>(blockIdx.x / partials.splits); }
+
 // The last key that a token may see: its position, held inside the block table.
 __device__ inline int32_t last_key(const Attend& work, int64_t token) {
     return min(work.step.positions[token], work.step.key_limit(work.layout.page_size) - 1);

@@ -27,10 +27,12 @@ inline bool queries_aligned(const Attend& work) {
            aligned_for_eight(work.query.data, work.query.token_stride, work.query.head_stride, work.query.type);
 }
 
-// Blocks along x for `rows` rows a block; one more than there can be items, for what belongs to no sequence.
-inline int64_t block_count(const Attend& work, int rows) {
-    return work.indices != nullptr ? work.step.tokens * ceil_div(work.heads, rows)
-                                   : work.step.sequences + work.step.tokens * work.heads / rows + 1;
+// Blocks for `rows` rows each and the parts of their keys; room for one item more than there can be, for what belongs to no
+// sequence.
+inline int64_t block_count(const Attend& work, const Partials& partials, int rows) {
+    int64_t const items = work.indices != nullptr ? work.step.tokens * ceil_div(work.heads, rows)
+                                                  : work.step.sequences + work.step.tokens * work.heads / rows + 1;
+    return items * partials.splits;
 }
 
 // The rows of a block: `count` consecutive (token, head) pairs of one sequence.
@@ -52,7 +54,7 @@ constexpr int find_batch = 4;
 
 // The block's item without lists. Called by one warp; every lane gets the result. Each lane counts the items of a run of
 // sequences; the lane in whose run the item falls walks it again.
-__device__ inline Item find_item(const Attend& work, int rows) {
+__device__ inline Item find_item(const Attend& work, const Partials& partials, int rows) {
     int const lane = threadIdx.x % warp_size;
     int64_t const run = ceil_div<int64_t>(work.step.sequences, warp_size);
     auto items_between = [&](int64_t start, int64_t end) {
@@ -78,8 +80,8 @@ __device__ inline Item find_item(const Attend& work, int rows) {
     }
     int64_t const total = __shfl_sync(0xffffffffu, before, warp_size - 1);
     before -= own;
-    int64_t const wanted = blockIdx.x;
-    Item item{-1, 0, 0, 0, static_cast<int32_t>(wanted - total), static_cast<int32_t>(gridDim.x - total)};
+    int64_t const wanted = item_of_block(partials);
+    Item item{-1, 0, 0, 0, static_cast<int32_t>(wanted - total), static_cast<int32_t>(gridDim.x / partials.splits - total)};
     bool const mine = wanted >= before && wanted < before + own;
     if (mine) {
         int64_t sequence = lane * run;
@@ -107,10 +109,10 @@ __device__ inline Item find_item(const Attend& work, int rows) {
     return item;
 }
 
-__device__ inline Item list_item(const Attend& work, int rows) {
+__device__ inline Item list_item(const Attend& work, const Partials& partials, int rows) {
     int const tiles = ceil_div(work.heads, rows);
-    int64_t const token = blockIdx.x / tiles;
-    int const first_head = static_cast<int>(blockIdx.x % tiles) * rows;
+    int64_t const token = item_of_block(partials) / tiles;
+    int const first_head = item_of_block(partials) % tiles * rows;
     int32_t const sequence = work.step.sequence_of(token);
     return {sequence, token, first_head, min(rows, work.heads - first_head), 0, 0};
 }

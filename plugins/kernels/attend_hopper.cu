@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(threads, 1)
     __shared__ Item shared_item;
     int const warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
     if (warp == 0) {
-        Item const found = find_item(work, F::rows);
+        Item const found = find_item(work, partials, F::rows);
         if (lane == 0) shared_item = found;
     }
     if (threadIdx.x == 32) {
@@ -47,8 +47,9 @@ __global__ void __launch_bounds__(threads, 1)
     int64_t const last_token = item.first_token + (item.first_head + item.count - 1) / work.heads;
     int32_t const end = max(last_key(work, last_token) + 1, 0);
     int32_t const tile_count = ceil_div(end, tile);
-    auto const first = static_cast<int32_t>(static_cast<int64_t>(tile_count) * blockIdx.y / partials.splits);
-    auto const last = static_cast<int32_t>(static_cast<int64_t>(tile_count) * (blockIdx.y + 1) / partials.splits);
+    int const part = part_of_block(partials);
+    auto const first = static_cast<int32_t>(static_cast<int64_t>(tile_count) * part / partials.splits);
+    auto const last = static_cast<int32_t>(static_cast<int64_t>(tile_count) * (part + 1) / partials.splits);
     Ring<F> const ring{memory, &map, last - first};
 
     if (warp == 0) {  // pages of four tiles: the score groups go on from there
@@ -120,10 +121,10 @@ int launch(const Attend& work, const Partials& partials, cudaStream_t stream) {
                                                                   Places<F>::total))) {
         return status;
     }
-    int64_t const blocks = block_count(work, F::rows);
+    int64_t const blocks = block_count(work, partials, F::rows);
     if (blocks > 0x7fffffff) return fail(MLA_UNSUPPORTED, "%lld query tokens are too many for one step",
                                          static_cast<long long>(work.step.tokens));
-    kernel<<<dim3(static_cast<unsigned>(blocks), partials.splits), threads, Places<F>::total, stream>>>(
+    kernel<<<static_cast<unsigned>(blocks), threads, Places<F>::total, stream>>>(
         map, work, partials);
     return check_launch("attention");
 }

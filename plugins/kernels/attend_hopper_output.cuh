@@ -87,9 +87,10 @@ __device__ void output_group(const Attend& work, const Ring<F>& ring, uint8_t* m
             make_fragments(a);
         };
         make_scales(n + 2);
-        fragments(0);
+        bool const last = n + 1 == ring.count;  // its tail is cleared only behind the barrier
+        if (!last) fragments(0);
         named_sync(weights_ready + buffer, threads);
-        if (n + 1 == ring.count) fragments(0);  // its tail is cleared only now
+        if (last) fragments(0);
         uint32_t const weights = tile_descriptor(shared_address(memory + P::weights) + buffer * F::weight_bytes);
         int flags = 0;
 #pragma unroll
@@ -171,7 +172,7 @@ __device__ inline void write_rows(const Attend& work, const Partials& partials, 
         int const head = flat % work.heads;
         const auto* values = reinterpret_cast<const float4*>(memory) + row * (staged_row / 4);
         bool const part = partials.splits > 1;
-        int64_t const at = part ? ((token * work.heads + head) * partials.splits + blockIdx.y) * rank
+        int64_t const at = part ? ((token * work.heads + head) * partials.splits + part_of_block(partials)) * rank
                                 : token * work.output.token_stride + head * work.output.head_stride;
         if (part || work.output.type == MLA_FLOAT) {
             auto* target = reinterpret_cast<float4*>((part ? partials.output : static_cast<float*>(work.output.data)) + at);

@@ -305,7 +305,7 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
         int64_t const out_row = token * work.heads + head;
         float const lse = sum == 0.0f ? -INFINITY : top[r] + log2f(sum) - weight_bits;
         if (partials.splits > 1) {
-            partials.lse[out_row * partials.splits + blockIdx.y] = lse;
+            partials.lse[out_row * partials.splits + part_of_block(partials)] = lse;
         } else {
             if (work.lse != nullptr) work.lse[out_row] = lse * ln2;
             if (work.sinks != nullptr && sum != 0.0f) sum += exp2f(work.sinks[head] * log2e - top[r] + weight_bits);

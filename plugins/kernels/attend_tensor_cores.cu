@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(threads, 1)
     int const warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
     int const g = lane / 4, t = lane % 4;
     if (warp == 0) {
-        Item const found = work.indices == nullptr ? find_item(work, rows) : list_item(work, rows);
+        Item const found = work.indices == nullptr ? find_item(work, partials, rows) : list_item(work, partials, rows);
         if (lane == 0) shared_item = found;
     }
     __syncthreads();
@@ -84,8 +84,9 @@ __global__ void __launch_bounds__(threads, 1)
     int32_t const end = last_key(work, last_token) + 1;
     int32_t const count = work.indices == nullptr ? end : list_length(work, item.first_token);
     int32_t const tile_count = ceil_div(max(count, 0), tile);
-    auto const first = static_cast<int32_t>(static_cast<int64_t>(tile_count) * blockIdx.y / partials.splits);
-    auto const last = static_cast<int32_t>(static_cast<int64_t>(tile_count) * (blockIdx.y + 1) / partials.splits);
+    int const part = part_of_block(partials);
+    auto const first = static_cast<int32_t>(static_cast<int64_t>(tile_count) * part / partials.splits);
+    auto const last = static_cast<int32_t>(static_cast<int64_t>(tile_count) * (part + 1) / partials.splits);
 
     // four threads copy a row
     int const line = threadIdx.x / 4, quarter = threadIdx.x % 4;
@@ -182,34 +183,26 @@ __global__ void __launch_bounds__(threads, 1)
             } else {
                 uint32_t const b_row =
                     keys_base + (key_warp * (tile / key_warps) + lane % 8 + lane / 16 * 8) * width * 2;
-                // fragments are read one step ahead, and even and odd steps have sums of their own: nothing waits for what
-                // was just begun
-                constexpr int steps = width / 16, pairs = key_tiles / 2;
-                float odd[key_tiles][4] = {};
-                uint32_t a[2][4], b[2][pairs][4];
+                // fragments are read two steps ahead: nothing waits for what was just begun
+                constexpr int steps = width / 16, pairs = key_tiles / 2, ahead = 2;
+                uint32_t a[ahead + 1][4], b[ahead + 1][pairs][4];
                 auto load = [&](int step) {
-                    int const group = step / 4 * 128, j = step % 4;
-                    ldmatrix_x4(a[step % 2], a_row + by_halves[j] + group);
+                    int const group = step / 4 * 128, j = step % 4, slot = step % (ahead + 1);
+                    ldmatrix_x4(a[slot], a_row + by_halves[j] + group);
 #pragma unroll
-                    for (int n = 0; n < pairs; ++n) {
-                        ldmatrix_x4(b[step % 2][n], b_row + by_eighths[j] + group + n * 16 * width * 2);
-                    }
+                    for (int n = 0; n < pairs; ++n) ldmatrix_x4(b[slot][n], b_row + by_eighths[j] + group + n * 16 * width * 2);
                 };
-                load(0);
+#pragma unroll
+                for (int step = 0; step < ahead; ++step) load(step);
 #pragma unroll
                 for (int step = 0; step < steps; ++step) {
-                    if (step + 1 < steps) load(step + 1);
-                    auto& sums_of_step = step % 2 == 0 ? scores : odd;
+                    int const slot = step % (ahead + 1);
+                    if (step + ahead < steps) load(step + ahead);
 #pragma unroll
                     for (int n = 0; n < pairs; ++n) {
-                        mma_bf16(sums_of_step[2 * n], a[step % 2], b[step % 2][n][0], b[step % 2][n][1]);
-                        mma_bf16(sums_of_step[2 * n + 1], a[step % 2], b[step % 2][n][2], b[step % 2][n][3]);
+                        mma_bf16(scores[2 * n], a[slot], b[slot][n][0], b[slot][n][1]);
+                        mma_bf16(scores[2 * n + 1], a[slot], b[slot][n][2], b[slot][n][3]);
                     }
-                }
-#pragma unroll
-                for (int n = 0; n < key_tiles; ++n) {
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) scores[n][i] += odd[n][i];
                 }
             }
         }
@@ -284,13 +277,14 @@ __global__ void __launch_bounds__(threads, 1)
             }
             uint32_t const a_row = shared_address(weights) + lane % 16 * tile * 2;
             uint32_t const b_row = shared_address(keys) + lane % 16 * width * 2;
-            constexpr int pairs = latent_tiles / 2, steps = tile / 16 * pairs;
-            uint32_t a[row_warps][4], b[2][4];
+            constexpr int pairs = latent_tiles / 2, steps = tile / 16 * pairs, ahead = 2;
+            uint32_t a[row_warps][4], b[ahead + 1][4];
             auto load = [&](int step) {
                 int const k = step / pairs, n = step % pairs;
-                ldmatrix_x4_transposed(b[step % 2], b_row + value_columns[n] + k * 16 * width * 2);
+                ldmatrix_x4_transposed(b[step % (ahead + 1)], b_row + value_columns[n] + k * 16 * width * 2);
             };
-            load(0);
+#pragma unroll
+            for (int step = 0; step < ahead; ++step) load(step);
 #pragma unroll
             for (int step = 0; step < steps; ++step) {
                 int const k = step / pairs, n = step % pairs;
@@ -298,11 +292,12 @@ __global__ void __launch_bounds__(threads, 1)
 #pragma unroll
                     for (int m = 0; m < row_warps; ++m) ldmatrix_x4(a[m], a_row + by_halves[k] + m * 16 * tile * 2);
                 }
-                if (step + 1 < steps) load(step + 1);
+                if (step + ahead < steps) load(step + ahead);
+                const uint32_t(&values)[4] = b[step % (ahead + 1)];
 #pragma unroll
                 for (int m = 0; m < row_warps; ++m) {
-                    mma_bf16(sums[m][2 * n], a[m], b[step % 2][0], b[step % 2][1]);
-                    mma_bf16(sums[m][2 * n + 1], a[m], b[step % 2][2], b[step % 2][3]);
+                    mma_bf16(sums[m][2 * n], a[m], values[0], values[1]);
+                    mma_bf16(sums[m][2 * n + 1], a[m], values[2], values[3]);
                 }
             }
         }
@@ -335,7 +330,7 @@ __global__ void __launch_bounds__(threads, 1)
             int64_t const out_row = token * work.heads + head;
             float const lse = sum == 0.0f ? -INFINITY : top[i] + log2f(sum);
             if (partials.splits > 1) {
-                partials.lse[out_row * partials.splits + blockIdx.y] = lse;
+                partials.lse[out_row * partials.splits + part] = lse;
             } else {
                 if (work.lse != nullptr) work.lse[out_row] = lse * ln2;
                 if (work.sinks != nullptr && sum != 0.0f) sum += exp2f(work.sinks[head] * log2e - top[i]);
@@ -362,7 +357,7 @@ __global__ void __launch_bounds__(threads, 1)
                     if (column >= work.layout.rank) continue;
                     float const value = sums[m][n][2 * i + j] * factor;
                     if (partials.splits > 1) {
-                        partials.output[((token * work.heads + head) * partials.splits + blockIdx.y) * work.layout.rank +
+                        partials.output[((token * work.heads + head) * partials.splits + part) * work.layout.rank +
                                         column] = value;
                     } else {
                         store_float(work.output.data, work.output.type,
@@ -391,10 +386,10 @@ int launch(const Attend& work, const Partials& partials, const Device& device, c
                                                                   shared.total))) {
         return status;
     }
-    int64_t const blocks = block_count(work, rows);
+    int64_t const blocks = block_count(work, partials, rows);
     if (blocks > 0x7fffffff) return fail(MLA_UNSUPPORTED, "%lld query tokens are too many for one step",
                                          static_cast<long long>(work.step.tokens));
-    kernel<<<dim3(static_cast<unsigned>(blocks), partials.splits), threads, shared.total, stream>>>(
+    kernel<<<static_cast<unsigned>(blocks), threads, shared.total, stream>>>(
         work, partials, shared, converts_fast(work.layout), queries_aligned(work));
     return check_launch("attention");
 }

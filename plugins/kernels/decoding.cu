@@ -5,19 +5,42 @@ namespace mla {
 namespace {
 
 constexpr int most_splits = 64;
-constexpr int merge_columns = 128;  // of a block, one a thread
-constexpr int merge_batch = 8;  // parts whose values are in flight at a time
+constexpr int merge_columns = 128;  // of a block, four a lane
+constexpr int merge_warps = 4;  // each takes every fourth part
+constexpr int merge_batch = 8;  // parts of a warp whose values are in flight at a time
+
+// Four values of a part from `column` on, zero behind the last column.
+__device__ float4 load_columns(const float* part, int column, int rank) {
+    if (rank % 4 == 0) return column < rank ? *reinterpret_cast<const float4*>(part + column) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    float values[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) values[i] = column + i < rank ? part[column + i] : 0.0f;
+    return make_float4(values[0], values[1], values[2], values[3]);
+}
 
 // Block (token x head, slice of the latent). Weighs the parts by 2^(lse - largest) and adds the sink to their sum. Every warp
 // makes the weights, two parts a lane.
-__global__ void __launch_bounds__(merge_columns) merge_kernel(Attend work, Partials partials) {
-    __shared__ float weights[most_splits];
+__global__ void __launch_bounds__(merge_warps* warp_size) merge_kernel(Attend work, Partials partials) {
+    __shared__ float sums[merge_warps][merge_columns];
     int64_t const row = blockIdx.x;
     int64_t const token = row / work.heads;
     int const head = static_cast<int>(row % work.heads);
-    int const lane = threadIdx.x % warp_size, splits = partials.splits;
+    int const warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size, splits = partials.splits;
+    int const rank = work.layout.rank, first_column = blockIdx.y * merge_columns;
     int32_t const sequence = work.step.sequence_of(token);
 
+    // nothing of the values depends on the weights, so that both are in flight together
+    const float* part = partials.output + row * splits * rank;
+    float4 values[merge_batch];
+    auto load = [&](int first) {
+#pragma unroll
+        for (int i = 0; i < merge_batch; ++i) {
+            int const split = first + i * merge_warps + warp;
+            values[i] = load_columns(part + static_cast<int64_t>(split) * rank, first_column + 4 * lane,
+                                     sequence >= 0 && split < splits ? rank : 0);
+        }
+    };
+    load(0);
     float lse[2] = {-INFINITY, -INFINITY};
     for (int i = 0; i < 2; ++i) {
         int const split = lane + i * warp_size;
@@ -28,30 +51,30 @@ __global__ void __launch_bounds__(merge_columns) merge_kernel(Attend work, Parti
     float const sum = warp_sum(exp2f(lse[0] - base) + exp2f(lse[1] - base));
     float denominator = sum;
     if (work.sinks != nullptr) denominator += exp2f(work.sinks[head] * log2e - base);
-    for (int i = 0; i < 2; ++i) {
-        int const split = lane + i * warp_size;
-        if (threadIdx.x < warp_size) {
-            weights[split] = largest == -INFINITY ? 0.0f : exp2f(lse[i] - base) / denominator;
+    float weights[2];
+    for (int i = 0; i < 2; ++i) weights[i] = largest == -INFINITY ? 0.0f : exp2f(lse[i] - base) / denominator;
+
+    float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    for (int first = 0; first < splits; first += merge_batch * merge_warps) {
+        if (first > 0) load(first);
+#pragma unroll
+        for (int i = 0; i < merge_batch; ++i) {
+            int const split = first + i * merge_warps + warp;
+            float const weight = __shfl_sync(0xffffffffu, split < warp_size ? weights[0] : weights[1], split % warp_size);
+            if (split >= splits) continue;
+            total.x = fmaf(weight, values[i].x, total.x);
+            total.y = fmaf(weight, values[i].y, total.y);
+            total.z = fmaf(weight, values[i].z, total.z);
+            total.w = fmaf(weight, values[i].w, total.w);
         }
     }
+    *reinterpret_cast<float4*>(&sums[warp][4 * lane]) = total;
     __syncthreads();
-    int const rank = work.layout.rank, column = blockIdx.y * merge_columns + threadIdx.x;
+    int const column = first_column + static_cast<int>(threadIdx.x);
     if (column < rank) {
         float value = 0.0f;
-        if (sequence >= 0) {
-            const float* part = partials.output + row * splits * rank + column;
-            for (int first = 0; first < splits; first += merge_batch) {
-                float values[merge_batch];
 #pragma unroll
-                for (int i = 0; i < merge_batch; ++i) {
-                    values[i] = first + i < splits ? part[static_cast<int64_t>(first + i) * rank] : 0.0f;
-                }
-#pragma unroll
-                for (int i = 0; i < merge_batch; ++i) {
-                    if (first + i < splits) value += weights[first + i] * values[i];
-                }
-            }
-        }
+        for (int i = 0; i < merge_warps; ++i) value += sums[i][threadIdx.x];
         store_float(work.output.data, work.output.type,
                     token * work.output.token_stride + head * work.output.head_stride + column, value);
     }
@@ -60,6 +83,9 @@ __global__ void __launch_bounds__(merge_columns) merge_kernel(Attend work, Parti
     }
 }
 
+constexpr int block_tiles = 6;  // what a block takes besides its tiles, in tiles' time
+constexpr double merge_bytes = 8e6;  // of parts that are written and read in a tile's time
+
 // How many parts the keys of each token are cut into: as many as fill the GPU evenly, as few as that takes. Lengths are in
 // device memory, so only the shapes decide: the blocks that there are without a cut, and the tiles of keys at most.
 int choose_splits(const Attend& work, const Device& device, int block_rows, int tile, int64_t most_rows) {
@@ -67,14 +93,18 @@ int choose_splits(const Attend& work, const Device& device, int block_rows, int 
     int64_t const blocks = work.indices == nullptr ? ceil_div<int64_t>(rows, block_rows)
                                                    : work.step.tokens * ceil_div(work.heads, block_rows);
     int64_t const keys = work.indices == nullptr ? work.step.max_pages * work.layout.page_size : work.top_k;
-    int64_t limit = ceil_div<int64_t>(keys, tile);
-    if (limit > most_splits) limit = most_splits;
+    int64_t const tiles = ceil_div<int64_t>(keys, tile);
+    int64_t limit = tiles < most_splits ? tiles : most_splits;
     if (limit > most_rows / rows) limit = most_rows / rows;
+    // In units of a tile's time on a multiprocessor: each wave takes its blocks' tiles and what a block takes besides; parts are
+    // written and read again.
+    double const merged = static_cast<double>(rows) * work.layout.rank * 2 * sizeof(float) / merge_bytes;
     int best = 1;
     double best_cost = 1e30;
     for (int splits = 1; splits <= limit; ++splits) {
-        double const waves = static_cast<double>(ceil_div<int64_t>(blocks * splits, device.multiprocessors));
-        double const cost = waves / splits + (splits > 1 ? 0.01 + 0.0003 * splits : 0.0);
+        auto const waves = static_cast<double>(ceil_div<int64_t>(blocks * splits, device.multiprocessors));
+        double const cost = waves * static_cast<double>(ceil_div<int64_t>(tiles, splits) + block_tiles) +
+                            (splits > 1 ? 1.0 + merged * splits : 0.0);
         if (cost < best_cost) {
             best_cost = cost;
             best = splits;
@@ -130,7 +160,7 @@ int attend(Call& call, const Attend& work) {
     if (status != MLA_OK) return status;
     if (partials.splits == 1) return MLA_OK;
     dim3 const grid(static_cast<unsigned>(rows), ceil_div(work.layout.rank, merge_columns));
-    merge_kernel<<<grid, merge_columns, 0, call.stream>>>(work, partials);
+    merge_kernel<<<grid, merge_warps * warp_size, 0, call.stream>>>(work, partials);
     return check_launch("merge of partial attention");
 }
 
