@@ -66,23 +66,12 @@ int multiply(Call& call, const Layer& layer, const View& x, const View& out, con
     work.w = w.data;
     work.w_type = w.type;
     work.w_scale = w_scale.rank < 0 ? nullptr : static_cast<const float*>(w_scale.data);
+    work.quantize_x = layer.quantized_activations;
     work.tokens = tokens;
     work.heads = layer.attend.heads;
     work.rows = static_cast<int32_t>(w.shape[1]);
     work.columns = static_cast<int32_t>(w.shape[2]);
     work.exact = is_exact(layer);
-    size_t const mark = call.workspace.mark();
-    if (layer.quantized_activations) {
-        int64_t const values = tokens * work.heads * work.columns;
-        auto* codes = call.workspace.take<uint8_t>(values);
-        auto* scales = call.workspace.take<float>(tokens * work.heads * ceil_div(work.columns, scale_group));
-        if (!call.workspace.sizing()) {
-            if (int status = quantize_groups(x, tokens, work.heads, work.columns, codes, scales, call.stream)) return status;
-        }
-        work.x = contiguous(codes, MLA_FLOAT8E4M3FN, work.heads, work.columns);
-        work.x_scale = scales;
-    }
-    call.workspace.release(mark);
     return call.workspace.sizing() ? MLA_OK : project(work, call.stream);
 }
 

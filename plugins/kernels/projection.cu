@@ -1,5 +1,7 @@
 #include "projection.h"
 
+#include <algorithm>
+
 #include "device.cuh"
 #include "mma.cuh"
 
@@ -15,142 +17,479 @@ __device__ int64_t mapped(const int32_t* map, int64_t token, int64_t tokens) {
 }
 
 // ---- tensor cores -----------------------------------------------------------------------------------------------------------
+//
+// Weights lie in shared memory as they came and become bf16 when fragments are made. The order of k within a product of
+// m16n8k16 is free as long as both operands have the same: of 64 columns lane 4 g + t holds 16 t to 16 t + 15 of its rows,
+// four of them in each of four products, so that it reads 16 bytes at a time. The order of n is free too: a lane's outputs of
+// all its products lie side by side and are written at once.
 
-constexpr int chunk = 64;  // columns of a step; divides 128, so that a step has one scale
-constexpr int tile_rows = 64;  // outputs of a block
-constexpr int mma_threads = 128;
+constexpr int step_columns = scale_group;  // in shared memory at a time; they have one scale
+constexpr int chunk = 64;  // columns whose products are summed from zero
+constexpr int tile_rows = 64;  // outputs at a time; divides 128, so that they have one scale
+constexpr int most_stages = 4;
+constexpr int unit_lanes = step_columns / 8;  // lanes that hold a group of x, eight values each
 
-// Block: `tile_tokens` tokens x 64 outputs of one head. Both tiles pass through registers, where they become bf16, into two
-// shared buffers in turn: the loads of a step are in flight during the products of the one before.
-template <int tile_tokens>
-__global__ void __launch_bounds__(mma_threads) project_kernel(Projection work, bool x_aligned, bool w_aligned) {
+template <int tokens>
+struct Tile {
+    static constexpr bool few = tokens < 32;
     // warps: along tokens and along outputs
-    constexpr int token_warps = tile_tokens >= 32 ? 2 : 1, row_warps = 4 / token_warps;
-    constexpr int m_tiles = tile_tokens / token_warps / 16, n_pairs = tile_rows / row_warps / 16;
-    constexpr int x_units = ceil_div(tile_tokens * chunk / 8, mma_threads), w_units = tile_rows * chunk / 8 / mma_threads;
-    __shared__ __align__(128) uint8_t x_tiles[2][tile_tokens * chunk * 2];
-    __shared__ __align__(128) uint8_t w_tiles[2][tile_rows * chunk * 2];
+    static constexpr int token_warps = few ? 1 : tokens / 32, row_warps = few ? 4 : 2;
+    static constexpr int threads = token_warps * row_warps * warp_size;
+    static constexpr int blocks = few ? 8 : 512 / threads;  // of a multiprocessor
+    static constexpr int warp_tokens = tokens / token_warps, warp_rows = tile_rows / row_warps;
+    static constexpr int m_tiles = warp_tokens / 16, n_tiles = warp_rows / 8;
+    static constexpr int x_bytes = tokens * step_columns * 2;
+    static constexpr int x_units = tokens * unit_lanes / threads;  // of a thread
+};
 
-    int const head = blockIdx.z, first_row = blockIdx.x * tile_rows;
-    int64_t const first_token = static_cast<int64_t>(blockIdx.y) * tile_tokens;
-    int const warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
-    int const token_warp = warp / row_warps, row_warp = warp % row_warps;
-    int const steps = ceil_div(work.columns, chunk);
-    int const scale_columns = ceil_div(work.columns, scale_group);
-    const float* w_scale = work.w_scale == nullptr
-                               ? nullptr
-                               : work.w_scale + (static_cast<int64_t>(head) * ceil_div(work.rows, scale_group) +
-                                                 first_row / scale_group) *
-                                                    scale_columns;
+template <int32_t type>
+constexpr int w_bytes = tile_rows * step_columns * element_bytes(type);
 
-    uint4 x_next[x_units], w_next[w_units];
-    auto load = [&](int step) {
-#pragma unroll
-        for (int i = 0; i < x_units; ++i) {
-            int const unit = threadIdx.x + i * mma_threads, row = unit / (chunk / 8);
-            int const column = step * chunk + unit % (chunk / 8) * 8;
-            int64_t const token = row < tile_tokens ? mapped(work.x_tokens, first_token + row, work.tokens) : -1;
-            x_next[i] = load_eight(work.x.data, work.x.type,
-                                   token * work.x.token_stride + head * work.x.head_stride + column,
-                                   token >= 0 ? work.columns - column : 0, x_aligned);
-        }
-#pragma unroll
-        for (int i = 0; i < w_units; ++i) {
-            int const unit = threadIdx.x + i * mma_threads, row = first_row + unit / (chunk / 8);
-            int const column = step * chunk + unit % (chunk / 8) * 8;
-            w_next[i] = load_eight(work.w, work.w_type,
-                                   (static_cast<int64_t>(head) * work.rows + row) * work.columns + column,
-                                   row < work.rows ? work.columns - column : 0, w_aligned);
-        }
-    };
-    auto store = [&](int buffer) {
-#pragma unroll
-        for (int i = 0; i < x_units; ++i) {
-            int const unit = threadIdx.x + i * mma_threads, row = unit / (chunk / 8);
-            if (row < tile_tokens) {
-                *reinterpret_cast<uint4*>(x_tiles[buffer] + swizzled(row, unit % (chunk / 8) * 8, chunk)) = x_next[i];
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < w_units; ++i) {
-            int const unit = threadIdx.x + i * mma_threads;
-            *reinterpret_cast<uint4*>(w_tiles[buffer] + swizzled(unit / (chunk / 8), unit % (chunk / 8) * 8, chunk)) =
-                w_next[i];
-        }
-    };
+// How a block goes about it. Dynamic shared memory: x_slots of x, stages of w, x_slots of x's scales.
+struct Plan {
+    int row_tiles;  // of a block, one after the other, with the same x
+    int stages;  // tiles of w in shared memory, at most most_stages
+    int x_slots;  // tiles of x there: as many as w has, or all where there are several row tiles
+    bool x_aligned, w_aligned, out_aligned;  // may be read and written 16 bytes at a time
+};
 
-    float sums[m_tiles][2 * n_pairs][4] = {};
-    load(0);
-    store(0);
-    __syncthreads();
-    for (int step = 0; step < steps; ++step) {
-        int const buffer = step % 2;
-        if (step + 1 < steps) load(step + 1);
-        float products[m_tiles][2 * n_pairs][4] = {};
-        uint32_t const x_base = shared_address(x_tiles[buffer]), w_base = shared_address(w_tiles[buffer]);
+// Byte of a 16-byte unit in a tile of rows of 128 values: eight lanes that read fragments together, at four columns of two
+// rows that follow each other, meet no bank twice.
+template <int value_bytes>
+__device__ int place(int row, int unit) {
+    int const key = value_bytes == 1 ? (row & 1) << 2 : value_bytes == 2 ? row & 1 : (row & 1) | (unit >> 2 & 2);
+    return (row * (step_columns * value_bytes / 16) + (unit ^ key)) * 16;
+}
+
+__device__ uint32_t pack(float low, float high) {
+    __nv_bfloat162 const pair = __floats2bfloat162_rn(low, high);
+    return reinterpret_cast<const uint32_t&>(pair);
+}
+
+__device__ uint4 pack(float const (&v)[8]) {
+    return make_uint4(pack(v[0], v[1]), pack(v[2], v[3]), pack(v[4], v[5]), pack(v[6], v[7]));
+}
+
+// Eight values of bf16 or f16.
+__device__ void unpack(uint4 const& bits, int32_t type, float (&v)[8]) {
+    uint32_t const words[4] = {bits.x, bits.y, bits.z, bits.w};
+    if (type == MLA_BFLOAT16) {
 #pragma unroll
-        for (int k = 0; k < chunk; k += 16) {
-            uint32_t a[m_tiles][4];
+        for (int i = 0; i < 8; ++i) v[i] = __uint_as_float(i % 2 == 0 ? words[i / 2] << 16 : words[i / 2] & 0xffff0000u);
+    } else {
 #pragma unroll
-            for (int m = 0; m < m_tiles; ++m) {
-                int const row = token_warp * (tile_tokens / token_warps) + m * 16 + lane % 16;
-                ldmatrix_x4(a[m], x_base + swizzled(row, k + lane / 16 * 8, chunk));
-            }
-#pragma unroll
-            for (int n = 0; n < n_pairs; ++n) {
-                uint32_t b[4];
-                int const row = row_warp * (tile_rows / row_warps) + n * 16 + lane % 8 + lane / 16 * 8;
-                ldmatrix_x4(b, w_base + swizzled(row, k + lane / 8 % 2 * 8, chunk));
-#pragma unroll
-                for (int m = 0; m < m_tiles; ++m) {
-                    mma_bf16(products[m][2 * n], a[m], b[0], b[1]);
-                    mma_bf16(products[m][2 * n + 1], a[m], b[2], b[3]);
-                }
-            }
+        for (int i = 0; i < 4; ++i) {
+            float2 const pair = __half22float2(reinterpret_cast<const __half2&>(words[i]));
+            v[2 * i] = pair.x;
+            v[2 * i + 1] = pair.y;
         }
-        int const group = step * chunk / scale_group;
-        float const w_factor = w_scale == nullptr ? 1.0f : w_scale[group];
-#pragma unroll
-        for (int m = 0; m < m_tiles; ++m) {
-            float factor[2] = {w_factor, w_factor};
-            if (work.x_scale != nullptr) {
-                for (int half = 0; half < 2; ++half) {
-                    int64_t const token =
-                        first_token + token_warp * (tile_tokens / token_warps) + m * 16 + lane / 4 + half * 8;
-                    if (token < work.tokens) {
-                        factor[half] *= work.x_scale[(token * work.heads + head) * scale_columns + group];
-                    }
-                }
-            }
-#pragma unroll
-            for (int n = 0; n < 2 * n_pairs; ++n) {
-#pragma unroll
-                for (int i = 0; i < 4; ++i) sums[m][n][i] += factor[i / 2] * products[m][n][i];
-            }
-        }
-        if (step + 1 < steps) store(1 - buffer);
-        __syncthreads();
     }
+}
+
+// The codes of eight values of a group, as bf16, and the group's scale. The group's 16 lanes call together.
+__device__ uint4 quantize_eight(float (&v)[8], float* scale_of_group) {
+    float amax = 0.0f;
 #pragma unroll
-    for (int m = 0; m < m_tiles; ++m) {
+    for (int i = 0; i < 8; ++i) amax = fmaxf(amax, fabsf(v[i]));
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            int64_t const token = mapped(
-                work.out_tokens, first_token + token_warp * (tile_tokens / token_warps) + m * 16 + lane / 4 + half * 8,
-                work.tokens);
-            if (token < 0) continue;
-            int64_t const base = token * work.out.token_stride + head * work.out.head_stride;
+    for (int offset = unit_lanes / 2; offset > 0; offset /= 2) amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, offset));
+    float scale = divide(fminf(amax, activation_bound), e4m3_max);
+    *scale_of_group = scale;
+    if (amax > activation_bound || scale < 0x1p-60f) {
+        if (scale == 0.0f) return make_uint4(0, 0, 0, 0);
+        // The divisions below want finite values, and remainders that are no denormals. A NaN stays one.
+        float const lift = scale < 0x1p-60f ? 0x1p64f : 1.0f;
+        scale *= lift;
 #pragma unroll
-            for (int n = 0; n < 2 * n_pairs; ++n) {
+        for (int i = 0; i < 8; ++i) {
+            v[i] = lift * (v[i] > activation_bound ? activation_bound : v[i] < -activation_bound ? -activation_bound : v[i]);
+        }
+    }
+    // Correctly rounded as by divide(), which would find the reciprocal anew for each. The second correction makes it so
+    // (Markstein): it begins with a quotient that is one unit off at most, and the reciprocal is the nearest.
+    float const reciprocal = __frcp_rn(scale);
 #pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    int const row = first_row + row_warp * (tile_rows / row_warps) + n * 8 + lane % 4 * 2 + i;
-                    if (row < work.rows) {
-                        store_float(work.out.data, work.out.type, base + row, sums[m][n][2 * half + i]);
-                    }
+    for (int i = 0; i < 8; ++i) {
+        float quotient = v[i] * reciprocal;
+        quotient = __fmaf_rn(__fmaf_rn(-quotient, scale, v[i]), reciprocal, quotient);
+        v[i] = __fmaf_rn(__fmaf_rn(-quotient, scale, v[i]), reciprocal, quotient);
+    }
+    uint32_t codes[2] = {0, 0};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        uint32_t const pair = __nv_cvt_float2_to_fp8x2(make_float2(v[2 * i], v[2 * i + 1]), __NV_SATFINITE, __NV_E4M3);
+        codes[i / 2] |= pair << i % 2 * 16;
+    }
+    uint2 const low = decode_e4m3x4(codes[0]), high = decode_e4m3x4(codes[1]);
+    return make_uint4(low.x, low.y, high.x, high.y);
+}
+
+// 16 bytes of values one by one; `count` of them exist, the rest are zero.
+template <int value_bytes>
+__device__ uint4 gather(const void* from, int count) {
+    uint32_t words[4] = {};
+#pragma unroll
+    for (int i = 0; i < 16 / value_bytes; ++i) {
+        if (i >= count) continue;
+        uint32_t value;
+        if constexpr (value_bytes == 1) value = static_cast<const uint8_t*>(from)[i];
+        if constexpr (value_bytes == 2) value = static_cast<const uint16_t*>(from)[i];
+        if constexpr (value_bytes == 4) value = static_cast<const uint32_t*>(from)[i];
+        words[i * value_bytes / 4] |= value << i * value_bytes % 4 * 8;
+    }
+    return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+// What lane 4 g + t holds of a row of w for the four products over a chunk.
+template <int32_t type>
+__device__ void w_fragments(const uint8_t* tile, int row, int chunk_index, int t, uint32_t (&b)[4][2]) {
+    constexpr int bytes = element_bytes(type);
+    uint4 units[bytes];
+#pragma unroll
+    for (int i = 0; i < bytes; ++i) {
+        units[i] = *reinterpret_cast<const uint4*>(tile + place<bytes>(row, (4 * chunk_index + t) * bytes + i));
+    }
+    if constexpr (type == MLA_FLOAT8E4M3FN) {
+        uint32_t const words[4] = {units[0].x, units[0].y, units[0].z, units[0].w};
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            uint2 const values = decode_e4m3x4(words[j]);
+            b[j][0] = values.x;
+            b[j][1] = values.y;
+        }
+    } else if constexpr (type == MLA_FLOAT) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            b[j][0] = pack(__uint_as_float(units[j].x), __uint_as_float(units[j].y));
+            b[j][1] = pack(__uint_as_float(units[j].z), __uint_as_float(units[j].w));
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            if constexpr (type == MLA_FLOAT16) {
+                float values[8];
+                unpack(units[i], type, values);
+                units[i] = pack(values);
+            }
+            b[2 * i][0] = units[i].x;
+            b[2 * i][1] = units[i].y;
+            b[2 * i + 1][0] = units[i].z;
+            b[2 * i + 1][1] = units[i].w;
+        }
+    }
+}
+
+// `count` of `n` values that follow each other. `aligned`: 16 bytes, or those of all values, may be written at once.
+template <int n>
+__device__ void store_run(void* data, int32_t type, int64_t index, float const (&v)[n], int count, bool aligned) {
+    bool const whole = aligned && count >= n;
+    if (type == MLA_FLOAT) {
+        float* const to = static_cast<float*>(data) + index;
+#pragma unroll
+        for (int i = 0; i < n; i += 4) {
+            if (whole) {
+                *reinterpret_cast<float4*>(to + i) = make_float4(v[i], v[i + 1], v[i + 2], v[i + 3]);
+            } else {
+#pragma unroll
+                for (int k = i; k < i + 4; ++k) {
+                    if (k < count) to[k] = v[k];
                 }
             }
         }
+        return;
+    }
+    uint32_t words[n / 2];
+#pragma unroll
+    for (int i = 0; i < n / 2; ++i) {
+        __half2 const pair = __floats2half2_rn(v[2 * i], v[2 * i + 1]);
+        words[i] = type == MLA_FLOAT16 ? reinterpret_cast<const uint32_t&>(pair) : pack(v[2 * i], v[2 * i + 1]);
+    }
+    uint16_t* const to = static_cast<uint16_t*>(data) + index;
+    if (!whole) {
+#pragma unroll
+        for (int i = 0; i < n; ++i) {
+            if (i < count) to[i] = static_cast<uint16_t>(words[i / 2] >> i % 2 * 16);
+        }
+    } else if constexpr (n == 8) {
+        *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
+    } else {
+        *reinterpret_cast<uint2*>(to) = make_uint2(words[0], words[1]);
+    }
+}
+
+// Waits until at most `pending` of the thread's groups of copies are under way.
+__device__ void wait_for_copies(int pending) {
+    static_assert(most_stages == 4);
+    switch (pending) {
+        case 0: copy_async_wait<0>(); break;
+        case 1: copy_async_wait<1>(); break;
+        case 2: copy_async_wait<2>(); break;
+        default: copy_async_wait<3>();
+    }
+}
+
+// An item of a block's work, 64 outputs over 128 columns, and where its operands lie in shared memory.
+struct Item {
+    int row, step = 0, stage = 0;
+
+    __device__ explicit Item(int first_row) : row(first_row) {}
+    __device__ void next(int steps, int stages) {
+        if (++stage == stages) stage = 0;
+        if (++step == steps) {
+            step = 0;
+            row += tile_rows;
+        }
+    }
+    __device__ int x_slot(const Plan& plan) const { return plan.row_tiles == 1 ? stage : step; }
+};
+
+// Block: `tile_tokens` tokens x row_tiles times 64 outputs of one head. Copies for the next items are under way during the
+// products of one. Each thread makes codes of the x that it copied itself, in place.
+template <int tile_tokens, int32_t w_type>
+__global__ void __launch_bounds__(Tile<tile_tokens>::threads, Tile<tile_tokens>::blocks)
+    project_kernel(Projection work, Plan plan) {
+    using T = Tile<tile_tokens>;
+    constexpr int value_bytes = element_bytes(w_type);
+    extern __shared__ __align__(128) uint8_t memory[];
+    uint8_t* const x_tiles = memory;
+    uint8_t* const w_tiles = x_tiles + plan.x_slots * T::x_bytes;
+    auto* const x_scales = reinterpret_cast<float*>(w_tiles + plan.stages * w_bytes<w_type>);
+
+    int const head = blockIdx.z;
+    int64_t const first_token = static_cast<int64_t>(blockIdx.y) * tile_tokens;
+    int const warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size, g = lane / 4, t = lane % 4;
+    int const token_warp = warp / T::row_warps, row_warp = warp % T::row_warps;
+    int const steps = ceil_div(work.columns, step_columns);
+    int const first_row = blockIdx.x * plan.row_tiles * tile_rows;
+    int const end_row = min(first_row + plan.row_tiles * tile_rows, work.rows);
+    bool const convert = work.quantize_x || work.x.type != MLA_BFLOAT16;
+
+    // This thread's part of x: eight columns of every so many tokens.
+    constexpr int x_stride = T::threads / unit_lanes;
+    int const x_unit = threadIdx.x % unit_lanes, x_row = threadIdx.x / unit_lanes;
+    auto x_count = [&](int step) { return work.columns - step * step_columns - x_unit * 8; };  // columns from there on
+    auto x_index = [&](int step, int i) {  // -1: zeros
+        int64_t const token = mapped(work.x_tokens, first_token + x_row + i * x_stride, work.tokens);
+        return token < 0 || x_count(step) <= 0
+                   ? -1
+                   : token * work.x.token_stride + head * work.x.head_stride + step * step_columns + x_unit * 8;
+    };
+    auto x_place = [&](const Item& item, int i) {
+        return x_tiles + item.x_slot(plan) * T::x_bytes + place<2>(x_row + i * x_stride, x_unit);
+    };
+    auto load_x = [&](const Item& item) {
+        if (work.x.type == MLA_FLOAT) return;  // takes more room than a slot has
+        const auto* x = static_cast<const uint16_t*>(work.x.data);
+        if (plan.x_aligned) {
+#pragma unroll
+            for (int i = 0; i < T::x_units; ++i) {
+                int64_t const index = x_index(item.step, i);
+                copy_async_16(shared_address(x_place(item, i)), index < 0 ? x : x + index, index >= 0);
+            }
+        } else {
+#pragma unroll 1
+            for (int i = 0; i < T::x_units; ++i) {
+                int64_t const index = x_index(item.step, i);
+                *reinterpret_cast<uint4*>(x_place(item, i)) = gather<2>(x + index, index < 0 ? 0 : x_count(item.step));
+            }
+        }
+    };
+    auto convert_x = [&](const Item& item) {
+#pragma unroll 2
+        for (int i = 0; i < T::x_units; ++i) {
+            auto* const at = reinterpret_cast<uint4*>(x_place(item, i));
+            float v[8];
+            if (work.x.type == MLA_FLOAT) {
+                int64_t const index = x_index(item.step, i);
+                const float* const x = static_cast<const float*>(work.x.data) + index;
+                int const count = index < 0 ? 0 : x_count(item.step);
+#pragma unroll
+                for (int k = 0; k < 8; k += 4) {
+                    float4 four = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+                    if (plan.x_aligned && k < count) {
+                        four = *reinterpret_cast<const float4*>(x + k);
+                    } else {
+                        if (k < count) four.x = x[k];
+                        if (k + 1 < count) four.y = x[k + 1];
+                        if (k + 2 < count) four.z = x[k + 2];
+                        if (k + 3 < count) four.w = x[k + 3];
+                    }
+                    v[k] = four.x, v[k + 1] = four.y, v[k + 2] = four.z, v[k + 3] = four.w;
+                }
+            } else {
+                unpack(*at, work.x.type, v);
+            }
+            if (work.quantize_x) {
+                float scale;
+                *at = quantize_eight(v, &scale);
+                if (x_unit == 0) x_scales[item.x_slot(plan) * tile_tokens + x_row + i * x_stride] = scale;
+            } else {
+                *at = pack(v);
+            }
+        }
+    };
+    auto load_w = [&](const Item& item) {
+        constexpr int row_units = step_columns * value_bytes / 16, units = tile_rows * row_units / T::threads;
+        constexpr int stride = T::threads / row_units;  // even: the places of a thread's units differ by a constant
+        int const unit = threadIdx.x % row_units, line = threadIdx.x / row_units;
+        int const row = item.row + line, column = item.step * step_columns + unit * (16 / value_bytes);
+        int const count = work.columns - column;
+        uint8_t* const to = w_tiles + item.stage * w_bytes<w_type> + place<value_bytes>(line, unit);
+        const uint8_t* from = static_cast<const uint8_t*>(work.w) +
+                              ((static_cast<int64_t>(head) * work.rows + row) * work.columns + column) * value_bytes;
+        int64_t const advance = static_cast<int64_t>(stride * value_bytes) * work.columns;
+        if (plan.w_aligned) {
+#pragma unroll
+            for (int i = 0; i < units; ++i, from += advance) {
+                bool const valid = count > 0 && row + i * stride < work.rows;
+                copy_async_16(shared_address(to + i * stride * row_units * 16), valid ? from : work.w, valid);
+            }
+        } else {
+#pragma unroll 1
+            for (int i = 0; i < units; ++i, from += advance) {
+                *reinterpret_cast<uint4*>(to + i * stride * row_units * 16) =
+                    gather<value_bytes>(from, row + i * stride < work.rows ? count : 0);
+            }
+        }
+    };
+
+    float sums[T::m_tiles][T::n_tiles][4] = {};
+    auto store_sums = [&](int first_output) {
+#pragma unroll
+        for (int m = 0; m < T::m_tiles; ++m) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                int const line = token_warp * T::warp_tokens + m * 16 + g + half * 8;
+                int64_t const token = mapped(work.out_tokens, first_token + line, work.tokens);
+                float run[2 * T::n_tiles];
+#pragma unroll
+                for (int i = 0; i < 2 * T::n_tiles; ++i) {
+                    run[i] = sums[m][i / 2][2 * half + i % 2];
+                    sums[m][i / 2][2 * half + i % 2] = 0.0f;
+                }
+                int const row = first_output + row_warp * T::warp_rows + t * (2 * T::n_tiles);
+                if (token >= 0) {
+                    store_run(work.out.data, work.out.type,
+                              token * work.out.token_stride + head * work.out.head_stride + row, run, work.rows - row,
+                              plan.out_aligned);
+                }
+            }
+        }
+    };
+    Item item(first_row), ahead(first_row);
+    for (int index = -plan.stages; item.row < end_row; ++index) {
+        if (index >= 0) {
+            float w_factor = 1.0f;
+            if (work.w_scale != nullptr) {
+                int64_t const scale_rows = ceil_div(work.rows, scale_group), scale_row = item.row / scale_group;
+                w_factor = work.w_scale[(head * scale_rows + scale_row) * steps + item.step];
+            }
+            wait_for_copies(plan.stages - 1);
+            if (convert && item.row == first_row) convert_x(item);
+            __syncthreads();
+            const uint8_t* const x_tile = x_tiles + item.x_slot(plan) * T::x_bytes;
+            const uint8_t* const w_tile = w_tiles + item.stage * w_bytes<w_type>;
+            const float* const scales = x_scales + item.x_slot(plan) * tile_tokens;
+            int const chunks = min(ceil_div(work.columns - item.step * step_columns, chunk), step_columns / chunk);
+#pragma unroll 1
+            for (int c = 0; c < chunks; ++c) {
+                uint32_t b[T::n_tiles][4][2];
+#pragma unroll
+                for (int n = 0; n < T::n_tiles; ++n) {
+                    // outputs 2 t, 2 t + 1 of the n-th product are 2 n, 2 n + 1 of those that lane t has in all
+                    int const row = row_warp * T::warp_rows + g / 2 * (2 * T::n_tiles) + 2 * n + g % 2;
+                    w_fragments<w_type>(w_tile, row, c, t, b[n]);
+                }
+#pragma unroll
+                for (int m = 0; m < T::m_tiles; ++m) {
+                    int const row = token_warp * T::warp_tokens + m * 16 + g;
+                    float products[T::n_tiles][4] = {};
+#pragma unroll
+                    for (int i = 0; i < 2; ++i) {
+                        int const unit = 8 * c + 2 * t + i;
+                        uint4 const low = *reinterpret_cast<const uint4*>(x_tile + place<2>(row, unit));
+                        uint4 const high = *reinterpret_cast<const uint4*>(x_tile + place<2>(row + 8, unit));
+                        uint32_t const a[2][4] = {{low.x, high.x, low.y, high.y}, {low.z, high.z, low.w, high.w}};
+#pragma unroll
+                        for (int j = 0; j < 2; ++j) {
+#pragma unroll
+                            for (int n = 0; n < T::n_tiles; ++n) {
+                                mma_bf16(products[n], a[j], b[n][2 * i + j][0], b[n][2 * i + j][1]);
+                            }
+                        }
+                    }
+                    float factor[2] = {w_factor, w_factor};
+                    if (work.quantize_x) {
+                        factor[0] *= scales[row];
+                        factor[1] *= scales[row + 8];
+                    }
+#pragma unroll
+                    for (int n = 0; n < T::n_tiles; ++n) {
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) sums[m][n][i] += factor[i / 2] * products[n][i];
+                    }
+                }
+            }
+            __syncthreads();
+        }
+        if (ahead.row < end_row) {
+            load_w(ahead);
+            if (ahead.row == first_row) load_x(ahead);
+            ahead.next(steps, plan.stages);
+        }
+        copy_async_commit();  // a group for every item, be it empty
+        if (index < 0) continue;
+        if (item.step == steps - 1) store_sums(item.row);
+        item.next(steps, plan.stages);
+    }
+}
+
+template <int tile_tokens, int32_t w_type>
+int launch_typed(const Projection& work, const Device& device, cudaStream_t stream) {
+    using T = Tile<tile_tokens>;
+    constexpr int x_slot = T::x_bytes + tile_tokens * 4;
+    constexpr int warps = 15;  // of a multiprocessor, below the 16 that fit, so that a wave need not be quite full
+    int const budget = device.shared_bytes / 2 - 1024;  // two blocks, each with what the system takes
+    int const steps = ceil_div(work.columns, step_columns), row_tiles = ceil_div(work.rows, tile_rows);
+    int64_t const token_tiles = ceil_div<int64_t>(work.tokens, tile_tokens);
+    Plan plan{};
+    plan.row_tiles = 1;
+    // Each block makes its own codes of x: few blocks with many tiles where that leaves the GPU full.
+    if (!T::few && steps <= (budget - 2 * w_bytes<w_type>) / x_slot) {
+        int64_t const all = row_tiles * token_tiles * work.heads * (T::threads / warp_size);
+        plan.row_tiles = static_cast<int>(std::clamp<int64_t>(all / (warps * device.multiprocessors), 1, row_tiles));
+    }
+    if (plan.row_tiles == 1) {
+        plan.stages = std::min(steps, budget / (x_slot + w_bytes<w_type>));
+    } else {
+        plan.stages = std::min(steps * plan.row_tiles, (budget - steps * x_slot) / w_bytes<w_type>);
+    }
+    plan.stages = std::clamp(plan.stages, 1, most_stages);
+    plan.x_slots = plan.row_tiles == 1 ? plan.stages : steps;
+    plan.x_aligned = work.columns % 8 == 0 &&
+                     aligned_for_eight(work.x.data, work.x.token_stride, work.x.head_stride, work.x.type);
+    plan.w_aligned = reinterpret_cast<uintptr_t>(work.w) % 16 == 0 && work.columns * element_bytes(w_type) % 16 == 0;
+    plan.out_aligned = aligned_for_eight(work.out.data, work.out.token_stride, work.out.head_stride, work.out.type);
+
+    int const shared = plan.x_slots * x_slot + plan.stages * w_bytes<w_type>;
+    auto* const kernel = project_kernel<tile_tokens, w_type>;
+    if (int status = check_cuda("product with W_UK or W_UV",
+                                cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                     cudaFuncAttributeMaxDynamicSharedMemorySize, shared))) {
+        return status;
+    }
+    dim3 const grid(ceil_div(row_tiles, plan.row_tiles), static_cast<unsigned>(token_tiles), work.heads);
+    kernel<<<grid, T::threads, shared, stream>>>(work, plan);
+    return MLA_OK;
+}
+
+template <int tile_tokens>
+int launch(const Projection& work, const Device& device, cudaStream_t stream) {
+    switch (work.w_type) {
+        case MLA_FLOAT: return launch_typed<tile_tokens, MLA_FLOAT>(work, device, stream);
+        case MLA_FLOAT16: return launch_typed<tile_tokens, MLA_FLOAT16>(work, device, stream);
+        case MLA_BFLOAT16: return launch_typed<tile_tokens, MLA_BFLOAT16>(work, device, stream);
+        default: return launch_typed<tile_tokens, MLA_FLOAT8E4M3FN>(work, device, stream);
     }
 }
 
@@ -160,23 +499,35 @@ constexpr int exact_tile = 64, exact_chunk = 16, exact_threads = 256;
 
 // Block: 64 tokens x 64 outputs of one head, 4 x 4 a thread.
 __global__ void __launch_bounds__(exact_threads) project_exact_kernel(Projection work) {
-    __shared__ float x_tile[exact_chunk][exact_tile + 1], w_tile[exact_chunk][exact_tile + 1];
+    __shared__ float x_tile[exact_chunk][exact_tile + 1], w_tile[exact_chunk][exact_tile + 1], x_scales[exact_tile];
     int const head = blockIdx.z, first_row = blockIdx.x * exact_tile;
     int64_t const first_token = static_cast<int64_t>(blockIdx.y) * exact_tile;
     int const tx = threadIdx.x % 16, ty = threadIdx.x / 16;
     int const scale_rows = ceil_div(work.rows, scale_group), scale_columns = ceil_div(work.columns, scale_group);
+    auto load_x = [&](int line, int column) {
+        int64_t const token = mapped(work.x_tokens, first_token + line, work.tokens);
+        return column < work.columns && token >= 0
+                   ? load_float(work.x.data, work.x.type, token * work.x.token_stride + head * work.x.head_stride + column)
+                   : 0.0f;
+    };
     float sums[4][4] = {};
     for (int column = 0; column < work.columns; column += exact_chunk) {
+        if (work.quantize_x && column % scale_group == 0) {
+            for (int line = threadIdx.x / warp_size; line < exact_tile; line += exact_threads / warp_size) {
+                float amax = 0.0f;
+                for (int k = threadIdx.x % warp_size; k < scale_group; k += warp_size) {
+                    amax = fmaxf(amax, fabsf(load_x(line, column + k)));
+                }
+                x_scales[line] = divide(fminf(warp_max(amax), activation_bound), e4m3_max);
+            }
+            __syncthreads();
+        }
         for (int i = threadIdx.x; i < exact_tile * exact_chunk; i += exact_threads) {
             int const k = i % exact_chunk, line = i / exact_chunk;
-            int64_t const token = mapped(work.x_tokens, first_token + line, work.tokens);
-            float x = 0.0f, w = 0.0f;
-            if (column + k < work.columns && token >= 0) {
-                x = load_float(work.x.data, work.x.type,
-                               token * work.x.token_stride + head * work.x.head_stride + column + k);
-                if (work.x_scale != nullptr) {
-                    x *= work.x_scale[(token * work.heads + head) * scale_columns + (column + k) / scale_group];
-                }
+            float x = load_x(line, column + k), w = 0.0f;
+            if (work.quantize_x) {
+                float const scale = x_scales[line];
+                x = scale == 0.0f ? 0.0f : decode_e4m3(encode_e4m3(divide(x, scale))) * scale;
             }
             int const row = first_row + line;
             if (column + k < work.columns && row < work.rows) {
@@ -213,41 +564,18 @@ __global__ void __launch_bounds__(exact_threads) project_exact_kernel(Projection
     }
 }
 
-// A warp for each (token, head, group).
-__global__ void quantize_groups_kernel(View x, int64_t total, int32_t heads, int32_t columns, int32_t groups,
-                                       uint8_t* codes, float* scales) {
-    int64_t const item = (blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x) / warp_size;
-    if (item >= total) return;
-    int const lane = threadIdx.x % warp_size;
-    int const group = static_cast<int>(item % groups);
-    int64_t const token = item / groups / heads;
-    int const head = static_cast<int>(item / groups % heads);
-    int64_t const base = token * x.token_stride + head * x.head_stride;
-    float values[scale_group / warp_size];
-    float amax = 0.0f;
-    for (int i = 0; i < scale_group / warp_size; ++i) {
-        int const column = group * scale_group + lane + i * warp_size;
-        values[i] = column < columns ? load_float(x.data, x.type, base + column) : 0.0f;
-        amax = fmaxf(amax, fabsf(values[i]));
-    }
-    float const scale = divide(fminf(warp_max(amax), activation_bound), e4m3_max);
-    for (int i = 0; i < scale_group / warp_size; ++i) {
-        int const column = group * scale_group + lane + i * warp_size;
-        if (column < columns) {
-            codes[(token * heads + head) * columns + column] =
-                scale == 0.0f ? uint8_t{0} : encode_e4m3(divide(values[i], scale));
-        }
-    }
-    if (lane == 0) scales[item] = scale;
+int launch_exact(const Projection& work, cudaStream_t stream) {
+    dim3 const grid(ceil_div(work.rows, exact_tile), static_cast<unsigned>(ceil_div<int64_t>(work.tokens, exact_tile)),
+                    work.heads);
+    project_exact_kernel<<<grid, exact_threads, 0, stream>>>(work);
+    return MLA_OK;
 }
 
-template <int tile_tokens>
-void launch(const Projection& work, cudaStream_t stream) {
-    dim3 const grid(ceil_div(work.rows, tile_rows), static_cast<unsigned>(ceil_div<int64_t>(work.tokens, tile_tokens)),
-                    work.heads);
-    bool const x_aligned = aligned_for_eight(work.x.data, work.x.token_stride, work.x.head_stride, work.x.type);
-    bool const w_aligned = aligned_for_eight(work.w, work.columns, work.columns, work.w_type);
-    project_kernel<tile_tokens><<<grid, mma_threads, 0, stream>>>(work, x_aligned, w_aligned);
+// Tokens of a block: 128 where that leaves no multiprocessor without one, so that weights are read as seldom as can be.
+int choose_tile(const Projection& work, const Device& device) {
+    if (work.tokens <= 16) return 16;
+    int64_t const blocks = ceil_div<int64_t>(work.tokens, 128) * ceil_div(work.rows, tile_rows) * work.heads;
+    return work.tokens <= 64 || blocks < device.multiprocessors ? 64 : 128;
 }
 
 constexpr int64_t grid_y = 65535;
@@ -256,10 +584,13 @@ constexpr int64_t grid_y = 65535;
 
 int project(const Projection& whole, cudaStream_t stream) {
     if (whole.rows == 0 || whole.heads == 0) return MLA_OK;
-    int const tile = whole.exact ? exact_tile : whole.tokens <= 16 ? 16 : 64;
+    Device device;
+    if (int status = current_device(&device)) return status;
+    bool const exact = whole.exact || whole.columns == 0;  // outputs of no columns are zero
+    int const tile = exact ? exact_tile : choose_tile(whole, device);
     for (int64_t first = 0; first < whole.tokens; first += grid_y * tile) {
         Projection work = whole;
-        work.tokens = whole.tokens - first < grid_y * tile ? whole.tokens - first : grid_y * tile;
+        work.tokens = std::min(whole.tokens - first, grid_y * tile);
         if (whole.x_tokens != nullptr) {
             work.x_tokens += first;
         } else {
@@ -270,31 +601,13 @@ int project(const Projection& whole, cudaStream_t stream) {
         } else {
             work.out.data = whole.out.from(first * whole.out.token_stride).data;
         }
-        if (whole.x_scale != nullptr) {
-            work.x_scale = whole.x_scale + first * whole.heads * ceil_div(whole.columns, scale_group);
-        }
-        if (work.exact) {
-            dim3 const grid(ceil_div(work.rows, exact_tile),
-                            static_cast<unsigned>(ceil_div<int64_t>(work.tokens, exact_tile)), work.heads);
-            project_exact_kernel<<<grid, exact_threads, 0, stream>>>(work);
-        } else if (tile == 16) {
-            launch<16>(work, stream);
-        } else {
-            launch<64>(work, stream);
-        }
+        int const status = exact        ? launch_exact(work, stream)
+                           : tile == 16 ? launch<16>(work, device, stream)
+                           : tile == 64 ? launch<64>(work, device, stream)
+                                        : launch<128>(work, device, stream);
+        if (status != MLA_OK) return status;
     }
     return check_launch("product with W_UK or W_UV");
-}
-
-int quantize_groups(const View& x, int64_t tokens, int32_t heads, int32_t columns, uint8_t* codes, float* scales,
-                    cudaStream_t stream) {
-    constexpr int threads = 256;
-    int32_t const groups = ceil_div(columns, scale_group);
-    int64_t const total = tokens * heads * groups;
-    if (total == 0) return MLA_OK;
-    quantize_groups_kernel<<<static_cast<unsigned>(ceil_div<int64_t>(total * warp_size, threads)), threads, 0, stream>>>(
-        x, total, heads, columns, groups, codes, scales);
-    return check_launch("quantisation of activations");
 }
 
 }  // namespace mla
