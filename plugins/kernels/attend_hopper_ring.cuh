@@ -32,7 +32,8 @@ struct Places {
     static constexpr int query = F::ring * piece_bytes;
     static constexpr int query_low = query + pieces * row_piece_bytes;
     static constexpr int weights = query_low + (F::second ? 4 * row_piece_bytes : 0);
-    // Of the scales s of three tiles: s, log2 s, 1 / s, each [2 halves][4][16]: the 16 keys of a thread of the scores follow each other.
+    // Of the scales s of three tiles: s, log2 s, 1 / s, each [8][4][4]: of each 16 keys four threads' fours, so that what threads
+    // read together meets no bank twice.
     static constexpr int scales = weights + 2 * F::weight_bytes;
     static constexpr int rescale = scales + 3 * 3 * tile * 4;  // [2][64]
     static constexpr int tile_factors = rescale + 2 * 64 * 4;  // [2][64]
@@ -146,8 +147,8 @@ struct Ring {
         barrier_wait(shared_address(memory + P::scales_full) + (n % 4 * 2 + key / half) * 8, n / 4 & 1);
         float const scale = reinterpret_cast<const float*>(memory + P::raw_scales)[n % 4 * tile + key];
         bool const there = page < static_cast<int32_t>(work.step.pages) && scale > 0.0f;  // what was never written may be anything
-        auto* table = reinterpret_cast<float*>(memory + P::scales) + third * (3 * tile) + key / half * half + key % 8 / 2 * 16 +
-                      key % half / 8 * 2 + key % 2;
+        auto* table = reinterpret_cast<float*>(memory + P::scales) + third * (3 * tile) + key / 16 * 16 + key % 8 / 2 * 4 +
+                      key % 16 / 8 * 2 + key % 2;
         table[0] = there ? scale : 0.0f;
         table[tile] = there ? fast_log2(scale) : -INFINITY;
         table[2 * tile] = there ? fminf(half_code_unit * fast_inverse(scale), 1e37f) : 0.0f;  // finite: P may be 0

@@ -167,13 +167,13 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
 
         // y of each key, and the largest of each row over both groups
         const auto* table =
-            reinterpret_cast<const float4*>(memory + P::scales + third * (3 * tile * 4) + (side() * 4 + quad_thread()) * 64);
+            reinterpret_cast<const float4*>(memory + P::scales + third * (3 * tile * 4) + side() * (half * 4) + quad_thread() * 16);
         float best[own_rows<F>];
 #pragma unroll
         for (int r = 0; r < own_rows<F>; ++r) best[r] = -INFINITY;
 #pragma unroll
         for (int j = 0; j < 8; j += 2) {
-            float4 const scale = table[j / 2], logarithm = table[j / 2 + tile / 4];
+            float4 const scale = table[2 * j], logarithm = table[2 * j + tile / 4];
 #pragma unroll
             for (int r = 0; r < own_rows<F>; ++r) {
                 float *low = scores + 4 * j + 2 * r, *high = low + 4;
@@ -237,7 +237,7 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
         float sums[own_rows<F>] = {};
 #pragma unroll
         for (int j = 0; j < 8; j += 2) {
-            float4 const inverse = table[j / 2 + 2 * (tile / 4)];
+            float4 const inverse = table[2 * j + 2 * (tile / 4)];
 #pragma unroll
             for (int r = 0; r < own_rows<F>; ++r) {
                 const float *low = scores + 4 * j + 2 * r, *high = low + 4;
