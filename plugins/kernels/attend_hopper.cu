@@ -30,12 +30,14 @@ __global__ void __launch_bounds__(threads, 1)
     __shared__ Item shared_item;
     int const warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
     if (warp == 0) {
-        Item const found = find_item(work, partials, F::rows);
+        Item const found = F::lists ? list_item(work, partials, F::rows) : find_item(work, partials, F::rows);
         if (lane == 0) shared_item = found;
     }
     if (threadIdx.x == 32) {
 #pragma unroll 1
-        for (int i = 0; i < F::ring + 8; ++i) barrier_init(shared_address(memory + P::scales_full) + 8 * i, 1);
+        for (int i = 0; i < F::ring + 8; ++i) {
+            barrier_init(shared_address(memory + P::scales_full) + 8 * i, F::lists ? group : 1);
+        }
         fence_barrier_init();
     }
     __syncthreads();
@@ -45,7 +47,7 @@ __global__ void __launch_bounds__(threads, 1)
         return;
     }
     int64_t const last_token = item.first_token + (item.first_head + item.count - 1) / work.heads;
-    int32_t const end = max(last_key(work, last_token) + 1, 0);
+    int32_t const end = F::lists ? list_length(work, item.first_token) : max(last_key(work, last_token) + 1, 0);
     int32_t const tile_count = ceil_div(end, tile);
     int const part = part_of_block(partials);
     auto const first = static_cast<int32_t>(static_cast<int64_t>(tile_count) * part / partials.splits);
@@ -53,8 +55,10 @@ __global__ void __launch_bounds__(threads, 1)
     Ring<F> const ring{memory, &map, last - first};
 
     if (warp == 0) {  // pages of four tiles: the score groups go on from there
-        if (lane == 0) *reinterpret_cast<int2*>(memory + P::span) = make_int2(first, end - (last - 1) * tile);
+        if (lane == 0) *reinterpret_cast<int2*>(memory + P::span) = make_int2(first, min(end - (last - 1) * tile, tile));
         __syncwarp();
+    }
+    if (!F::lists && warp == 0) {
         if (lane < 8) ring.fetch_page(work, item.sequence, lane / 2, lane % 2);
         copy_async_wait<0>();
         __syncwarp();
@@ -78,7 +82,7 @@ __global__ void __launch_bounds__(threads, 1)
         __syncthreads();
     } else {
         registers_increase<192>();
-        output_group<F>(work, ring, memory, warp / 4 - 2);
+        output_group<F>(work, item, ring, memory, warp / 4 - 2);
     }
     __syncthreads();
     write_rows(work, partials, item, memory);
@@ -129,11 +133,26 @@ int launch(const Attend& work, const Partials& partials, cudaStream_t stream) {
     return check_launch("attention");
 }
 
+template <bool lists>
+int launch_rows(const Attend& work, const Partials& partials, cudaStream_t stream) {
+    switch (hopper_rows(work)) {
+        case 16: return launch<Form<16, 2, lists>>(work, partials, stream);
+        case 32: return launch<Form<32, 2, lists>>(work, partials, stream);
+        default: break;
+    }
+    return work.query_terms == 1 ? launch<Form<64, 1, lists>>(work, partials, stream)
+                                 : launch<Form<64, 2, lists>>(work, partials, stream);
+}
+
 }  // namespace
 
 bool attend_takes_hopper(const Attend& work, const Device& device) {
-    if (device.major != 9 || work.query_terms == 0 || work.query.type != MLA_BFLOAT16 || !queries_aligned(work) || work.indices != nullptr || work.step.pages <= 0) return false;
+    if (device.major != 9 || work.query_terms == 0 || work.query.type != MLA_BFLOAT16 || !queries_aligned(work) ||
+        work.step.pages <= 0) {
+        return false;
+    }
     const KvLayout& layout = work.layout;
+    if (work.indices != nullptr && work.step.pages * layout.page_bytes / 16 >= no_row) return false;
     if (layout.format != row_format::fp8 || layout.rank != rank || layout.rope != rope || layout.page_size < half ||
         (layout.page_size & (layout.page_size - 1)) != 0 ||
         reinterpret_cast<uintptr_t>(work.pool) % 16 != 0) {
@@ -141,23 +160,18 @@ bool attend_takes_hopper(const Attend& work, const Device& device) {
     }
     // code for sm_90a alone has the kernel's body, and with it its static shared memory
     cudaFuncAttributes attributes;
-    return cudaFuncGetAttributes(&attributes, attend_hopper_kernel<Form<64, 1>>) == cudaSuccess &&
+    return cudaFuncGetAttributes(&attributes, attend_hopper_kernel<Form<64, 1, false>>) == cudaSuccess &&
            attributes.sharedSizeBytes > 0;
 }
 
 int hopper_rows(const Attend& work) {
     int64_t const sequences = work.step.sequences > 0 ? work.step.sequences : 1;
-    int64_t const rows = ceil_div(work.step.tokens, sequences) * work.heads;
+    int64_t const rows = (work.indices != nullptr ? 1 : ceil_div(work.step.tokens, sequences)) * work.heads;
     return rows <= 16 ? 16 : rows <= 32 ? 32 : 64;
 }
 
 int attend_hopper(const Attend& work, const Partials& partials, cudaStream_t stream) {
-    switch (hopper_rows(work)) {
-        case 16: return launch<Form<16, 2>>(work, partials, stream);
-        case 32: return launch<Form<32, 2>>(work, partials, stream);
-        default: break;
-    }
-    return work.query_terms == 1 ? launch<Form<64, 1>>(work, partials, stream) : launch<Form<64, 2>>(work, partials, stream);
+    return work.indices == nullptr ? launch_rows<false>(work, partials, stream) : launch_rows<true>(work, partials, stream);
 }
 
 }  // namespace mla

@@ -36,7 +36,7 @@ __device__ inline float2 load_pair(uint32_t address) {
 
 // 256 columns of the output, which are staged in shared memory in the end; `side` says which.
 template <typename F>
-__device__ void output_group(const Attend& work, const Ring<F>& ring, uint8_t* memory, int side) {
+__device__ void output_group(const Attend& work, const Item& item, const Ring<F>& ring, uint8_t* memory, int side) {
     using P = Places<F>;
     constexpr int values = F::rows / 2;  // of a thread, of 64 columns
     int const warp = threadIdx.x / warp_size % 4, lane = threadIdx.x % warp_size;
@@ -66,14 +66,25 @@ __device__ void output_group(const Attend& work, const Ring<F>& ring, uint8_t* m
             }
         }
     };
+    auto own_thread = [&] { return static_cast<int>(own_warp() * warp_size + own_lane()); };
     // The table of a tile's scales: half of it by each group.
     auto make_scales = [&](int32_t n) {
-        unsigned const key = own_warp() * warp_size + own_lane();
-        if (key < half) ring.make_scale(work, n, side * half + static_cast<int>(key), n % 3);
+        int const key = own_thread();
+        if (key < half) ring.make_scale(work, n, side * half + key, n % 3);
     };
-    make_scales(0);
+    ListFinder<F> finder;
+    if constexpr (F::lists) {
+        if (own_thread() < half) finder.begin(work, item, ring, side * half + own_thread());
+        named_sync(rows_found, 2 * group);
+#pragma unroll 1
+        for (int number = side; number < F::ring; number += 2) {
+            ring.gather(work, number / pieces, number % pieces, own_thread());
+        }
+    } else {
+        make_scales(0);
+    }
     if (ring.count > 0) named_arrive(weights_free, threads);
-    make_scales(1);
+    if constexpr (!F::lists) make_scales(1);
     if (ring.count > 1) named_arrive(weights_free + 1, threads);
 
     auto tile_of = [&](int32_t n, auto parity) {
@@ -86,7 +97,11 @@ __device__ void output_group(const Attend& work, const Ring<F>& ring, uint8_t* m
             value_fragments(a, m % 2 == 0 ? line : line ^ 64);
             make_fragments(a);
         };
-        make_scales(n + 2);
+        if constexpr (F::lists) {
+            if (own_thread() < half) finder.advance(work, item, ring, n, side * half + own_thread());
+        } else {
+            make_scales(n + 2);
+        }
         bool const last = n + 1 == ring.count;  // its tail is cleared only behind the barrier
         if (!last) fragments(0);
         named_sync(weights_ready + buffer, threads);
@@ -113,7 +128,11 @@ __device__ void output_group(const Attend& work, const Ring<F>& ring, uint8_t* m
             pin(part);
             if (m % 2 == 1) {  // the piece is used up
                 int const id = piece_used + 2 * side + m / 2;
-                if (own_warp() == 0) {
+                if constexpr (F::lists) {
+                    named_sync(id, group);
+                    ring.gather_after(work, n, side + m / 2 * 2, own_thread());
+                    if (m == 1 && side == buffer) ring.gather_after(work, n, 4, own_thread());  // both score groups are done
+                } else if (own_warp() == 0) {
                     named_sync(id, group);
                     if (own_lane() == 0) ring.order_after(work, n, side + m / 2 * 2);
                 } else {

@@ -16,10 +16,11 @@ constexpr int threads = 512;
 constexpr int pieces = 5;  // of a tile: four of the latent and the rope part
 constexpr int piece_bytes = tile * 128;
 constexpr int row_piece_bytes = 64 * 128;  // of the query
-// Two forms for at most 32 or 16 rows, two for 64.
-template <int row_count, int query_terms>
+// Two forms for at most 32 or 16 rows, two for 64; each for all keys and for lists of keys.
+template <int row_count, int query_terms, bool with_lists>
 struct Form {
     static constexpr int rows = row_count, terms = query_terms;
+    static constexpr bool lists = with_lists;
     static constexpr bool packed = rows <= 32;  // both terms in one product
     static constexpr bool second = terms == 2 && !packed;
     static constexpr int ring = second ? 8 : 10;  // pieces in flight
@@ -46,6 +47,7 @@ struct Places {
     static constexpr int pages = limits + 64 * 4;  // [8][2], as the block table has them, of the halves of a tile
     static constexpr int span = pages + 8 * 2 * 4;  // the block's first tile, and the keys of its last one
     static constexpr int raw_scales = span + 16;  // [4][128]
+    static constexpr int offsets = raw_scales;  // of listed rows in the pool, in 16 bytes, [4][128]: in their place
     static constexpr int scales_full = raw_scales + 4 * tile * 4;  // [4][2], their barriers
     static constexpr int full = scales_full + 4 * 2 * 8;  // barriers of the ring
     static constexpr int total = full + F::ring * 8;
@@ -66,7 +68,9 @@ constexpr float weight_bits = 7.0f, spare_bits = 1.75f, low_bits = 8.0f, most_bi
 constexpr float half_code_unit = 0x1p60f;
 
 // Named barriers. Ready and free: of the weights' two buffers.
-enum : int { weights_ready = 1, weights_free = 3, maxima_ready = 5, piece_used = 6 };
+enum : int { weights_ready = 1, weights_free = 3, maxima_ready = 5, piece_used = 6, rows_found = 10 };
+
+constexpr uint32_t no_row = 0xffffffffu;  // the offset of a listed key that there is not
 
 // The value, as if it were another one: what is made from it is made again each time, and takes no registers throughout a loop.
 __device__ inline unsigned again(unsigned value) {
@@ -140,13 +144,18 @@ struct Ring {
                            scales + 4 * row_of_half(work, n, h), half * 4, barrier);
     }
 
-    // What the softmax needs of the scale of key `key` of tile n; of a key without a page, what makes its weight 0. `third`: n % 3.
+    // What the softmax needs of the scale of key `key` of tile n. `third`: n % 3.
     __device__ void make_scale(const Attend& work, int32_t n, int key, int third) const {
         if (n >= count) return;
         int32_t const page = page_of_half(work, n, key / half);
         barrier_wait(shared_address(memory + P::scales_full) + (n % 4 * 2 + key / half) * 8, n / 4 & 1);
         float const scale = reinterpret_cast<const float*>(memory + P::raw_scales)[n % 4 * tile + key];
-        bool const there = page < static_cast<int32_t>(work.step.pages) && scale > 0.0f;  // what was never written may be anything
+        put_scale(key, third, page < static_cast<int32_t>(work.step.pages) ? scale : 0.0f);
+    }
+
+    // 0, or what else is no scale (what was never written may be anything), makes the key's weight 0.
+    __device__ void put_scale(int key, int third, float scale) const {
+        bool const there = scale > 0.0f;
         auto* table = reinterpret_cast<float*>(memory + P::scales) + third * (3 * tile) + key / 16 * 16 + key % 8 / 2 * 4 +
                       key % 16 / 8 * 2 + key % 2;
         table[0] = there ? scale : 0.0f;
@@ -161,6 +170,26 @@ struct Ring {
             auto* units = reinterpret_cast<uint4*>(memory + slot(n, i) * piece_bytes);
             for (int unit = from + thread; unit < to; unit += group) units[unit] = make_uint4(0, 0, 0, 0);
         }
+    }
+
+    // Copies a piece of listed rows, by the `group` threads of an output group. Rows that there are not become zeros.
+    __device__ void gather(const Attend& work, int32_t n, int i, int thread) const {
+        if (n >= count) return;
+        int const unit = thread % 8, first_row = thread / 8;
+        const auto* offsets = reinterpret_cast<const uint32_t*>(memory + P::offsets) + n % 4 * tile + first_row;
+        uint32_t const target = piece(n, i) + first_row * 128 + ((unit ^ (first_row & 7)) << 4);
+        const uint8_t* source = work.pool + column(i) * 128 + unit * 16;
+#pragma unroll
+        for (int k = 0; k < tile / 16; ++k) {
+            uint32_t const offset = offsets[16 * k];
+            bool const there = offset != no_row;
+            copy_async_16(target + k * 2048, source + (there ? static_cast<uint64_t>(offset) * 16 : 0), there);
+        }
+        barrier_arrive_after_copies(shared_address(memory + P::full) + 8 * slot(n, i));
+    }
+    __device__ void gather_after(const Attend& work, int32_t n, int i, int thread) const {
+        int const later = i + F::ring % pieces;
+        gather(work, n + F::ring / pieces + (later >= pieces), later >= pieces ? later - pieces : later, thread);
     }
 
     __device__ int row_of_half(const Attend& work, int32_t n, int h) const {
@@ -190,6 +219,63 @@ struct Ring {
         const int32_t* entry = work.step.block_table + sequence * work.step.max_pages + (key >> (31 - __clz(work.layout.page_size)));
         asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(target)), "l"(entry) : "memory");
         copy_async_commit();
+    }
+};
+
+// Finds the rows of listed keys: entry, page and scale are asked for a tile's time before they are needed. For the thread that
+// has key `key` of each tile.
+template <typename F>
+struct ListFinder {
+    using P = Places<F>;
+    int32_t entry_next, page_next, entry_later;  // of tiles n + 3 and n + 4
+    float scale;  // of tile n + 2; 0: there is no such row
+
+    // Rows of the first three tiles, and the scales of the first two.
+    __device__ void begin(const Attend& work, const Item& item, const Ring<F>& ring, int key) {
+        int32_t entries[5], found[4];
+        float scales[3];
+#pragma unroll
+        for (int n = 0; n < 5; ++n) entries[n] = entry(work, item, ring, n, key);
+#pragma unroll
+        for (int n = 0; n < 4; ++n) found[n] = page(work, item, entries[n]);
+#pragma unroll
+        for (int n = 0; n < 3; ++n) scales[n] = put_row(work, ring, n, key, entries[n], found[n]);
+        for (int n = 0; n < 2; ++n) {
+            if (n < ring.count) ring.put_scale(key, n, scales[n]);
+        }
+        scale = scales[2];
+        entry_next = entries[3];
+        page_next = found[3];
+        entry_later = entries[4];
+    }
+
+    // At tile n: the scale of tile n + 2 and the row of tile n + 3.
+    __device__ void advance(const Attend& work, const Item& item, const Ring<F>& ring, int32_t n, int key) {
+        if (n + 2 < ring.count) ring.put_scale(key, (n + 2) % 3, scale);
+        scale = put_row(work, ring, n + 3, key, entry_next, page_next);
+        entry_next = entry_later;
+        page_next = page(work, item, entry_next);
+        entry_later = entry(work, item, ring, n + 5, key);
+    }
+
+private:
+    __device__ static int32_t entry(const Attend& work, const Item& item, const Ring<F>& ring, int32_t n, int key) {
+        if (n >= ring.count || key >= ring.keys(n)) return -1;
+        return work.indices[item.first_token * work.top_k + (ring.first_tile() + n) * tile + key];
+    }
+
+    __device__ static int32_t page(const Attend& work, const Item& item, int32_t entry) {
+        if (entry < 0 || entry > last_key(work, item.first_token)) return -1;
+        return work.step.block_table[item.sequence * work.step.max_pages + (entry >> (31 - __clz(work.layout.page_size)))];
+    }
+
+    __device__ static float put_row(const Attend& work, const Ring<F>& ring, int32_t n, int key, int32_t entry, int32_t page) {
+        bool const there = page >= 0 && page < work.step.pages;
+        int32_t const slot = entry & (work.layout.page_size - 1);
+        int64_t const page_start = there ? page * work.layout.page_bytes : 0;
+        reinterpret_cast<uint32_t*>(ring.memory + P::offsets)[n % 4 * tile + key] =
+            there ? static_cast<uint32_t>((page_start + slot * work.layout.row_bytes) / 16) : no_row;
+        return there ? reinterpret_cast<const float*>(work.pool + page_start + work.layout.scales_offset)[slot] : 0.0f;
     }
 };
 

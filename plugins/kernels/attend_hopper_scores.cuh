@@ -108,7 +108,7 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
         top[r] = -INFINITY;
         total[r] = 0.0f;
     }
-    // the first tile in which a row sees less than all keys; limits do not fall from row to row
+    // the first tile in which a row sees less than all keys; limits do not fall from row to row, and listed keys are seen by all
     int32_t const masked_from =
         (reinterpret_cast<const int32_t*>(memory + P::limits)[0] + 1 - (side() + 1) * half + tile) / tile - ring.first_tile();
 
@@ -124,9 +124,14 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
         int const buffer = n & 1;
         float scores[32];
         pin(scores);
+        if constexpr (F::lists) {  // whose rows were not written by the copy engine
+#pragma unroll 1
+            for (int i = 0; i < pieces; ++i) ring.wait(n, i);
+            fence_async();
+        }
         auto latent = [&](auto number) {
             constexpr int i = decltype(number)::value;
-            ring.wait(n, i);
+            if constexpr (!F::lists) ring.wait(n, i);
             uint32_t const keys = keys_of(n, i);
             constexpr uint32_t columns = Ring<F>::column(i) * (row_piece_bytes >> 4);
             product_fence();
@@ -145,7 +150,7 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
         latent(std::integral_constant<int, 1>());
         latent(std::integral_constant<int, 2>());
         latent(std::integral_constant<int, 3>());
-        ring.wait(n, 4);
+        if constexpr (!F::lists) ring.wait(n, 4);
         {
             uint32_t const keys = keys_of(n, 4);
             constexpr uint32_t columns = 4 * (row_piece_bytes >> 4);
@@ -156,7 +161,7 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
             product_bf16<3>(scores, query + columns, keys);
         }
         product_commit();
-        if (thread() == 0) {
+        if (!F::lists && thread() == 0) {
             copy_async_wait<0>();  // the page of tile n + 3
             ring.order_scales(work, n + 3, side());
             ring.fetch_page(work, item.sequence, n + 4, side());
@@ -189,7 +194,7 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
                 high[1] = fmaf(high[1] * factors[r], scale.w, logarithm.w);
             }
         }
-        if (n >= masked_from) {
+        if (!F::lists && n >= masked_from) {
             int32_t const first_key = (ring.first_tile() + n) * tile + side() * half + 2 * quad_thread();
 #pragma unroll
             for (int r = 0; r < own_rows<F>; ++r) {
@@ -212,8 +217,10 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
             }
         }
         named_sync(maxima_ready, 2 * group);
-        if (again(number) == 0) ring.order_after(work, n, 4);  // both groups are done with the rope part
-        if (n + 1 == ring.count && ring.keys(n) < tile) ring.clear_tail(n, side(), thread());
+        if constexpr (!F::lists) {
+            if (again(number) == 0) ring.order_after(work, n, 4);  // both groups are done with the rope part
+            if (n + 1 == ring.count && ring.keys(n) < tile) ring.clear_tail(n, side(), thread());
+        }
         int changed = 0;  // 1: the reference, 2: the tile has its own
         float base[own_rows<F>];
 #pragma unroll

@@ -1,4 +1,4 @@
-"""The kernel for SM90 with e4m3 products (attend_hopper.cu): MlaDecoding over dense fp8 rows with queries in bfloat16.
+"""The kernel for SM90 with e4m3 products (attend_hopper.cu): MlaDecoding and MlaPrefillSparse over fp8 rows with queries in bfloat16.
 
 References are float64 over the same bytes. What the kernel rounds: the query to one or two e4m3 codes a value, and the
 weights to codes with 4 bits. So its error is that of a weight, up to 2^-4 of it, averaged over the keys that count, and with one code for
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import decoding_case, layer_case, layout, long_pool, step_of
+from cases import decoding_case, key_lists, layer_case, layout, long_pool, step_of
 from harness import Array, compare, compare_exactly, run_op
 from large_reference import attention
 from op_harness import behind_a_page_of_nan
@@ -45,6 +45,7 @@ def _case(
 
 
 TERMS = pytest.mark.parametrize("terms", [1, 2])
+LISTED = pytest.mark.parametrize("listed", [False, True], ids=["dense", "listed"])
 
 
 @TERMS
@@ -56,24 +57,32 @@ def test_lengths(heads: int, terms: int) -> None:
     _compare(run_op("MlaDecoding", inputs, **attributes), inputs, attributes)
 
 
+@LISTED
 @TERMS
 @pytest.mark.parametrize("heads", [16, 32, 64])
-def test_it_is_this_kernel_that_runs(heads: int, terms: int) -> None:
+def test_it_is_this_kernel_that_runs(heads: int, terms: int, listed: bool) -> None:
     """The portable one would pass every comparison here."""
     rng = np.random.default_rng(16)
-    inputs, attributes = _case(rng, step_of(rng, [1, 1], [300, 2000]), heads, terms)
+    step = step_of(rng, [1, 1], [300, 2000])
+    inputs, attributes = _case(rng, step, heads, terms)
+    if listed:
+        inputs["indices"] = key_lists(rng, step, 200)
     found = run_op("MlaDecoding", inputs, **attributes)["output"]
     portable = run_op("MlaDecoding", inputs, **attributes | {"query_terms": 0})["output"]
     assert not np.array_equal(found, portable)
 
 
 @pytest.mark.memcheck
+@LISTED
 @TERMS
 @pytest.mark.parametrize("heads", [4, 16, 128])
 @pytest.mark.parametrize("case", STEPS.values(), ids=STEPS.keys())
-def test_steps(case: tuple[list[int], list[int], int], heads: int, terms: int) -> None:
+def test_steps(case: tuple[list[int], list[int], int], heads: int, terms: int, listed: bool) -> None:
     rng = np.random.default_rng(2)
-    inputs, attributes = _case(rng, step_of(rng, *case[:2], padding=case[2]), heads, terms)
+    step = step_of(rng, *case[:2], padding=case[2])
+    inputs, attributes = _case(rng, step, heads, terms)
+    if listed:
+        inputs["indices"] = key_lists(rng, step, 70)
     _compare(run_op("MlaDecoding", inputs, **attributes), inputs, attributes)
 
 
@@ -168,15 +177,55 @@ def test_sinks(terms: int) -> None:
     compare_exactly("output under an all-taking sink", found["output"][:, 3], np.zeros_like(found["output"][:, 3]))
 
 
-@pytest.mark.memcheck
+@TERMS
+@pytest.mark.parametrize("heads", [1, 16, 32, 40, 128])
+@pytest.mark.parametrize("width", [1, 63, 64, 65, 127, 128, 129, 641, 2048])
+def test_list_widths(width: int, heads: int, terms: int) -> None:
+    rng = np.random.default_rng(17)
+    step = step_of(rng, [1, 2, 1, 1], [3000, 62, 0, 5000])
+    inputs, attributes = _case(rng, step, heads, terms)
+    inputs["indices"] = key_lists(rng, step, width)
+    _compare(run_op("MlaDecoding", inputs, **attributes), inputs, attributes)
+
+
 @TERMS
 @pytest.mark.parametrize("heads", [16, 64])
-def test_pages_outside_the_pool_are_masked(heads: int, terms: int) -> None:
+def test_lists_of_one_key_again_and_again_and_of_none(heads: int, terms: int) -> None:
+    rng = np.random.default_rng(18)
+    inputs, attributes = _case(rng, step_of(rng, [1, 1, 1], [300, 5, 70]), heads, terms)
+    inputs["indices"] = np.tile(np.array([[4]], np.int32), (3, 260))
+    inputs["indices"][1, ::2] = -1
+    inputs["indices"][2] = -1
+    found = run_op("MlaDecoding", inputs, **attributes)
+    _compare(found, inputs, attributes)
+    compare_exactly("output without keys", found["output"][2], np.zeros_like(found["output"][2]))
+
+
+@TERMS
+@pytest.mark.parametrize("page_size", [64, 256])
+@pytest.mark.parametrize("heads", [5, 128])
+def test_sparse_prefill(heads: int, page_size: int, terms: int) -> None:
+    rng = np.random.default_rng(19)
+    step = step_of(rng, [40, 0, 7, 1], [300, 9, 0, 4095], page_size, padding=3)
+    inputs, attributes = _case(rng, step, heads, terms, page_size=page_size)
+    inputs["indices"] = key_lists(rng, step, 300)
+    inputs["index_lengths"] = rng.integers(-1, 330, step.tokens).astype(np.int32)
+    inputs["sinks"] = rng.standard_normal(heads).astype(np.float32)
+    _compare(run_op("MlaPrefillSparse", inputs, **attributes), inputs, attributes)
+
+
+@pytest.mark.memcheck
+@LISTED
+@TERMS
+@pytest.mark.parametrize("heads", [16, 64])
+def test_pages_outside_the_pool_are_masked(heads: int, terms: int, listed: bool) -> None:
     rng = np.random.default_rng(9)
     step = step_of(rng, [2, 1, 1], [200, 130, 3])
     table = step.inputs["block_table"]
     table[0, 1], table[1, 0], table[2, 0] = -1, step.pages, -(2**31)
     inputs, attributes = _case(rng, step, heads, terms)
+    if listed:
+        inputs["indices"] = np.tile(np.arange(210, dtype=np.int32), (step.tokens, 1))
     for what, given in (("", inputs), ("behind a page of NaN", behind_a_page_of_nan(inputs, "kv_cache"))):
         found = run_op("MlaDecoding", given, **attributes)
         _compare(found, given, attributes, what)
@@ -196,12 +245,15 @@ def test_a_query_that_is_not_a_number_spoils_its_own_row_only(terms: int) -> Non
     compare_exactly("the other rows", found[others], clean[others])
 
 
+@LISTED
 @TERMS
 @pytest.mark.parametrize("heads", [16, 128])
-def test_runs_are_bitwise_equal(heads: int, terms: int) -> None:
+def test_runs_are_bitwise_equal(heads: int, terms: int, listed: bool) -> None:
     rng = np.random.default_rng(11)
     step = step_of(rng, [1] * 8 + [3], [1000, 1, 63, 64, 65, 4000, 200, 31, 500])
     inputs, attributes = _case(rng, step, heads, terms)
+    if listed:
+        inputs["indices"] = key_lists(rng, step, 700)
     run_op("MlaDecoding", inputs, repeat=1000, **attributes)
 
 
@@ -215,10 +267,14 @@ def test_a_graph_gives_the_same_bits(terms: int) -> None:
 
 
 @pytest.mark.memcheck
+@LISTED
 @TERMS
-def test_garbage_is_survived(terms: int) -> None:
+def test_garbage_is_survived(terms: int, listed: bool) -> None:
     rng = np.random.default_rng(13)
-    inputs, attributes = _case(rng, step_of(rng, [1, 3, 2], [200, 62, 5]), 16, terms)
+    step = step_of(rng, [1, 3, 2], [200, 62, 5])
+    inputs, attributes = _case(rng, step, 16, terms)
+    if listed:
+        inputs["indices"] = key_lists(rng, step, 40)
     for seed in range(3):
         rng = np.random.default_rng(seed)
         for name, values in inputs.items():
