@@ -89,36 +89,10 @@ __global__ void __launch_bounds__(threads, 1)
 #endif
 }
 
-// The pool as [page][column of 128 bytes][row][byte]; a box is one column of 64 rows.
-int make_map(CUtensorMap* map, const Attend& work) {
-    void* entry = nullptr;
-    cudaDriverEntryPointQueryResult found;
-#if CUDART_VERSION >= 12050
-    cudaError_t const error =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
-#else
-    cudaError_t const error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &entry, cudaEnableDefault, &found);
-#endif
-    if (int status = check_cuda("cuTensorMapEncodeTiled", error)) return status;
-    if (found != cudaDriverEntryPointSuccess) return fail(MLA_CUDA, "the driver has no cuTensorMapEncodeTiled: update it");
-    auto const encode = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(entry);
-    cuuint64_t const sizes[4] = {128, static_cast<cuuint64_t>(work.layout.page_size), pieces,
-                                 static_cast<cuuint64_t>(work.step.pages)};
-    cuuint64_t const strides[3] = {static_cast<cuuint64_t>(work.layout.row_bytes), 128,
-                                   static_cast<cuuint64_t>(work.layout.page_bytes)};
-    cuuint32_t const box[4] = {128, half, 1, 1}, steps[4] = {1, 1, 1, 1};
-    CUresult const status = encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 4, const_cast<uint8_t*>(work.pool), sizes, strides, box,
-                                   steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    if (status == CUDA_SUCCESS) return MLA_OK;
-    return fail(MLA_CUDA, "cuTensorMapEncodeTiled gave error %d for %lld pages", static_cast<int>(status),
-                static_cast<long long>(work.step.pages));
-}
-
 template <typename F>
 int launch(const Attend& work, const Partials& partials, cudaStream_t stream) {
     CUtensorMap map;
-    if (int status = make_map(&map, work)) return status;
+    if (int status = make_map(&map, work, pieces, 1)) return status;
     auto* kernel = attend_hopper_kernel<F>;
     if (int status = check_cuda("attention", cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                                   cudaFuncAttributeMaxDynamicSharedMemorySize,

@@ -181,38 +181,6 @@ __device__ void output_group(const Attend& work, const Item& item, const Ring<F>
     }
 }
 
-// The staged rows to their places, by all threads: a warp writes a row.
-__device__ inline void write_rows(const Attend& work, const Partials& partials, const Item& item, const uint8_t* memory) {
-    int const warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
-#pragma unroll 1
-    for (int row = warp; row < item.count; row += threads / warp_size) {
-        int const flat = item.first_head + row;
-        int64_t const token = item.first_token + flat / work.heads;
-        int const head = flat % work.heads;
-        const auto* values = reinterpret_cast<const float4*>(memory) + row * (staged_row / 4);
-        bool const part = partials.splits > 1;
-        int64_t const at = part ? ((token * work.heads + head) * partials.splits + part_of_block(partials)) * rank
-                                : token * work.output.token_stride + head * work.output.head_stride;
-        if (part || work.output.type == MLA_FLOAT) {
-            auto* target = reinterpret_cast<float4*>((part ? partials.output : static_cast<float*>(work.output.data)) + at);
-            for (int i = lane; i < rank / 4; i += warp_size) target[i] = values[i];
-        } else {
-            auto* target = reinterpret_cast<uint2*>(static_cast<uint16_t*>(work.output.data) + at);
-            for (int i = lane; i < rank / 4; i += warp_size) {
-                float4 const four = values[i];
-                if (work.output.type == MLA_FLOAT16) {
-                    __half2 const low = __floats2half2_rn(four.x, four.y), high = __floats2half2_rn(four.z, four.w);
-                    target[i] = make_uint2(reinterpret_cast<const uint32_t&>(low), reinterpret_cast<const uint32_t&>(high));
-                } else {
-                    __nv_bfloat162 const low = __floats2bfloat162_rn(four.x, four.y);
-                    __nv_bfloat162 const high = __floats2bfloat162_rn(four.z, four.w);
-                    target[i] = make_uint2(reinterpret_cast<const uint32_t&>(low), reinterpret_cast<const uint32_t&>(high));
-                }
-            }
-        }
-    }
-}
-
 #endif
 
 }  // namespace hopper

@@ -1,18 +1,14 @@
 // Shared memory of a block of attend_hopper.cu, and how keys come into it.
 #pragma once
 
-#include <cuda.h>
 #include <type_traits>
 
-#include "attend_block.cuh"
-#include "hopper.cuh"
+#include "attend_hopper_rows.cuh"
 
 namespace mla {
 namespace hopper {
 
-constexpr int rank = 512, rope = 64;
 constexpr int tile = 128, half = 64;  // keys of a tile, and of a copy
-constexpr int threads = 512;
 constexpr int pieces = 5;  // of a tile: four of the latent and the rope part
 constexpr int piece_bytes = tile * 128;
 constexpr int row_piece_bytes = 64 * 128;  // of the query
@@ -55,8 +51,6 @@ struct Places {
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-constexpr int group = 128;  // threads that do the same
-constexpr int staged_row = rank + 4;  // values from one staged row of the output to the next: fewer bank conflicts
 template <typename F>
 constexpr int own_rows = F::packed ? 1 : 2;  // of the scores of a thread
 
@@ -69,14 +63,6 @@ constexpr float half_code_unit = 0x1p60f;
 
 // Named barriers. Ready and free: of the weights' two buffers.
 enum : int { weights_ready = 1, weights_free = 3, maxima_ready = 5, piece_used = 6, rows_found = 10 };
-
-constexpr uint32_t no_row = 0xffffffffu;  // the offset of a listed key that there is not
-
-// The value, as if it were another one: what is made from it is made again each time, and takes no registers throughout a loop.
-__device__ inline unsigned again(unsigned value) {
-    asm volatile("" : "+r"(value));
-    return value;
-}
 
 // Of normal numbers; others give 0 or infinity.
 __device__ inline float fast_log2(float value) {

@@ -1,0 +1,88 @@
+// What the kernels for SM90 have in common: the pool as a tensor that the copy engine reads, and the way of the output's rows.
+#pragma once
+
+#include <cuda.h>
+
+#include "attend_block.cuh"
+#include "hopper.cuh"
+
+namespace mla {
+namespace hopper {
+
+constexpr int rank = 512, rope = 64;
+constexpr int threads = 512;
+constexpr int group = 128;  // threads that do the same
+constexpr int staged_row = rank + 4;  // values from one staged row of the output to the next: fewer bank conflicts
+constexpr uint32_t no_row = 0xffffffffu;  // the offset in the pool, in 16 bytes, of a listed key that there is not
+
+// The pool as [page][column of 128 bytes][row][byte]; a box is `box_columns` of 64 rows, its 16-byte units permuted by the row.
+inline int make_map(CUtensorMap* map, const Attend& work, int columns, int box_columns) {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult found;
+#if CUDART_VERSION >= 12050
+    cudaError_t const error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
+#else
+    cudaError_t const error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &entry, cudaEnableDefault, &found);
+#endif
+    if (int status = check_cuda("cuTensorMapEncodeTiled", error)) return status;
+    if (found != cudaDriverEntryPointSuccess) return fail(MLA_CUDA, "the driver has no cuTensorMapEncodeTiled: update it");
+    auto const encode = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(entry);
+    cuuint64_t const sizes[4] = {128, static_cast<cuuint64_t>(work.layout.page_size),
+                                 static_cast<cuuint64_t>(columns),
+                                 static_cast<cuuint64_t>(work.step.pages)};
+    cuuint64_t const strides[3] = {static_cast<cuuint64_t>(work.layout.row_bytes), 128,
+                                   static_cast<cuuint64_t>(work.layout.page_bytes)};
+    cuuint32_t const box[4] = {128, 64, static_cast<cuuint32_t>(box_columns), 1}, steps[4] = {1, 1, 1, 1};
+    CUresult const status = encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 4, const_cast<uint8_t*>(work.pool), sizes, strides, box,
+                                   steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (status == CUDA_SUCCESS) return MLA_OK;
+    return fail(MLA_CUDA, "cuTensorMapEncodeTiled gave error %d for %lld pages", static_cast<int>(status),
+                static_cast<long long>(work.step.pages));
+}
+
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+// The value, as if it were another one: what is made from it is made again each time, and takes no registers throughout a loop.
+__device__ inline unsigned again(unsigned value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+
+// The staged rows to their places, by all threads: a warp writes a row.
+__device__ inline void write_rows(const Attend& work, const Partials& partials, const Item& item, const uint8_t* memory) {
+    int const warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
+#pragma unroll 1
+    for (int row = warp; row < item.count; row += threads / warp_size) {
+        int const flat = item.first_head + row;
+        int64_t const token = item.first_token + flat / work.heads;
+        int const head = flat % work.heads;
+        const auto* values = reinterpret_cast<const float4*>(memory) + row * (staged_row / 4);
+        bool const part = partials.splits > 1;
+        int64_t const at = part ? ((token * work.heads + head) * partials.splits + part_of_block(partials)) * rank
+                                : token * work.output.token_stride + head * work.output.head_stride;
+        if (part || work.output.type == MLA_FLOAT) {
+            auto* target = reinterpret_cast<float4*>((part ? partials.output : static_cast<float*>(work.output.data)) + at);
+            for (int i = lane; i < rank / 4; i += warp_size) target[i] = values[i];
+        } else {
+            auto* target = reinterpret_cast<uint2*>(static_cast<uint16_t*>(work.output.data) + at);
+            for (int i = lane; i < rank / 4; i += warp_size) {
+                float4 const four = values[i];
+                if (work.output.type == MLA_FLOAT16) {
+                    __half2 const low = __floats2half2_rn(four.x, four.y), high = __floats2half2_rn(four.z, four.w);
+                    target[i] = make_uint2(reinterpret_cast<const uint32_t&>(low), reinterpret_cast<const uint32_t&>(high));
+                } else {
+                    __nv_bfloat162 const low = __floats2bfloat162_rn(four.x, four.y);
+                    __nv_bfloat162 const high = __floats2bfloat162_rn(four.z, four.w);
+                    target[i] = make_uint2(reinterpret_cast<const uint32_t&>(low), reinterpret_cast<const uint32_t&>(high));
+                }
+            }
+        }
+    }
+}
+
+#endif
+
+}  // namespace hopper
+}  // namespace mla
