@@ -9,6 +9,7 @@ namespace mla {
 namespace hopper {
 
 constexpr int tile = 128, half = 64;  // keys of a tile, and of a copy
+constexpr int threads = 4 * group;
 constexpr int pieces = 5;  // of a tile: four of the latent and the rope part
 constexpr int piece_bytes = tile * 128;
 constexpr int row_piece_bytes = 64 * 128;  // of the query

@@ -10,7 +10,6 @@ namespace mla {
 namespace hopper {
 
 constexpr int rank = 512, rope = 64;
-constexpr int threads = 512;
 constexpr int group = 128;  // threads that do the same
 constexpr int staged_row = rank + 4;  // values from one staged row of the output to the next: fewer bank conflicts
 constexpr uint32_t no_row = 0xffffffffu;  // the offset in the pool, in 16 bytes, of a listed key that there is not
@@ -54,7 +53,7 @@ __device__ inline unsigned again(unsigned value) {
 __device__ inline void write_rows(const Attend& work, const Partials& partials, const Item& item, const uint8_t* memory) {
     int const warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
 #pragma unroll 1
-    for (int row = warp; row < item.count; row += threads / warp_size) {
+    for (int row = warp; row < item.count; row += static_cast<int>(blockDim.x) / warp_size) {
         int const flat = item.first_head + row;
         int64_t const token = item.first_token + flat / work.heads;
         int const head = flat % work.heads;

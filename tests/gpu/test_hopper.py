@@ -1,8 +1,9 @@
-"""The kernel for SM90 with e4m3 products (attend_hopper.cu): MlaDecoding and MlaPrefillSparse over fp8 rows with queries in bfloat16.
+"""The kernels for SM90: MlaDecoding and MlaPrefillSparse with queries in bfloat16, over fp8 rows with e4m3 products
+(attend_hopper.cu; 1 or 2 codes for a value of the query) and over bf16 rows (attend_hopper_bf16.cu).
 
-References are float64 over the same bytes. What the kernel rounds: the query to one or two e4m3 codes a value, and the
-weights to codes with 4 bits. So its error is that of a weight, up to 2^-4 of it, averaged over the keys that count, and with one code for
-the query that of the scores, which grows with their spread.
+References are float64 over the same bytes. What the kernel with e4m3 products rounds: the query to one or two codes a value, and
+the weights to codes with 4 bits. So its error is that of a weight, up to 2^-4 of it, averaged over the keys that count, and
+with one code for the query that of the scores, which grows with their spread. The other one rounds weights to bfloat16.
 """
 
 from __future__ import annotations
@@ -18,42 +19,50 @@ from large_reference import attention
 from op_harness import behind_a_page_of_nan
 from test_gpu_decoding import LENGTHS, STEPS
 
-MOST = {1: 1.5e-1, 2: 4e-2}  # of the largest output
-MEAN = {1: 6e-2, 2: 2.5e-2}  # Frobenius, relative
-LSE = {1: 3e-1, 2: 7e-2}  # absolute: the sum is of the rounded weights
+Kind = int | str
+"""Terms of the query, or "bf16" for bf16 rows."""
+MOST: dict[Kind, float] = {1: 1.5e-1, 2: 4e-2, "bf16": 5e-3}  # of the largest output
+MEAN: dict[Kind, float] = {1: 6e-2, 2: 2.5e-2, "bf16": 5e-3}  # Frobenius, relative
+LSE: dict[Kind, float] = {1: 3e-1, 2: 7e-2, "bf16": 2e-3}  # absolute; of e4m3 products the sum is of rounded weights
 
 
 def _compare(
     found: Mapping[str, Array], inputs: Mapping[str, Array], attributes: Mapping[str, Any], what: str = ""
 ) -> None:
-    expected, terms = attention(inputs, attributes), attributes["query_terms"]
+    expected = attention(inputs, attributes)
+    kind: Kind = "bf16" if attributes["row_format"] == "bf16" else attributes["query_terms"]
     prefix = f"{what} " if what else ""
-    compare(f"{prefix}output", found["output"], expected["output"], MOST[terms])
+    compare(f"{prefix}output", found["output"], expected["output"], MOST[kind])
     difference = found["output"].astype(np.float64) - expected["output"]
     mean = np.linalg.norm(difference) / max(float(np.linalg.norm(expected["output"])), 1e-30)
-    compare(f"{prefix}output on average", np.array(mean), np.array(0.0), MEAN[terms], absolute=True)
+    compare(f"{prefix}output on average", np.array(mean), np.array(0.0), MEAN[kind], absolute=True)
     if "lse" in found:
-        compare(f"{prefix}lse", found["lse"], expected["lse"], LSE[terms], absolute=True)
+        compare(f"{prefix}lse", found["lse"], expected["lse"], LSE[kind], absolute=True)
 
 
 def _case(
-    rng: np.random.Generator, step: Any, heads: int, terms: int, **more: Any
+    rng: np.random.Generator, step: Any, heads: int, kind: Kind, **more: Any
 ) -> tuple[dict[str, Array], dict[str, Any]]:
-    page_size = more.pop("page_size", 64)
-    inputs, attributes = decoding_case(rng, step, layout("fp8", page_size=page_size), heads, "bf16", **more)
-    return inputs, attributes | {"query_terms": terms}
+    pages = layout(_row_format(kind), page_size=more.pop("page_size", 64))
+    inputs, attributes = decoding_case(rng, step, pages, heads, "bf16", **more)
+    return inputs, attributes | ({} if kind == "bf16" else {"query_terms": kind})
 
 
+def _row_format(kind: Kind) -> str:
+    return "bf16" if kind == "bf16" else "fp8"
+
+
+KINDS = pytest.mark.parametrize("kind", [1, 2, "bf16"])
 TERMS = pytest.mark.parametrize("terms", [1, 2])
 LISTED = pytest.mark.parametrize("listed", [False, True], ids=["dense", "listed"])
 
 
-@TERMS
+@KINDS
 @pytest.mark.parametrize("heads", [1, 8, 16, 17, 32, 40, 64, 96, 128])
-def test_lengths(heads: int, terms: int) -> None:
+def test_lengths(heads: int, kind: Kind) -> None:
     rng = np.random.default_rng(1)
     step = step_of(rng, [min(length, 1) for length in LENGTHS], [max(length - 1, 0) for length in LENGTHS])
-    inputs, attributes = _case(rng, step, heads, terms)
+    inputs, attributes = _case(rng, step, heads, kind)
     _compare(run_op("MlaDecoding", inputs, **attributes), inputs, attributes)
 
 
@@ -72,78 +81,91 @@ def test_it_is_this_kernel_that_runs(heads: int, terms: int, listed: bool) -> No
     assert not np.array_equal(found, portable)
 
 
+@LISTED
+def test_bf16_rows_have_a_kernel_of_their_own(listed: bool) -> None:
+    """Queries in float32 take the portable one, which rounds them to what is given here."""
+    rng = np.random.default_rng(20)
+    step = step_of(rng, [1, 1], [300, 2000])
+    inputs, attributes = _case(rng, step, 64, "bf16")
+    if listed:
+        inputs["indices"] = key_lists(rng, step, 200)
+    found = run_op("MlaDecoding", inputs, **attributes)["lse"]
+    inputs["query"] = inputs["query"].astype(np.float32)
+    assert not np.array_equal(found, run_op("MlaDecoding", inputs, **attributes)["lse"])
+
+
 @pytest.mark.memcheck
 @LISTED
-@TERMS
+@KINDS
 @pytest.mark.parametrize("heads", [4, 16, 128])
 @pytest.mark.parametrize("case", STEPS.values(), ids=STEPS.keys())
-def test_steps(case: tuple[list[int], list[int], int], heads: int, terms: int, listed: bool) -> None:
+def test_steps(case: tuple[list[int], list[int], int], heads: int, kind: Kind, listed: bool) -> None:
     rng = np.random.default_rng(2)
     step = step_of(rng, *case[:2], padding=case[2])
-    inputs, attributes = _case(rng, step, heads, terms)
+    inputs, attributes = _case(rng, step, heads, kind)
     if listed:
         inputs["indices"] = key_lists(rng, step, 70)
     _compare(run_op("MlaDecoding", inputs, **attributes), inputs, attributes)
 
 
-@TERMS
+@KINDS
 @pytest.mark.parametrize("heads", [16, 128])
-def test_131072_keys(heads: int, terms: int) -> None:
+def test_131072_keys(heads: int, kind: Kind) -> None:
     rng = np.random.default_rng(3)
     step = step_of(rng, [1, 1], [131071, 40])
-    inputs, attributes = _case(rng, step, heads, terms, pool=long_pool(rng, step, layout("fp8")))
+    inputs, attributes = _case(rng, step, heads, kind, pool=long_pool(rng, step, layout(_row_format(kind))))
     _compare(run_op("MlaDecoding", inputs, **attributes), inputs, attributes)
 
 
-@TERMS
+@KINDS
 @pytest.mark.parametrize("heads", [16, 64])
-def test_flat_attention_with_a_common_offset_does_not_lose_with_length(heads: int, terms: int) -> None:
+def test_flat_attention_with_a_common_offset_does_not_lose_with_length(heads: int, kind: Kind) -> None:
     """What the 14 bits of e4m3 products' sums would lose, and what the rounding of weights would, were it of one sign."""
     for length in (1000, 131071):
         rng = np.random.default_rng(4)
         step = step_of(rng, [1], [length])
-        pool = long_pool(rng, step, layout("fp8"), mean=1.0, spread=0.1)
-        inputs, attributes = _case(rng, step, heads, terms, pool=pool)
+        pool = long_pool(rng, step, layout(_row_format(kind)), mean=1.0, spread=0.1)
+        inputs, attributes = _case(rng, step, heads, kind, pool=pool)
         inputs["query"] = (inputs["query"].astype(np.float32) * 0.01).astype(inputs["query"].dtype)
         found, expected = run_op("MlaDecoding", inputs, **attributes), attention(inputs, attributes)
         compare(f"output of {length} keys", found["output"], expected["output"], 5e-3)
 
 
-@TERMS
+@KINDS
 @pytest.mark.parametrize("heads", [16, 64])
 @pytest.mark.parametrize("share", [8.0, 11.0, 14.0])
-def test_one_heavy_key_and_many_light_ones(share: float, heads: int, terms: int) -> None:
+def test_one_heavy_key_and_many_light_ones(share: float, heads: int, kind: Kind) -> None:
     """The light ones' weights are far below e4m3's smallest of the heavy one's scale."""
     rng = np.random.default_rng(5)
-    step, pages = step_of(rng, [1], [65535]), layout("fp8")
+    step, pages = step_of(rng, [1], [65535]), layout(_row_format(kind))
     pool = long_pool(rng, step, pages, spread=0.3)
     direction = rng.standard_normal(512, np.float32)
     heavy = direction * np.float32(share * 576**0.5 / float(direction @ direction))
     pages.write(pool, *step.places(0, range(1)), heavy[None], np.zeros((1, 64), np.float32))
-    inputs, attributes = _case(rng, step, heads, terms, pool=pool)
+    inputs, attributes = _case(rng, step, heads, kind, pool=pool)
     query = inputs["query"].astype(np.float32)
     query[..., :512] += direction
     inputs["query"] = query.astype(inputs["query"].dtype)
     _compare(run_op("MlaDecoding", inputs, **attributes), inputs, attributes)
 
 
-@TERMS
+@KINDS
 @pytest.mark.parametrize("page_size", [64, 128, 256])
-def test_page_sizes(page_size: int, terms: int) -> None:
+def test_page_sizes(page_size: int, kind: Kind) -> None:
     rng = np.random.default_rng(6)
     step = step_of(rng, [2, 1, 1, 1], [page_size - 1, 2 * page_size, 0, 300], page_size)
-    inputs, attributes = _case(rng, step, 64, terms, page_size=page_size)
+    inputs, attributes = _case(rng, step, 64, kind, page_size=page_size)
     _compare(run_op("MlaDecoding", inputs, **attributes), inputs, attributes)
 
 
-@TERMS
+@KINDS
 @pytest.mark.parametrize("heads", [16, 128])
 @pytest.mark.parametrize("scale", [4, 0.05])
-def test_peaked_and_flat_attention(scale: float, heads: int, terms: int) -> None:
+def test_peaked_and_flat_attention(scale: float, heads: int, kind: Kind) -> None:
     rng = np.random.default_rng(7)
-    inputs, attributes = _case(rng, step_of(rng, [1, 2], [3000, 62]), heads, terms, scale=scale * 576**-0.5)
+    inputs, attributes = _case(rng, step_of(rng, [1, 2], [3000, 62]), heads, kind, scale=scale * 576**-0.5)
     found, expected = run_op("MlaDecoding", inputs, **attributes), attention(inputs, attributes)
-    compare("output", found["output"], expected["output"], MOST[terms] * (3 if scale > 1 and terms == 1 else 1))
+    compare("output", found["output"], expected["output"], MOST[kind] * (3 if scale > 1 and kind == 1 else 1))
 
 
 @pytest.mark.parametrize("heads", [16, 64])
@@ -167,32 +189,32 @@ def test_two_terms_add_less_than_twice_what_the_cache_has_lost(scale: float, hea
     compare("error", np.array(np.linalg.norm(found - cached) / lost), np.array(0.0), 2.0, absolute=True)
 
 
-@TERMS
-def test_sinks(terms: int) -> None:
+@KINDS
+def test_sinks(kind: Kind) -> None:
     rng = np.random.default_rng(8)
-    inputs, attributes = _case(rng, step_of(rng, [2, 0, 3, 1], [5, 1, 0, 1000], padding=1), 5, terms)
+    inputs, attributes = _case(rng, step_of(rng, [2, 0, 3, 1], [5, 1, 0, 1000], padding=1), 5, kind)
     inputs["sinks"] = np.array([0.5, -40, 3, 200, -np.inf], np.float32)
     found = run_op("MlaDecoding", inputs, **attributes)
     _compare(found, inputs, attributes)
     compare_exactly("output under an all-taking sink", found["output"][:, 3], np.zeros_like(found["output"][:, 3]))
 
 
-@TERMS
+@KINDS
 @pytest.mark.parametrize("heads", [1, 16, 32, 40, 128])
 @pytest.mark.parametrize("width", [1, 63, 64, 65, 127, 128, 129, 641, 2048])
-def test_list_widths(width: int, heads: int, terms: int) -> None:
+def test_list_widths(width: int, heads: int, kind: Kind) -> None:
     rng = np.random.default_rng(17)
     step = step_of(rng, [1, 2, 1, 1], [3000, 62, 0, 5000])
-    inputs, attributes = _case(rng, step, heads, terms)
+    inputs, attributes = _case(rng, step, heads, kind)
     inputs["indices"] = key_lists(rng, step, width)
     _compare(run_op("MlaDecoding", inputs, **attributes), inputs, attributes)
 
 
-@TERMS
+@KINDS
 @pytest.mark.parametrize("heads", [16, 64])
-def test_lists_of_one_key_again_and_again_and_of_none(heads: int, terms: int) -> None:
+def test_lists_of_one_key_again_and_again_and_of_none(heads: int, kind: Kind) -> None:
     rng = np.random.default_rng(18)
-    inputs, attributes = _case(rng, step_of(rng, [1, 1, 1], [300, 5, 70]), heads, terms)
+    inputs, attributes = _case(rng, step_of(rng, [1, 1, 1], [300, 5, 70]), heads, kind)
     inputs["indices"] = np.tile(np.array([[4]], np.int32), (3, 260))
     inputs["indices"][1, ::2] = -1
     inputs["indices"][2] = -1
@@ -201,13 +223,13 @@ def test_lists_of_one_key_again_and_again_and_of_none(heads: int, terms: int) ->
     compare_exactly("output without keys", found["output"][2], np.zeros_like(found["output"][2]))
 
 
-@TERMS
+@KINDS
 @pytest.mark.parametrize("page_size", [64, 256])
 @pytest.mark.parametrize("heads", [5, 128])
-def test_sparse_prefill(heads: int, page_size: int, terms: int) -> None:
+def test_sparse_prefill(heads: int, page_size: int, kind: Kind) -> None:
     rng = np.random.default_rng(19)
     step = step_of(rng, [40, 0, 7, 1], [300, 9, 0, 4095], page_size, padding=3)
-    inputs, attributes = _case(rng, step, heads, terms, page_size=page_size)
+    inputs, attributes = _case(rng, step, heads, kind, page_size=page_size)
     inputs["indices"] = key_lists(rng, step, 300)
     inputs["index_lengths"] = rng.integers(-1, 330, step.tokens).astype(np.int32)
     inputs["sinks"] = rng.standard_normal(heads).astype(np.float32)
@@ -216,14 +238,14 @@ def test_sparse_prefill(heads: int, page_size: int, terms: int) -> None:
 
 @pytest.mark.memcheck
 @LISTED
-@TERMS
+@KINDS
 @pytest.mark.parametrize("heads", [16, 64])
-def test_pages_outside_the_pool_are_masked(heads: int, terms: int, listed: bool) -> None:
+def test_pages_outside_the_pool_are_masked(heads: int, kind: Kind, listed: bool) -> None:
     rng = np.random.default_rng(9)
     step = step_of(rng, [2, 1, 1], [200, 130, 3])
     table = step.inputs["block_table"]
     table[0, 1], table[1, 0], table[2, 0] = -1, step.pages, -(2**31)
-    inputs, attributes = _case(rng, step, heads, terms)
+    inputs, attributes = _case(rng, step, heads, kind)
     if listed:
         inputs["indices"] = np.tile(np.arange(210, dtype=np.int32), (step.tokens, 1))
     for what, given in (("", inputs), ("behind a page of NaN", behind_a_page_of_nan(inputs, "kv_cache"))):
@@ -232,10 +254,10 @@ def test_pages_outside_the_pool_are_masked(heads: int, terms: int, listed: bool)
         compare_exactly("output without a page", found["output"][3], np.zeros_like(found["output"][3]))
 
 
-@TERMS
-def test_a_query_that_is_not_a_number_spoils_its_own_row_only(terms: int) -> None:
+@KINDS
+def test_a_query_that_is_not_a_number_spoils_its_own_row_only(kind: Kind) -> None:
     rng = np.random.default_rng(10)
-    inputs, attributes = _case(rng, step_of(rng, [2, 1], [300, 70]), 40, terms)
+    inputs, attributes = _case(rng, step_of(rng, [2, 1], [300, 70]), 40, kind)
     clean = run_op("MlaDecoding", inputs, **attributes)["output"]
     inputs["query"][1, 7, 3] = np.nan
     found = run_op("MlaDecoding", inputs, **attributes)["output"]
@@ -246,21 +268,21 @@ def test_a_query_that_is_not_a_number_spoils_its_own_row_only(terms: int) -> Non
 
 
 @LISTED
-@TERMS
+@KINDS
 @pytest.mark.parametrize("heads", [16, 128])
-def test_runs_are_bitwise_equal(heads: int, terms: int, listed: bool) -> None:
+def test_runs_are_bitwise_equal(heads: int, kind: Kind, listed: bool) -> None:
     rng = np.random.default_rng(11)
     step = step_of(rng, [1] * 8 + [3], [1000, 1, 63, 64, 65, 4000, 200, 31, 500])
-    inputs, attributes = _case(rng, step, heads, terms)
+    inputs, attributes = _case(rng, step, heads, kind)
     if listed:
         inputs["indices"] = key_lists(rng, step, 700)
     run_op("MlaDecoding", inputs, repeat=1000, **attributes)
 
 
-@TERMS
-def test_a_graph_gives_the_same_bits(terms: int) -> None:
+@KINDS
+def test_a_graph_gives_the_same_bits(kind: Kind) -> None:
     rng = np.random.default_rng(12)
-    inputs, attributes = _case(rng, step_of(rng, [1, 2, 1], [1000, 62, 0]), 64, terms)
+    inputs, attributes = _case(rng, step_of(rng, [1, 2, 1], [1000, 62, 0]), 64, kind)
     plain = run_op("MlaDecoding", inputs, **attributes)
     captured = run_op("MlaDecoding", inputs, graph=True, repeat=3, **attributes)
     compare_exactly("output of the graph", captured["output"].view(np.int16), plain["output"].view(np.int16))
@@ -268,11 +290,11 @@ def test_a_graph_gives_the_same_bits(terms: int) -> None:
 
 @pytest.mark.memcheck
 @LISTED
-@TERMS
-def test_garbage_is_survived(terms: int, listed: bool) -> None:
+@KINDS
+def test_garbage_is_survived(kind: Kind, listed: bool) -> None:
     rng = np.random.default_rng(13)
     step = step_of(rng, [1, 3, 2], [200, 62, 5])
-    inputs, attributes = _case(rng, step, 16, terms)
+    inputs, attributes = _case(rng, step, 16, kind)
     if listed:
         inputs["indices"] = key_lists(rng, step, 40)
     for seed in range(3):
