@@ -1,10 +1,9 @@
 // What the kernels for SM90 have in common: the pool as a tensor that the copy engine reads, and the way of the output's rows.
 #pragma once
 
-#include <cuda.h>
-
 #include "attend_block.cuh"
 #include "hopper.cuh"
+#include "tensor_map.h"
 
 namespace mla {
 namespace hopper {
@@ -14,31 +13,11 @@ constexpr int group = 128;  // threads that do the same
 constexpr int staged_row = rank + 4;  // values from one staged row of the output to the next: fewer bank conflicts
 constexpr uint32_t no_row = 0xffffffffu;  // the offset in the pool, in 16 bytes, of a listed key that there is not
 
-// The pool as [page][column of 128 bytes][row][byte]; a box is `box_columns` of 64 rows, its 16-byte units permuted by the row.
+// The pool as [page][column of 128 bytes][row][byte]; a box is `box_columns` of 64 rows.
 inline int make_map(CUtensorMap* map, const Attend& work, int columns, int box_columns) {
-    void* entry = nullptr;
-    cudaDriverEntryPointQueryResult found;
-#if CUDART_VERSION >= 12050
-    cudaError_t const error =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
-#else
-    cudaError_t const error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &entry, cudaEnableDefault, &found);
-#endif
-    if (int status = check_cuda("cuTensorMapEncodeTiled", error)) return status;
-    if (found != cudaDriverEntryPointSuccess) return fail(MLA_CUDA, "the driver has no cuTensorMapEncodeTiled: update it");
-    auto const encode = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(entry);
-    cuuint64_t const sizes[4] = {128, static_cast<cuuint64_t>(work.layout.page_size),
-                                 static_cast<cuuint64_t>(columns),
-                                 static_cast<cuuint64_t>(work.step.pages)};
-    cuuint64_t const strides[3] = {static_cast<cuuint64_t>(work.layout.row_bytes), 128,
-                                   static_cast<cuuint64_t>(work.layout.page_bytes)};
-    cuuint32_t const box[4] = {128, 64, static_cast<cuuint32_t>(box_columns), 1}, steps[4] = {1, 1, 1, 1};
-    CUresult const status = encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 4, const_cast<uint8_t*>(work.pool), sizes, strides, box,
-                                   steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    if (status == CUDA_SUCCESS) return MLA_OK;
-    return fail(MLA_CUDA, "cuTensorMapEncodeTiled gave error %d for %lld pages", static_cast<int>(status),
-                static_cast<long long>(work.step.pages));
+    const KvLayout& layout = work.layout;
+    return make_tensor_map(map, work.pool, {128, layout.page_size, columns, work.step.pages},
+                           {layout.row_bytes, 128, layout.page_bytes}, {128, 64, box_columns, 1});
 }
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)

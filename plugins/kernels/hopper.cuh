@@ -102,18 +102,20 @@ __device__ inline uint32_t tile_descriptor(uint32_t address) { return (address &
 #define MLA_R8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define MLA_R16 MLA_R8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define MLA_R32 MLA_R16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define MLA_R128 MLA_R32 \
+#define MLA_R64 MLA_R32 \
     ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
-    ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63" \
+    ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define MLA_R128 MLA_R64 \
     ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
     ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95" \
     ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
     ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-#define MLA_D128(d) MLA_D32(d), \
+#define MLA_D64(d) MLA_D32(d), \
     "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), \
     "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), \
     "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), \
-    "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63]), \
+    "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
+#define MLA_D128(d) MLA_D64(d), \
     "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67]), "+f"(d[68]), "+f"(d[69]), "+f"(d[70]), "+f"(d[71]), \
     "+f"(d[72]), "+f"(d[73]), "+f"(d[74]), "+f"(d[75]), "+f"(d[76]), "+f"(d[77]), "+f"(d[78]), "+f"(d[79]), \
     "+f"(d[80]), "+f"(d[81]), "+f"(d[82]), "+f"(d[83]), "+f"(d[84]), "+f"(d[85]), "+f"(d[86]), "+f"(d[87]), \
@@ -122,6 +124,7 @@ __device__ inline uint32_t tile_descriptor(uint32_t address) { return (address &
     "+f"(d[104]), "+f"(d[105]), "+f"(d[106]), "+f"(d[107]), "+f"(d[108]), "+f"(d[109]), "+f"(d[110]), "+f"(d[111]), \
     "+f"(d[112]), "+f"(d[113]), "+f"(d[114]), "+f"(d[115]), "+f"(d[116]), "+f"(d[117]), "+f"(d[118]), "+f"(d[119]), \
     "+f"(d[120]), "+f"(d[121]), "+f"(d[122]), "+f"(d[123]), "+f"(d[124]), "+f"(d[125]), "+f"(d[126]), "+f"(d[127])
+
 // clang-format on
 
 // D [64][64] (+)= A [64][32] B [64][32]^T, all e4m3, at step `step` of K; `clear`: D is overwritten. Lane 4 g + t of warp w has rows
@@ -145,6 +148,26 @@ __device__ inline void product_bf16(float (&d)[32], uint32_t a, uint32_t b) {
                  : "r"(a), "r"(b), "n"(2 * step), "n"(clear ? 0 : 1));
 }
 
+// D [64][128] (+)= A [64][16] B [128][16]^T, bf16, at step `step` of K; `clear`: D is overwritten.
+template <int step, bool clear>
+__device__ inline void product_bf16(float (&d)[64], uint32_t a, uint32_t b) {
+    asm volatile("{\n.reg .b64 x, y;\n.reg .b32 low;\n"
+                 "add.u32 low, %64, %66;\nmov.b64 x, {low, 0x40000040};\nadd.u32 low, %65, %66;\nmov.b64 y, {low, 0x40000040};\n"
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" MLA_R64 "}, x, y, %67, 1, 1, 0, 0;\n}"
+                 : MLA_D64(d)
+                 : "r"(a), "r"(b), "n"(2 * step), "n"(clear ? 0 : 1));
+}
+
+// D [64][128] += A [64][16] B [16][128], bf16, A in registers: step `step` of K. B's rows are those of two tiles of 64 columns,
+// `tile_stride` bytes from one to the next.
+template <int step, int tile_stride>
+__device__ inline void product_bf16_values(float (&d)[64], const uint32_t (&a)[4], uint32_t b) {
+    asm volatile("{\n.reg .b64 y;\n.reg .b32 low;\nadd.u32 low, %68, %69;\nmov.b64 y, {low, 0x40000040};\n"
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" MLA_R64 "}, {%64, %65, %66, %67}, y, 1, 1, 1, 1;\n}"
+                 : MLA_D64(d)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(128 * step + (((tile_stride >> 4) - 1) << 16)));
+}
+
 // D [64][256] += A [64][16] B [16][256], bf16: step `step` of K in both. B's rows are those of four tiles of 64 columns, `tile_stride`
 // bytes from one to the next.
 template <int step, int tile_stride>
@@ -153,7 +176,7 @@ __device__ inline void product_bf16_wide(float (&d)[128], uint32_t a, uint32_t b
                  "add.u32 low, %128, %130;\nmov.b64 x, {low, 0x40000040};\nadd.u32 low, %129, %131;\nmov.b64 y, {low, 0x40000040};\n"
                  "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" MLA_R128 "}, x, y, 1, 1, 1, 0, 1;\n}"
                  : MLA_D128(d)
-                 : "r"(a), "r"(b), "n"(2 * step), "n"(128 * step + ((tile_stride >> 4) - 1 << 16)));
+                 : "r"(a), "r"(b), "n"(2 * step), "n"(128 * step + (((tile_stride >> 4) - 1) << 16)));
 }
 
 // D [64][N] (+)= A [64][32] B [N][32]^T, all e4m3, A in registers. Step 0 overwrites D.
@@ -182,10 +205,12 @@ __device__ inline void product_e4m3(float (&d)[8], const uint32_t (&a)[4], uint3
 #undef MLA_D8
 #undef MLA_D16
 #undef MLA_D32
+#undef MLA_D64
 #undef MLA_D128
 #undef MLA_R8
 #undef MLA_R16
 #undef MLA_R32
+#undef MLA_R64
 #undef MLA_R128
 
 }  // namespace hopper

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "prefill_hopper.cuh"
 #include "prefill_plain.cuh"
 #include "prefill_tensor.cuh"
 
@@ -64,15 +65,15 @@ Plan make_plan(const PrefillArguments& a, Workspace& workspace) {
     int64_t const chunk_keys = std::min({all_expanded / (group_heads * key_bytes), all_keys, most_chunk_keys});
     plan.chunk_tiles = static_cast<int32_t>(std::max<int64_t>(chunk_keys / prefill_tensor::key_tile, 1));
     // whole tiles of the expansion, which reads what lies behind a chunk's last key
-    int64_t const gathered = std::min(round_up<int64_t>(all_keys, prefill_tensor::expand_tile), most_chunk_keys);
+    plan.gathered = std::min(round_up<int64_t>(all_keys, prefill_tensor::expand_tile), most_chunk_keys);
 
     plan.counter = workspace.take<int32_t>(1);
     plan.query_tiles = workspace.take<int32_t>(sequences + 1);
     plan.key_tiles = workspace.take<int32_t>(sequences + 1);
-    plan.key_masks = workspace.take<uint64_t>(gathered / prefill_tensor::key_tile);
-    plan.row_scales = workspace.take<float>(gathered);
-    plan.latents = workspace.take<__nv_bfloat16>(gathered * plan.rank);
-    plan.ropes = workspace.take<__nv_bfloat16>(gathered * plan.rope);
+    plan.key_masks = workspace.take<uint64_t>(plan.gathered / prefill_tensor::key_tile);
+    plan.row_scales = workspace.take<float>(plan.gathered);
+    plan.latents = workspace.take<__nv_bfloat16>(plan.gathered * plan.rank);
+    plan.ropes = workspace.take<__nv_bfloat16>(plan.gathered * plan.rope);
     plan.weights = workspace.take<__nv_bfloat16>(heads * plan.columns() * plan.rank);
     plan.expanded = workspace.take<__nv_bfloat16>(all_expanded / 2);
     plan.states = workspace.take<float>(all_states / 4);
@@ -99,6 +100,40 @@ int launch_tensor(const Plan& plan, const Device& device, cudaStream_t stream) {
     return check_cuda("MlaPrefill",
                       cudaLaunchCooperativeKernel(kernel, dim3(blocks * device.multiprocessors), dim3(S::threads),
                                                   parameters, bytes, stream));
+}
+
+// Whether SM90's own kernel takes it. Code for sm_90a alone has the kernel's body, and with it its static shared memory.
+bool takes_hopper(const Plan& plan, const Device& device) {
+    using S = prefill_hopper::HopperShape;
+    cudaFuncAttributes attributes;
+    return device.major == 9 && plan.arguments.nope == S::nope && plan.arguments.layout.rope == S::rope &&
+           plan.arguments.value == S::width && plan.rank == 512 &&
+           cudaFuncGetAttributes(&attributes, prefill_hopper::prefill_hopper) == cudaSuccess && attributes.sharedSizeBytes > 0;
+}
+
+int launch_hopper(const Plan& plan, const Device& device, cudaStream_t stream) {
+    prefill_hopper::Maps maps;
+    int64_t const heads = plan.arguments.heads, chunk_keys = plan.chunk_keys();
+    std::array<int, 4> const box{128, 128, 1, 1};
+    if (int status = make_tensor_map(&maps.latents, plan.latents, {1024, plan.gathered, 1, 1}, {1024, 1024, 1024}, box)) return status;
+    if (int status = make_tensor_map(&maps.weights, plan.weights, {1024, heads * plan.columns(), 1, 1}, {1024, 1024, 1024}, box)) {
+        return status;
+    }
+    if (int status = make_tensor_map(&maps.expanded, plan.expanded, {512, chunk_keys, plan.group_heads, 1},
+                                     {512, 512 * chunk_keys, 512}, box)) {
+        return status;
+    }
+    if (int status = make_tensor_map(&maps.ropes, plan.ropes, {128, plan.gathered, 1, 1}, {128, 128, 128}, box)) return status;
+    auto* const kernel = prefill_hopper::prefill_hopper;
+    constexpr int bytes = prefill_hopper::place::total;
+    if (int status = check_cuda("MlaPrefill: shared memory",
+                                cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes))) {
+        return status;
+    }
+    void* parameters[] = {const_cast<Plan*>(&plan), &maps};
+    return check_cuda("MlaPrefill",
+                      cudaLaunchCooperativeKernel(kernel, dim3(device.multiprocessors),
+                                                  dim3(prefill_hopper::HopperShape::threads), parameters, bytes, stream));
 }
 
 int launch_plain(const PrefillArguments& a, const Device& device, cudaStream_t stream) {
@@ -132,6 +167,7 @@ int enqueue_prefill(const PrefillArguments& a, Workspace& workspace, cudaStream_
     if (int status = current_device(&device)) return status;
     int64_t const available = device.shared_bytes - 1024;  // less what the kernels have besides
     if (!in_f32) {
+        if (takes_hopper(plan, device)) return launch_hopper(plan, device, stream);
         if (plan.value <= Narrow::width && Narrow::shared_bytes(plan.key_stride) <= available) {
             return launch_tensor<Narrow>(plan, device, stream);
         }

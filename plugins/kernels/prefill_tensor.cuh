@@ -44,6 +44,7 @@ struct Plan {
     int32_t group_heads;   // heads of a group
     int32_t chunk_tiles;   // key tiles of a chunk
     int32_t value_slices;  // units that share the columns of the output
+    int64_t gathered;      // keys of a chunk that there is room for
     bool nope_vectors, rope_vectors;  // the query's rows can be read 8 values at once
     bool output_pairs;                // the output's rows can be written 2 values at once
 
@@ -736,9 +737,9 @@ __device__ __noinline__ void attend_unit(const Plan& plan, uint8_t* shared, cons
     }
 }
 
-template <typename S>
-__device__ void attend(const Plan& plan, uint8_t* shared, int32_t head0, int32_t heads, int32_t chunk_start,
-                       int32_t chunk_end) {
+// The units of a chunk and a group of heads in turn, by `attend_one(unit)`.
+template <typename S, typename F>
+__device__ void attend(const Plan& plan, int32_t heads, int32_t chunk_start, int32_t chunk_end, F attend_one) {
     __shared__ Unit unit;
     __shared__ bool found;
     int32_t query_end = 0, query_count = 0, units = 0;
@@ -760,7 +761,7 @@ __device__ void attend(const Plan& plan, uint8_t* shared, int32_t head0, int32_t
         }
         __syncthreads();
         if (!found) return;
-        attend_unit<S>(plan, shared, unit, head0);
+        attend_one(unit);
     }
 }
 
@@ -786,7 +787,8 @@ __global__ void __launch_bounds__(S::threads, S::blocks) prefill_tensor(const __
             if (blockIdx.x == 0 && threadIdx.x == 0) *plan.counter = 0;
             expand<S>(plan, shared_memory, head0, heads, end - start);
             grid.sync();
-            attend<S>(plan, shared_memory, head0, heads, start, end);
+            attend<S>(plan, heads, start, end,
+                      [&](const Unit& unit) { attend_unit<S>(plan, shared_memory, unit, head0); });
             grid.sync();
         }
     }
