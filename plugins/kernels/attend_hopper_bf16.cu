@@ -149,7 +149,7 @@ __device__ void load_query(const Attend& work, const Item& item, uint8_t* memory
         reinterpret_cast<int32_t*>(memory + place::limits)[thread] =
             thread < item.count ? last_key(work, item.first_token + (item.first_head + thread) / work.heads) : -1;
     }
-    copy_async_wait<0>();
+    copy_async_wait_all();
     fence_async();
 }
 

@@ -75,7 +75,11 @@ __device__ inline void registers_increase() {
 
 __device__ inline void product_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void product_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-__device__ inline void product_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+// Until at most `pending` committed groups of products are under way.
+template <int pending = 0>
+__device__ inline void product_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
+}
 
 // Keeps the compiler from moving accesses of an accumulator across products in flight.
 template <int n>

@@ -54,6 +54,10 @@ __device__ inline void copy_async_16(uint32_t shared, const void* global, bool v
 
 __device__ inline void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
+// Waits for all copies of this thread, those that no commit has made a group of included.
+__device__ inline void copy_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// Waits until at most `pending` groups of copies are under way. Copies without a commit are in no group.
 template <int pending>
 __device__ inline void copy_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");

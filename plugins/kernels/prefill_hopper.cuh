@@ -30,6 +30,7 @@ struct HopperShape {
 constexpr int piece_bytes = 128 * 128;  // 128 rows of 64 values
 constexpr int keys_of_tile = 128;
 constexpr int key_pieces = 3, value_pieces = 2;
+enum : int { turn = 1 };  // named barriers, of each warpgroup: it may multiply
 constexpr int expand_ring = 4, expand_pieces = 2;  // in flight; of latents and weights
 
 // Where things lie in shared memory, in bytes. What is expanded has the place of keys and values.
@@ -94,32 +95,41 @@ __device__ inline void expand(const Plan& plan, const Maps& maps, uint8_t* memor
     if (threadIdx.x == 0) {
         for (int step = 0; step < expand_ring - 1; ++step) order(step);
     }
-    float sums[64];
-    for (int64_t step = 0; step < own_steps; ++step) {
-        if (step % depth == 0) {
-#pragma unroll
-            for (int i = 0; i < 64; ++i) sums[i] = 0.0f;
-        }
-        uint32_t const number = steps + static_cast<uint32_t>(step), slot = number % expand_ring;
-        uint32_t const base = shared_address(memory) + slot * (expand_pieces * piece_bytes);
-        uint32_t const a = tile_descriptor(base + warp / 4 * (piece_bytes / 2)), b = tile_descriptor(base + piece_bytes);
-        barrier_wait(shared_address(memory + place::expand_full) + 8 * slot, number / expand_ring & 1);
+    for (int64_t first = 0; first < own_steps; first += depth) {
+        float sums[64];
         pin(sums);
-        product_fence();
-        product_bf16<0, false>(sums, a, b);
-        product_bf16<1, false>(sums, a, b);
-        product_bf16<2, false>(sums, a, b);
-        product_bf16<3, false>(sums, a, b);
-        product_commit();
-        if (threadIdx.x == 0) order(step + expand_ring - 1);
-        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < depth; ++i) {
+            uint32_t const number = steps + static_cast<uint32_t>(first) + i, slot = number % expand_ring;
+            uint32_t const base = shared_address(memory) + slot * (expand_pieces * piece_bytes);
+            uint32_t const x = tile_descriptor(base + warp / 4 * (piece_bytes / 2)), w = tile_descriptor(base + piece_bytes);
+            barrier_wait(shared_address(memory + place::expand_full) + 8 * slot, number / expand_ring & 1);
+            product_fence();
+            if (i == 0) {
+                product_bf16<0, true>(sums, x, w);
+            } else {
+                product_bf16<0, false>(sums, x, w);
+            }
+            product_bf16<1, false>(sums, x, w);
+            product_bf16<2, false>(sums, x, w);
+            product_bf16<3, false>(sums, x, w);
+            product_commit();
+            if (i > 0) {  // the products before are done
+                product_wait<1>();
+                if (lane == 0) barrier_arrive(shared_address(memory + place::expand_used) + 8 * ((number - 1) % expand_ring));
+            }
+            if (threadIdx.x == 0) order(first + i + expand_ring - 1);
+            __syncwarp();
+        }
         product_wait();
         pin(sums);
-        if (lane == 0) barrier_arrive(shared_address(memory + place::expand_used) + 8 * slot);
-        if (step % depth != depth - 1) continue;
+        if (lane == 0) {
+            barrier_arrive(shared_address(memory + place::expand_used) +
+                           8 * ((steps + static_cast<uint32_t>(first) + depth - 1) % expand_ring));
+        }
 
         // Lanes 2 i and 2 i + 1 exchange, so that each stores four neighbouring columns of one of two groups of eight.
-        int64_t const job = job_of(step);
+        int64_t const job = job_of(first);
         int32_t const m0 = static_cast<int32_t>(job % down) * keys_of_tile, n0 = static_cast<int32_t>(job / down) * 128;
         int32_t const head = n0 / plan.columns();
         __nv_bfloat16* const target = plan.expanded +
@@ -189,22 +199,25 @@ __device__ inline void attend_unit(const Plan& plan, const Maps& maps, uint8_t* 
     // a negative softmax scale goes into the queries, as in prefill_tensor.cuh
     uint32_t const signs = a.softmax_scale < 0.0f ? 0x80008000u : 0u;
     float const factor = fmaxf(fabsf(a.softmax_scale) * log2e, 1e-30f);
+    bool const copies = plan.nope_vectors && plan.rope_vectors && a.query_nope.type == MLA_BFLOAT16 &&
+                        a.query_rope.type == MLA_BFLOAT16 && signs == 0;
     for (int i = threadIdx.x; i < HopperShape::rows * key_pieces * 8; i += HopperShape::threads) {
         int const row = i / (key_pieces * 8), u = i % (key_pieces * 8);
-        int64_t const token = unit.token + row;
-        uint4 values = make_uint4(0, 0, 0, 0);
-        if (row < unit.rows && u < HopperShape::nope / 8) {
-            values = load_eight(a.query_nope.data, a.query_nope.type,
-                                token * a.query_nope.token_stride + head * a.query_nope.head_stride + u * 8, 8,
-                                plan.nope_vectors);
-        } else if (row < unit.rows) {
-            values = load_eight(a.query_rope.data, a.query_rope.type,
-                                token * a.query_rope.token_stride + head * a.query_rope.head_stride + (u - HopperShape::nope / 8) * 8,
-                                8, plan.rope_vectors);
+        bool const there = row < unit.rows, is_nope = u < HopperShape::nope / 8;
+        const HeadView<const void*>& view = is_nope ? a.query_nope : a.query_rope;
+        int64_t const at = (unit.token + row) * view.token_stride + head * view.head_stride +
+                           (is_nope ? u : u - HopperShape::nope / 8) * 8;
+        uint8_t* const target = memory + place::queries + u / 8 * piece_bytes + row * 128 + ((u % 8 ^ (row & 7)) << 4);
+        if (copies) {
+            copy_async_16(shared_address(target), static_cast<const __nv_bfloat16*>(view.data) + (there ? at : 0), there);
+            continue;
         }
-        values = make_uint4(values.x ^ signs, values.y ^ signs, values.z ^ signs, values.w ^ signs);
-        *reinterpret_cast<uint4*>(memory + place::queries + u / 8 * piece_bytes + row * 128 + ((u % 8 ^ (row & 7)) << 4)) = values;
+        uint4 values = make_uint4(0, 0, 0, 0);
+        if (there) values = load_eight(view.data, view.type, at, 8, is_nope ? plan.nope_vectors : plan.rope_vectors);
+        *reinterpret_cast<uint4*>(target) =
+            make_uint4(values.x ^ signs, values.y ^ signs, values.z ^ signs, values.w ^ signs);
     }
+    copy_async_wait_all();
     fence_async();
 
     float sums[64], largest[2], total[2];  // total: this lane's part
@@ -228,7 +241,11 @@ __device__ inline void attend_unit(const Plan& plan, const Maps& maps, uint8_t* 
     }
     __syncthreads();  // the queries are there
 
-    int const group_row = warp / 4 * 64;
+    // The warpgroups take turns: one multiplies, values of a tile and keys of the next, while the other makes weights.
+    int const side = warp / 4, group_row = side * 64;
+    auto take_turn = [&] { named_sync(turn + side, HopperShape::threads); };
+    auto pass_turn = [&] { named_arrive(turn + 1 - side, HopperShape::threads); };
+    if (side == 1) pass_turn();
     bool const idle = group_row >= unit.rows;
     uint32_t const queries = tile_descriptor(shared_address(memory + place::queries) + group_row * 128);
     for (int32_t tile = 0; tile < count; ++tile) {
@@ -240,6 +257,7 @@ __device__ inline void attend_unit(const Plan& plan, const Maps& maps, uint8_t* 
         uint64_t const masks[2] = {plan.key_masks[first_tile], whole ? plan.key_masks[first_tile + 1] : 0};
         float scores[64];
         barrier_wait(barrier_of(place::keys_full, number), number / 2 & 1);
+        if (tile == 0) take_turn();
         if (!skip) {
             uint32_t const keys = tile_descriptor(shared_address(memory + place::keys) + (number & 1) * (key_pieces * piece_bytes));
             pin(scores);
@@ -256,12 +274,13 @@ __device__ inline void attend_unit(const Plan& plan, const Maps& maps, uint8_t* 
             piece(std::integral_constant<int, 1>());
             piece(std::integral_constant<int, 2>());
             product_commit();
+            pass_turn();  // what the other one multiplies comes behind these products
             product_wait();
             pin(scores);
+        } else {
+            pass_turn();
         }
         if (lane == 0) barrier_arrive(barrier_of(place::keys_used, number));
-        if (threadIdx.x == 0 && tile >= 1) order_values(tile + 1);
-        __syncwarp();
 
         uint32_t weights[8][4];
         if (!skip) {
@@ -301,9 +320,13 @@ __device__ inline void attend_unit(const Plan& plan, const Maps& maps, uint8_t* 
                 for (int i = 0; i < 64; ++i) sums[i] *= scale[i / 2 % 2];
             }
         }
-        if (threadIdx.x == 0) order_keys(tile + 2);
+        if (threadIdx.x == 0) {
+            order_keys(tile + 2);
+            if (tile >= 1) order_values(tile + 1);
+        }
         __syncwarp();
         barrier_wait(barrier_of(place::values_full, number), number / 2 & 1);
+        take_turn();
         if (!skip) {
             uint32_t const values =
                 tile_descriptor(shared_address(memory + place::values) + (number & 1) * (value_pieces * piece_bytes));
@@ -335,6 +358,7 @@ __device__ inline void attend_unit(const Plan& plan, const Maps& maps, uint8_t* 
         }
         if (lane == 0) barrier_arrive(barrier_of(place::values_used, number));
     }
+    if (side == 0) pass_turn();
     tiles += static_cast<uint32_t>(count);
 
 #pragma unroll
