@@ -193,24 +193,29 @@ struct RowFinder {
     const Item& item;
     int32_t end, count, last;  // keys that exist, entries, tiles
     int line;
-    int32_t key_next, key_later, page_next;
+    int page_shift;  // of a page size that is a power of two, else -1
+    int32_t key_next, key_later, page_next, slot_next;
     Row row;  // of the tile that `advance` or the constructor named
 
     __device__ RowFinder(const Attend& attend, const Item& block, int32_t key_end, int32_t entries, int32_t first_tile,
                          int32_t last_tile, int line_of_thread)
         : work(attend), item(block), end(key_end), count(entries), last(last_tile), line(line_of_thread) {
+        int const size = work.layout.page_size;
+        page_shift = (size & (size - 1)) == 0 ? __ffs(size) - 1 : -1;
         int32_t const key = key_of(first_tile);
         key_next = key_of(first_tile + 1);
         key_later = key_of(first_tile + 2);
-        row = row_at(work, key, page_entry(key));
-        page_next = page_entry(key_next);
+        int32_t slot;
+        int32_t const page = page_entry(key, &slot);
+        row = row_in(key, page, slot);
+        page_next = page_entry(key_next, &slot_next);
     }
 
     // To the row of tile `index`, which follows the one before.
     __device__ void advance(int32_t index) {
-        row = row_at(work, key_next, page_next);
+        row = row_in(key_next, page_next, slot_next);
         key_next = key_later;
-        page_next = page_entry(key_next);
+        page_next = page_entry(key_next, &slot_next);
         key_later = key_of(index + 2);
     }
 
@@ -221,9 +226,24 @@ private:
         return work.indices == nullptr ? entry : work.indices[item.first_token * work.top_k + entry];
     }
 
-    __device__ int32_t page_entry(int32_t key) const {
+    __device__ int32_t page_entry(int32_t key, int32_t* slot) const {
+        *slot = 0;
         if (key < 0 || key >= end) return -1;
-        return work.step.block_table[item.sequence * work.step.max_pages + key / work.layout.page_size];
+        int32_t const column = page_shift >= 0 ? key >> page_shift : key / work.layout.page_size;
+        *slot = key - column * work.layout.page_size;
+        return work.step.block_table[item.sequence * work.step.max_pages + column];
+    }
+
+    // As row_at, which divides again.
+    __device__ Row row_in(int32_t key, int32_t page, int32_t slot) const {
+        const KvLayout& layout = work.layout;
+        Row found{nullptr, layout.format == row_format::fp8_flat ? layout.kv_scale : 1.0f, masked};
+        if (page < 0 || page >= work.step.pages) return found;
+        const uint8_t* page_bytes = work.pool + page * layout.page_bytes;
+        found.bytes = page_bytes + static_cast<int64_t>(slot) * layout.row_bytes;
+        if (layout.has_page_scales()) found.scale = reinterpret_cast<const float*>(page_bytes + layout.scales_offset)[slot];
+        found.position = key;
+        return found;
     }
 };
 

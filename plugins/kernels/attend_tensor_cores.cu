@@ -141,12 +141,18 @@ __global__ void __launch_bounds__(threads, 1)
         if constexpr (codes) {
             constexpr int row_bytes = code_row_bytes<rank_padded>;
             uint32_t const target = shared_address(tiles + stage * tile * row_bytes) + line * row_bytes;
-            int const key = code_key(line);
-            for (int piece = quarter; piece < latent_pieces; piece += 4) {
-                copy_async_16(target + (piece ^ key) * 16, source + 16 * piece, there);
-            }
-            for (int piece = quarter; piece < rope_pieces; piece += 4) {
-                copy_async_16(target + rank_padded + (piece ^ key) * 16, source + work.layout.rope_offset + 16 * piece, there);
+            source += 16 * quarter;
+            const uint8_t* rope_source = source + work.layout.rope_offset;
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {  // of eight units each, which are permuted alike
+                int const unit = 4 * half + quarter, at = (unit ^ code_key(line)) * 16;
+#pragma unroll
+                for (int piece = 0; piece < rank_padded / 16; piece += 8) {
+                    if (piece + unit < latent_pieces) {
+                        copy_async_16(target + at + 16 * piece, source + 16 * (piece + 4 * half), there);
+                    }
+                }
+                if (unit < rope_pieces) copy_async_16(target + at + rank_padded, rope_source + 64 * half, there);
             }
             if (grouped && quarter == 0) {
                 copy_async_16(shared_address(memory + shared.group_scales) + (stage * tile + line) * code_scales_bytes,
