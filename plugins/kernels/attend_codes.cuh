@@ -49,36 +49,64 @@ __device__ inline uint32_t code_pair(uint32_t codes) {
 // `width` / 16 products, 16 bytes of each lane. A warp makes the four products of a group of 64 columns at a time.
 constexpr int fragment_bytes = warp_size * 16;
 
-template <int rows, int rank_padded>
+template <int rows, int rank_padded, int warps>
 __device__ void load_code_queries(const Attend& work, const Item& item, uint8_t* query, bool aligned) {
-    constexpr int groups = (rank_padded + rope_padded) / 64;
+    constexpr int groups = (rank_padded + rope_padded) / 64, count = rows / 16 * groups;
     bool const flat = work.layout.format == row_format::fp8_flat;
     int const lane = threadIdx.x % warp_size, g = lane / 4, t = lane % 4;
-    for (int i = threadIdx.x / warp_size; i < rows / 16 * groups; i += blockDim.x / warp_size) {
-        int const group = i % groups;
-        bool const is_rope = group == rank_padded / 64;
-        __nv_bfloat162 const factor = __float2bfloat162_rn(is_rope && !flat ? code_rope_query_factor : code_query_factor);
-        uint32_t words[2][2][4];  // two times eight columns of rows g and g + 8
+    // two times eight columns of rows g and g + 8
+    auto load = [&](int i, auto load_eight_of, uint4 (&units)[2][2]) {
+        bool const is_rope = i % groups == rank_padded / 64;
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
-            int const column = (is_rope ? 0 : group * 64) + (is_rope ? 4 * k + t : 2 * t + k) * 8;
+            int const column = is_rope ? (4 * k + t) * 8 : i % groups * 64 + (2 * t + k) * 8;
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                uint4 const bits = load_query_eight(work, item, i / groups * 16 + half * 8 + g, column, is_rope, aligned);
-                uint32_t const loaded[4] = {bits.x, bits.y, bits.z, bits.w};
-#pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                    __nv_bfloat162 const pair = __hmul2(reinterpret_cast<const __nv_bfloat162&>(loaded[j]), factor);
-                    words[k][half][j] = reinterpret_cast<const uint32_t&>(pair);
-                }
-            }
+            for (int half = 0; half < 2; ++half) units[k][half] = load_eight_of(i / groups * 16 + half * 8 + g, column, is_rope);
         }
+    };
+    auto store = [&](int i, const uint4 (&units)[2][2]) {
+        bool const is_rope = i % groups == rank_padded / 64;
+        __nv_bfloat162 const factor = __float2bfloat162_rn(is_rope && !flat ? code_rope_query_factor : code_query_factor);
+        auto scaled = [&](uint32_t word) {
+            __nv_bfloat162 const pair = __hmul2(reinterpret_cast<const __nv_bfloat162&>(word), factor);
+            return reinterpret_cast<const uint32_t&>(pair);
+        };
         auto* const to = reinterpret_cast<uint4*>(query + i * 4 * fragment_bytes) + lane;
 #pragma unroll
-        for (int product = 0; product < 4; ++product) {
-            const uint32_t(&w)[2][4] = words[product / 2];
-            int const j = product % 2 * 2;
-            to[product * warp_size] = make_uint4(w[0][j], w[1][j], w[0][j + 1], w[1][j + 1]);
+        for (int k = 0; k < 2; ++k) {
+            uint4 const low = units[k][0], high = units[k][1];
+            to[2 * k * warp_size] = make_uint4(scaled(low.x), scaled(high.x), scaled(low.y), scaled(high.y));
+            to[(2 * k + 1) * warp_size] = make_uint4(scaled(low.z), scaled(high.z), scaled(low.w), scaled(high.w));
+        }
+    };
+    int const warp = threadIdx.x / warp_size;
+    if (aligned && work.query.type == MLA_BFLOAT16) {  // all are read first
+        constexpr int each = ceil_div(count, warps);
+        uint4 units[each][2][2];
+        auto load_whole = [&](int row, int column, bool is_rope) {
+            int const pair = item.first_head + row;
+            int64_t const at = (item.first_token + pair / work.heads) * work.query.token_stride +
+                               (pair % work.heads) * work.query.head_stride + (is_rope ? work.layout.rank : 0) + column;
+            bool const there = row < item.count && column < (is_rope ? work.layout.rope : work.layout.rank);
+            return there ? *reinterpret_cast<const uint4*>(static_cast<const __nv_bfloat16*>(work.query.data) + at)
+                         : make_uint4(0, 0, 0, 0);
+        };
+#pragma unroll
+        for (int i = 0; i < each; ++i) {
+            if (warp + i * warps < count) load(warp + i * warps, load_whole, units[i]);
+        }
+#pragma unroll
+        for (int i = 0; i < each; ++i) {
+            if (warp + i * warps < count) store(warp + i * warps, units[i]);
+        }
+    } else {
+#pragma unroll 1
+        for (int i = warp; i < count; i += warps) {
+            uint4 units[2][2];
+            load(i, [&](int row, int column, bool is_rope) {
+                return load_query_eight(work, item, row, column, is_rope, aligned);
+            }, units);
+            store(i, units);
         }
     }
 }

@@ -71,7 +71,7 @@ __device__ inline void store_four(void* data, int32_t type, int64_t index, float
 }
 
 template <int rows, int rank_padded, keys_as keys_mode>
-__global__ void __launch_bounds__(threads, 1)
+__global__ void __launch_bounds__(threads, rows == 16 ? 2 : 1)
     attend_kernel(Attend work, Partials partials, Shared shared, bool query_aligned, bool output_aligned) {
     constexpr bool codes = are_codes(keys_mode), grouped = keys_mode == keys_as::grouped_codes;
     constexpr int parts = column_parts(rows, keys_mode);
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(threads, 1)
         }
     }
     if constexpr (codes) {
-        load_code_queries<rows, rank_padded>(work, item, query, query_aligned);
+        load_code_queries<rows, rank_padded, warps>(work, item, query, query_aligned);
     } else {
         load_queries<rows, rank_padded>(work, item, query, query_aligned);
     }
