@@ -117,14 +117,14 @@ __device__ void load_code_queries(const Attend& work, const Item& item, uint8_t*
 // (of the first of the lane's keys of C, 2 t).
 template <int rank_padded, int m_tiles, int n_tiles, int parts, bool grouped>
 __device__ inline void code_scores(float (&scores)[m_tiles][n_tiles][4], const uint8_t* const (&queries)[m_tiles],
-                                       const uint8_t* keys, const float* group_scales, bool rope_codes, int part, int g,
-                                       int t) {
+                                   const uint8_t* keys, const float* group_scales, bool rope_codes, int part, int g, int t) {
     constexpr int key_bytes = code_row_bytes<rank_padded>;
-    constexpr int chains = m_tiles * n_tiles < 4 ? 4 : 1;  // sums of each product of a few, so that they need not wait
+    constexpr int chains = m_tiles * n_tiles < 4 ? 4 : 1;  // sums of each tile, so that products need not wait for each other
     int const key = code_key(g);
     float sums[chains][m_tiles][n_tiles][4] = {};
     // Sums stand for what they hold times the scale of the group at work: from one to the next they are multiplied by the
-    // scales' ratio. A scale below the least counts as the least, which no score can tell.
+    // scales' ratio, which takes fewer registers than sums of each group. A scale below the least counts as the least: no score
+    // can tell.
     constexpr float least_scale = 0x1p-60f;
     auto scale_of = [&](int n, int i, int group) {
         return fmaxf(group_scales[(n * 8 + i) * code_groups + group], least_scale);
@@ -241,7 +241,8 @@ __device__ inline void add_code_output(float (&sums)[m_tiles][n_tiles][4], uint3
     constexpr int steps = tile / 16 / together * loads, ahead = 2 < steps ? 2 : 1;
     uint32_t a[m_tiles][4], words[ahead + 1][4];
     auto load = [&](int step) {
-        ldmatrix_x4_transposed(words[step % (ahead + 1)], b_row + columns[step % loads] + step / loads * together * 16 * row_bytes);
+        ldmatrix_x4_transposed(words[step % (ahead + 1)],
+                               b_row + columns[step % loads] + step / loads * together * 16 * row_bytes);
     };
 #pragma unroll
     for (int step = 0; step < ahead; ++step) load(step);
