@@ -1,4 +1,4 @@
-// Attention on tensor cores, for every GPU from SM80 on: bf16 products, f32 sums, R up to 512.
+// Attention on tensor cores of every GPU from SM80 on: bf16 products, f32 sums, R up to 512.
 //
 // A block has M rows (heads, or tokens x heads of one sequence) and walks over tiles of 64 keys. Eight warps: for the scores they
 // share rows and keys (and, over codes, columns), for the output each has all rows and an eighth of the latent: the latent part
@@ -109,17 +109,8 @@ __global__ void __launch_bounds__(threads, rows == 16 ? 2 : 1)
         for (int i = threadIdx.x; i < (shared.raw - shared.tiles) / 16; i += threads) {
             reinterpret_cast<uint4*>(tiles)[i] = make_uint4(0, 0, 0, 0);
         }
+        __syncthreads();
     }
-    if constexpr (codes) {
-        load_code_queries<rows, rank_padded, warps>(work, item, query, query_aligned);
-    } else {
-        load_queries<rows, rank_padded>(work, item, query, query_aligned);
-    }
-    for (int row = threadIdx.x; row < rows; row += threads) {
-        limits[row] =
-            row < item.count ? last_key(work, item.first_token + (item.first_head + row) / work.heads) : -1;
-    }
-    __syncthreads();
 
     // the keys of this part
     int64_t const last_token = item.first_token + (item.first_head + item.count - 1) / work.heads;
@@ -176,6 +167,23 @@ __global__ void __launch_bounds__(threads, rows == 16 ? 2 : 1)
             scales[slot * tile + line] = codes ? row.scale * code_scale_factor : row.scale;
         }
     };
+    if (first < last) {
+        copy(0, 0, finder.row);
+        finder.advance(first + 1);
+    }
+
+    // queries, while the first tile is copied
+    if constexpr (codes) {
+        load_code_queries<rows, rank_padded, warps>(work, item, query, query_aligned);
+    } else {
+        load_queries<rows, rank_padded>(work, item, query, query_aligned);
+    }
+    for (int row = threadIdx.x; row < rows; row += threads) {
+        limits[row] =
+            row < item.count ? last_key(work, item.first_token + (item.first_head + row) / work.heads) : -1;
+    }
+    __syncthreads();
+
     int const row_warp = warp / key_warps, key_warp = warp % key_warps;
     // Where a lane's 16 bytes of an ldmatrix lie in a row's group of 128 bytes (`swizzled`, all rows of a lane being alike
     // modulo 8): for 16 columns with the second half in lanes 16 to 31 (queries, weights, values), in every other eighth of
@@ -197,10 +205,6 @@ __global__ void __launch_bounds__(threads, rows == 16 ? 2 : 1)
     float top[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f};
     float sums[row_warps][latent_tiles][4] = {};
 
-    if (first < last) {
-        copy(0, 0, finder.row);
-        finder.advance(first + 1);
-    }
     for (int32_t index = first; index < last; ++index) {
         int const slot = (index - first) % 2, stage = shared.stages == 2 ? slot : 0;
         copy_async_wait<0>();
