@@ -16,12 +16,6 @@ inline bool is_direct(const KvLayout& layout) {
     return layout.format == row_format::bf16 && layout.rank % 8 == 0 && layout.rope % 8 == 0;
 }
 
-// Whether `convert` may take 16 bytes at a time.
-inline bool converts_fast(const KvLayout& layout) {
-    return layout.format != row_format::bf16 && layout.rank % 16 == 0 && layout.rope_offset % 16 == 0 &&
-           layout.rope % (layout.format == row_format::fp8_flat ? 16 : 8) == 0;
-}
-
 inline bool queries_aligned(const Attend& work) {
     return work.layout.rank % 8 == 0 &&
            aligned_for_eight(work.query.data, work.query.token_stride, work.query.head_stride, work.query.type);
@@ -139,79 +133,11 @@ __device__ inline void zero_padding(const Attend& work, const Item& item) {
     }
 }
 
-// 16 e4m3 codes as bf16, times `factor` where the format has scales inside the row.
-__device__ inline void decode_sixteen(uint4 codes, bool scaled, float factor, uint4& low, uint4& high) {
-    uint2 const a = decode_e4m3x4(codes.x), b = decode_e4m3x4(codes.y);
-    uint2 const c = decode_e4m3x4(codes.z), d = decode_e4m3x4(codes.w);
-    uint32_t words[8] = {a.x, a.y, b.x, b.y, c.x, c.y, d.x, d.y};
-    if (scaled) {
-#pragma unroll
-        for (uint32_t& word : words) {
-            float2 const values = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(word));
-            __nv_bfloat162 const pair = __floats2bfloat162_rn(values.x * factor, values.y * factor);
-            word = reinterpret_cast<const uint32_t&>(pair);
-        }
-    }
-    low = make_uint4(words[0], words[1], words[2], words[3]);
-    high = make_uint4(words[4], words[5], words[6], words[7]);
-}
-
-// Copied rows to the tile of keys, by `threads` threads of which this is number `thread`. `fast`: latent and rope divide into
-// 16-byte pieces.
+// Copied rows to the tile of keys, by `threads` threads of which this is number `thread`, value by value.
 template <int tile, int threads, int rank_padded>
-__device__ inline void convert(const KvLayout& layout, const uint8_t* raw, uint8_t* keys, bool fast, int thread) {
+__device__ inline void convert(const KvLayout& layout, const uint8_t* raw, uint8_t* keys, int thread) {
     constexpr int width = rank_padded + rope_padded;
     bool const grouped = layout.format == row_format::fp8_ds_mla;
-    if (fast) {
-        // read in batches: the compiler cannot know that a row that is written is none that is still to be read
-        constexpr int pieces = rank_padded / 16, each = tile * pieces / threads;
-        constexpr int batch = each < 4 ? each : 4, rounds = each / batch;
-        static_assert(each > 0 && tile * pieces == threads * batch * rounds);
-#pragma unroll
-        for (int round = 0; round < rounds; ++round) {
-            uint4 codes[batch];
-            float factors[batch];
-#pragma unroll
-            for (int i = 0; i < batch; ++i) {
-                int const item = thread + (round * batch + i) * threads;
-                int const column = item % pieces * 16;
-                const uint8_t* row = raw + item / pieces * layout.row_bytes;
-                bool const there = column < layout.rank;
-                codes[i] = there ? *reinterpret_cast<const uint4*>(row + column) : make_uint4(0, 0, 0, 0);
-                factors[i] = 1.0f;
-                if (grouped && there) {
-                    factors[i] = *reinterpret_cast<const float*>(row + layout.rank + 4 * (column / scale_group));
-                }
-            }
-#pragma unroll
-            for (int i = 0; i < batch; ++i) {
-                int const item = thread + (round * batch + i) * threads;
-                int const line = item / pieces, column = item % pieces * 16;
-                uint4 low, high;
-                decode_sixteen(codes[i], grouped, factors[i], low, high);
-                // of eight lanes four write their upper half first: together they then meet every bank once
-                bool const swap = (thread & 4) != 0;
-                *reinterpret_cast<uint4*>(keys + swizzled(line, column + (swap ? 8 : 0), width)) = swap ? high : low;
-                *reinterpret_cast<uint4*>(keys + swizzled(line, column + (swap ? 0 : 8), width)) = swap ? low : high;
-            }
-        }
-        bool const flat = layout.format == row_format::fp8_flat;
-        int const step = flat ? 16 : 8;
-        for (int i = thread; i < tile * (layout.rope / step); i += threads) {
-            int const line = i / (layout.rope / step), column = i % (layout.rope / step) * step;
-            uint4 const bits =
-                *reinterpret_cast<const uint4*>(raw + line * layout.row_bytes + layout.rope_offset + (flat ? 1 : 2) * column);
-            if (flat) {
-                uint4 low, high;
-                decode_sixteen(bits, false, 1.0f, low, high);
-                *reinterpret_cast<uint4*>(keys + swizzled(line, rank_padded + column, width)) = low;
-                *reinterpret_cast<uint4*>(keys + swizzled(line, rank_padded + column + 8, width)) = high;
-            } else {
-                *reinterpret_cast<uint4*>(keys + swizzled(line, rank_padded + column, width)) = bits;
-            }
-        }
-        return;
-    }
     int const values = layout.rank + layout.rope;
     for (int i = thread; i < tile * values; i += threads) {
         int const line = i / values, column = i % values;
@@ -236,21 +162,26 @@ __device__ inline void convert(const KvLayout& layout, const uint8_t* raw, uint8
     }
 }
 
-// The rows' queries to shared memory, zero where there is no row and in the padding.
+// Eight values of the latent or the rope part of a row's query, from `column` on of that part; zero where there is no row and
+// behind the part's end.
+__device__ inline uint4 load_query_eight(const Attend& work, const Item& item, int row, int column, bool is_rope, bool aligned) {
+    int const flat = item.first_head + row;
+    int64_t const base = (item.first_token + flat / work.heads) * work.query.token_stride +
+                         (flat % work.heads) * work.query.head_stride;
+    int const rank = work.layout.rank;
+    int const count = row < item.count ? (is_rope ? work.layout.rope : rank) - column : 0;
+    return load_eight(work.query.data, work.query.type, base + (is_rope ? rank : 0) + column, count, aligned);
+}
+
+// The rows' queries to shared memory as ldmatrix reads them, zero where there is no row and in the padding.
 template <int rows, int rank_padded>
 __device__ void load_queries(const Attend& work, const Item& item, uint8_t* query, bool aligned) {
     constexpr int width = rank_padded + rope_padded, units = width / 8;
-    int const rank = work.layout.rank, rope = work.layout.rope;
     for (int i = threadIdx.x; i < rows * units; i += blockDim.x) {
         int const row = i / units, column = i % units * 8;
-        int const flat = item.first_head + row;
-        int64_t const base = (item.first_token + flat / work.heads) * work.query.token_stride +
-                             (flat % work.heads) * work.query.head_stride;
         bool const is_rope = column >= rank_padded;
-        int const at = is_rope ? column - rank_padded : column;
-        int const count = row < item.count ? (is_rope ? rope : rank) - at : 0;
         *reinterpret_cast<uint4*>(query + swizzled(row, column, width)) =
-            load_eight(work.query.data, work.query.type, base + (is_rope ? rank : 0) + at, count, aligned);
+            load_query_eight(work, item, row, is_rope ? column - rank_padded : column, is_rope, aligned);
     }
 }
 
@@ -262,24 +193,29 @@ struct RowFinder {
     const Item& item;
     int32_t end, count, last;  // keys that exist, entries, tiles
     int line;
-    int32_t key_next, key_later, page_next;
+    int page_shift;  // of a page size that is a power of two, else -1
+    int32_t key_next, key_later, page_next, slot_next;
     Row row;  // of the tile that `advance` or the constructor named
 
     __device__ RowFinder(const Attend& attend, const Item& block, int32_t key_end, int32_t entries, int32_t first_tile,
                          int32_t last_tile, int line_of_thread)
         : work(attend), item(block), end(key_end), count(entries), last(last_tile), line(line_of_thread) {
+        int const size = work.layout.page_size;
+        page_shift = (size & (size - 1)) == 0 ? __ffs(size) - 1 : -1;
         int32_t const key = key_of(first_tile);
         key_next = key_of(first_tile + 1);
         key_later = key_of(first_tile + 2);
-        row = row_at(work, key, page_entry(key));
-        page_next = page_entry(key_next);
+        int32_t slot;
+        int32_t const page = page_entry(key, &slot);
+        row = row_in(key, page, slot);
+        page_next = page_entry(key_next, &slot_next);
     }
 
     // To the row of tile `index`, which follows the one before.
     __device__ void advance(int32_t index) {
-        row = row_at(work, key_next, page_next);
+        row = row_in(key_next, page_next, slot_next);
         key_next = key_later;
-        page_next = page_entry(key_next);
+        page_next = page_entry(key_next, &slot_next);
         key_later = key_of(index + 2);
     }
 
@@ -290,9 +226,24 @@ private:
         return work.indices == nullptr ? entry : work.indices[item.first_token * work.top_k + entry];
     }
 
-    __device__ int32_t page_entry(int32_t key) const {
+    __device__ int32_t page_entry(int32_t key, int32_t* slot) const {
+        *slot = 0;
         if (key < 0 || key >= end) return -1;
-        return work.step.block_table[item.sequence * work.step.max_pages + key / work.layout.page_size];
+        int32_t const column = page_shift >= 0 ? key >> page_shift : key / work.layout.page_size;
+        *slot = key - column * work.layout.page_size;
+        return work.step.block_table[item.sequence * work.step.max_pages + column];
+    }
+
+    // As row_at, which divides again.
+    __device__ Row row_in(int32_t key, int32_t page, int32_t slot) const {
+        const KvLayout& layout = work.layout;
+        Row found{nullptr, layout.format == row_format::fp8_flat ? layout.kv_scale : 1.0f, masked};
+        if (page < 0 || page >= work.step.pages) return found;
+        const uint8_t* page_bytes = work.pool + page * layout.page_bytes;
+        found.bytes = page_bytes + static_cast<int64_t>(slot) * layout.row_bytes;
+        if (layout.has_page_scales()) found.scale = reinterpret_cast<const float*>(page_bytes + layout.scales_offset)[slot];
+        found.position = key;
+        return found;
     }
 };
 

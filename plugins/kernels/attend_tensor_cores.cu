@@ -1,12 +1,15 @@
-// Attention on tensor cores, for every GPU from SM80 on: bf16 products, f32 sums, R up to 512.
+// Attention on tensor cores of every GPU from SM80 on: bf16 products, f32 sums, R up to 512.
 //
-// A block has M rows (heads, or tokens x heads of one sequence) and walks over tiles of 64 keys. Keys lie in shared memory as
-// bf16 [64][W], W = latent padded to `rank_padded`, then rope padded to 64; e4m3 codes become bf16 exactly, and the scale of a
-// row multiplies its scores and its weights instead. The latent part is the value too. Eight warps: for the scores they
-// share rows and keys, for the output each has all rows and an eighth of the latent. Two barriers separate scores, weights and
-// products; a third lets the next tile in, whose rows are copied while this one is at work. What finding a row needs (list
-// entry, page, scale) is fetched three, two and one tile ahead, so that nothing waits for it.
-#include "attend_block.cuh"
+// A block has M rows (heads, or tokens x heads of one sequence) and walks over tiles of 64 keys. Eight warps: for the scores they
+// share rows and keys (and, over codes, columns), for the output each has all rows and an eighth of the latent: the latent part
+// is the value too. Two barriers separate scores, weights and products; a third lets the next tile in, whose rows are copied
+// while this one is at work. What finding a row needs (list entry, page, scale) is fetched three, two and one tile ahead, so
+// that nothing waits for it. How keys lie in shared memory, by `keys_as`:
+// - direct, and converted by the block from what was copied: bf16 [64][W], W = latent padded to `rank_padded`, then rope padded
+//   to 64. A row's scale multiplies its scores and its weights instead; only rows with several scales are rounded.
+// - codes: as they are cached (attend_codes.cuh). Scales of the latent's groups multiply their parts of the scores, and weights
+//   are stored once for each group, with its scale in them.
+#include "attend_codes.cuh"
 
 namespace mla {
 namespace {
@@ -14,18 +17,30 @@ namespace {
 constexpr int threads = 256, warps = threads / warp_size;
 constexpr int tile = 64;
 
+enum class keys_as { direct, converted, codes, grouped_codes };
+
+MLA_BOTH constexpr bool are_codes(keys_as keys) { return keys == keys_as::codes || keys == keys_as::grouped_codes; }
+
+// Warps that share a block's rows and keys share the columns of its scores too: so many parts.
+MLA_BOTH constexpr int column_parts(int rows, keys_as keys) { return are_codes(keys) && rows == 64 ? 2 : 1; }
+
 // Where things lie in shared memory, in bytes.
 struct Shared {
     int stages;  // tiles that are copied at a time: 1 or 2
-    int tiles, raw, weights, positions, scales, limits, reduction, factors, total;
+    int tiles, tile_bytes, raw, weights, group_scales, positions, scales, limits, reduction, factors, total;
 
-    Shared(int rows, int rank_padded, const KvLayout& layout, bool direct, int stage_count) : stages(stage_count) {
+    Shared(int rows, int rank_padded, const KvLayout& layout, keys_as keys, int stage_count) : stages(stage_count) {
         int const width = rank_padded + rope_padded;
         int const groups = rows == 16 ? warps : 2;
+        bool const converted = keys == keys_as::converted, grouped = keys == keys_as::grouped_codes;
+        int const weights_bytes = rows * tile * 2 * (grouped ? code_groups : 1);
+        int const exchange_bytes = column_parts(rows, keys) == 2 ? rows * tile * 4 : 0;  // of scores, in the weights' place
         tiles = rows * width * 2;
-        raw = tiles + (direct ? stages : 1) * tile * width * 2;
-        weights = raw + (direct ? 0 : stages * tile * layout.row_bytes);
-        positions = weights + rows * tile * 2;
+        tile_bytes = tile * (are_codes(keys) ? rank_padded + 2 * rope_padded : width * 2);
+        raw = tiles + (converted ? 1 : stages) * tile_bytes;
+        weights = raw + (converted ? stages * tile * layout.row_bytes : 0);
+        group_scales = weights + (weights_bytes > exchange_bytes ? weights_bytes : exchange_bytes);
+        positions = group_scales + (grouped ? stages * tile * code_scales_bytes : 0);
         scales = positions + 2 * tile * 4;
         limits = scales + 2 * tile * 4;
         reduction = limits + rows * 4;
@@ -34,9 +49,32 @@ struct Shared {
     }
 };
 
-template <int rows, int rank_padded, bool direct>
-__global__ void __launch_bounds__(threads, 1)
-    attend_kernel(Attend work, Partials partials, Shared shared, bool fast, bool query_aligned) {
+// Waits for the other warp of a pair; barrier 0 is the block's.
+__device__ inline void pair_sync(int pair) { asm volatile("bar.sync %0, 64;" ::"r"(1 + pair) : "memory"); }
+
+// Four values that follow each other. `aligned`: they may be written at once.
+__device__ inline void store_four(void* data, int32_t type, int64_t index, float4 value, bool aligned) {
+    if (!aligned) {
+        store_float(data, type, index, value.x);
+        store_float(data, type, index + 1, value.y);
+        store_float(data, type, index + 2, value.z);
+        store_float(data, type, index + 3, value.w);
+    } else if (type == MLA_FLOAT) {
+        *reinterpret_cast<float4*>(static_cast<float*>(data) + index) = value;
+    } else if (type == MLA_FLOAT16) {
+        __half2 const pairs[2] = {__floats2half2_rn(value.x, value.y), __floats2half2_rn(value.z, value.w)};
+        *reinterpret_cast<uint2*>(static_cast<__half*>(data) + index) = reinterpret_cast<const uint2&>(pairs);
+    } else {
+        __nv_bfloat162 const pairs[2] = {__floats2bfloat162_rn(value.x, value.y), __floats2bfloat162_rn(value.z, value.w)};
+        *reinterpret_cast<uint2*>(static_cast<__nv_bfloat16*>(data) + index) = reinterpret_cast<const uint2&>(pairs);
+    }
+}
+
+template <int rows, int rank_padded, keys_as keys_mode>
+__global__ void __launch_bounds__(threads, rows == 16 ? 2 : 1)
+    attend_kernel(Attend work, Partials partials, Shared shared, bool query_aligned, bool output_aligned) {
+    constexpr bool codes = are_codes(keys_mode), grouped = keys_mode == keys_as::grouped_codes;
+    constexpr int parts = column_parts(rows, keys_mode);
     constexpr int row_warps = rows / 16, key_warps = warps / row_warps;
     constexpr int key_tiles = tile / key_warps / 8;  // of 8 keys, for the scores of a warp
     constexpr int latent_tiles = rank_padded / warps / 8;  // of 8 columns, for the output of a warp
@@ -71,13 +109,8 @@ __global__ void __launch_bounds__(threads, 1)
         for (int i = threadIdx.x; i < (shared.raw - shared.tiles) / 16; i += threads) {
             reinterpret_cast<uint4*>(tiles)[i] = make_uint4(0, 0, 0, 0);
         }
+        __syncthreads();
     }
-    load_queries<rows, rank_padded>(work, item, query, query_aligned);
-    for (int row = threadIdx.x; row < rows; row += threads) {
-        limits[row] =
-            row < item.count ? last_key(work, item.first_token + (item.first_head + row) / work.heads) : -1;
-    }
-    __syncthreads();
 
     // the keys of this part
     int64_t const last_token = item.first_token + (item.first_head + item.count - 1) / work.heads;
@@ -91,27 +124,66 @@ __global__ void __launch_bounds__(threads, 1)
     // four threads copy a row
     int const line = threadIdx.x / 4, quarter = threadIdx.x % 4;
     RowFinder<tile> finder(work, item, end, count, first, last, line);
-    int const latent_pieces = work.layout.rank / 8, pieces = work.layout.row_bytes / 16;
+    int const latent_pieces = work.layout.rank / (codes ? 16 : 8), pieces = work.layout.row_bytes / 16;
+    int const rope_pieces = work.layout.rope / (codes && work.layout.format == row_format::fp8_flat ? 16 : 8);
     auto copy = [&](int stage, int slot, const Row& row) {
-        const uint8_t* source = row.bytes == nullptr ? work.pool : row.bytes;
-        if constexpr (direct) {
+        bool const there = row.bytes != nullptr;
+        const uint8_t* source = there ? row.bytes : work.pool;
+        if constexpr (codes) {
+            constexpr int row_bytes = code_row_bytes<rank_padded>;
+            uint32_t const target = shared_address(tiles + stage * tile * row_bytes) + line * row_bytes;
+            source += 16 * quarter;
+            const uint8_t* rope_source = source + work.layout.rope_offset;
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {  // of eight units each, which are permuted alike
+                int const unit = 4 * half + quarter, at = (unit ^ code_key(line)) * 16;
+#pragma unroll
+                for (int piece = 0; piece < rank_padded / 16; piece += 8) {
+                    if (piece + unit < latent_pieces) {
+                        copy_async_16(target + at + 16 * piece, source + 16 * (piece + 4 * half), there);
+                    }
+                }
+                if (unit < rope_pieces) copy_async_16(target + at + rank_padded, rope_source + 64 * half, there);
+            }
+            if (grouped && quarter == 0) {
+                copy_async_16(shared_address(memory + shared.group_scales) + (stage * tile + line) * code_scales_bytes,
+                              source + work.layout.rank, there);
+            }
+        } else if constexpr (keys_mode == keys_as::direct) {
             uint32_t const target = shared_address(tiles + stage * tile * width * 2);
-            for (int piece = quarter; piece < latent_pieces + work.layout.rope / 8; piece += 4) {
+            for (int piece = quarter; piece < latent_pieces + rope_pieces; piece += 4) {
                 int const column = piece < latent_pieces ? piece * 8 : rank_padded + (piece - latent_pieces) * 8;
-                copy_async_16(target + swizzled(line, column, width), source + 16 * piece, row.bytes != nullptr);
+                copy_async_16(target + swizzled(line, column, width), source + 16 * piece, there);
             }
         } else {
             uint32_t const target = shared_address(raw + (stage * tile + line) * work.layout.row_bytes);
             for (int piece = quarter; piece < pieces; piece += 4) {
-                copy_async_16(target + 16 * piece, source + 16 * piece, row.bytes != nullptr);
+                copy_async_16(target + 16 * piece, source + 16 * piece, there);
             }
         }
         copy_async_commit();
         if (quarter == 0) {
             positions[slot * tile + line] = row.position;
-            scales[slot * tile + line] = row.scale;
+            scales[slot * tile + line] = codes ? row.scale * code_scale_factor : row.scale;
         }
     };
+    if (first < last) {
+        copy(0, 0, finder.row);
+        finder.advance(first + 1);
+    }
+
+    // queries, while the first tile is copied
+    if constexpr (codes) {
+        load_code_queries<rows, rank_padded, warps>(work, item, query, query_aligned);
+    } else {
+        load_queries<rows, rank_padded>(work, item, query, query_aligned);
+    }
+    for (int row = threadIdx.x; row < rows; row += threads) {
+        limits[row] =
+            row < item.count ? last_key(work, item.first_token + (item.first_head + row) / work.heads) : -1;
+    }
+    __syncthreads();
+
     int const row_warp = warp / key_warps, key_warp = warp % key_warps;
     // Where a lane's 16 bytes of an ldmatrix lie in a row's group of 128 bytes (`swizzled`, all rows of a lane being alike
     // modulo 8): for 16 columns with the second half in lanes 16 to 31 (queries, weights, values), in every other eighth of
@@ -129,14 +201,10 @@ __global__ void __launch_bounds__(threads, 1)
     }
     int const own_rows[2] = {row_warp * 16 + g, row_warp * 16 + g + 8};
     int32_t const own_limits[2] = {limits[own_rows[0]], limits[own_rows[1]]};
-    float const scale = work.softmax_scale * log2e;
+    float const scale = work.softmax_scale * log2e * (codes ? code_score_factor : 1.0f);
     float top[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f};
     float sums[row_warps][latent_tiles][4] = {};
 
-    if (first < last) {
-        copy(0, 0, finder.row);
-        finder.advance(first + 1);
-    }
     for (int32_t index = first; index < last; ++index) {
         int const slot = (index - first) % 2, stage = shared.stages == 2 ? slot : 0;
         copy_async_wait<0>();
@@ -147,10 +215,10 @@ __global__ void __launch_bounds__(threads, 1)
             finder.advance(index + 2);
         }
         uint8_t* keys = tiles;
-        if constexpr (direct) {
-            keys += stage * tile * width * 2;
+        if constexpr (keys_mode != keys_as::converted) {
+            keys += stage * shared.tile_bytes;
         } else {
-            convert<tile, threads, rank_padded>(work.layout, raw + stage * tile * work.layout.row_bytes, keys, fast, threadIdx.x);
+            convert<tile, threads, rank_padded>(work.layout, raw + stage * tile * work.layout.row_bytes, keys, threadIdx.x);
             __syncthreads();
             if (more && shared.stages == 1) {
                 copy(0, 1 - slot, finder.row);
@@ -160,7 +228,43 @@ __global__ void __launch_bounds__(threads, 1)
 
         // scores of 16 rows and tile / key_warps keys; a group is 64 columns, 128 bytes
         float scores[key_tiles][4] = {};
-        {
+        const auto* group_scales = reinterpret_cast<const float*>(memory + shared.group_scales) + stage * tile * code_groups;
+        if constexpr (codes) {
+            // a pair of warps has twice as many rows and half of the columns each, and then exchanges; own rows come first
+            int const first_key = key_warp * (tile / key_warps);
+            float sums_of_part[parts][key_tiles][4];
+            const uint8_t* fragments[parts];
+#pragma unroll
+            for (int m = 0; m < parts; ++m) fragments[m] = query + (row_warp ^ m) * 16 * width * 2 + lane * 16;
+            code_scores<rank_padded, parts, key_tiles, parts, grouped>(
+                sums_of_part, fragments, keys + (first_key + g) * code_row_bytes<rank_padded>,
+                group_scales + (first_key + 2 * t) * code_groups, work.layout.format == row_format::fp8_flat, row_warp % 2, g, t);
+#pragma unroll
+            for (int n = 0; n < key_tiles; ++n) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) scores[n][i] = sums_of_part[0][n][i];
+            }
+            if constexpr (parts == 2) {
+                auto* const exchange = reinterpret_cast<float4*>(weights) + lane;
+                auto place = [&](int row_warp_of, int n) {
+                    return exchange + ((row_warp_of * key_warps + key_warp) * key_tiles + n) * warp_size;
+                };
+#pragma unroll
+                for (int n = 0; n < key_tiles; ++n) {
+                    const float(&sent)[4] = sums_of_part[1][n];
+                    *place(row_warp ^ 1, n) = make_float4(sent[0], sent[1], sent[2], sent[3]);
+                }
+                pair_sync(row_warp / 2 * key_warps + key_warp);
+#pragma unroll
+                for (int n = 0; n < key_tiles; ++n) {
+                    float4 const other = *place(row_warp, n);
+                    scores[n][0] += other.x;
+                    scores[n][1] += other.y;
+                    scores[n][2] += other.z;
+                    scores[n][3] += other.w;
+                }
+            }
+        } else {
             uint32_t const a_row = shared_address(query) + (row_warp * 16 + lane % 16) * width * 2;
             uint32_t const keys_base = shared_address(keys);
             if constexpr (key_tiles == 1) {
@@ -245,8 +349,22 @@ __global__ void __launch_bounds__(threads, 1)
                 int const key = key_warp * (tile / key_warps) + n * 8 + 2 * t;
                 float const low = power_of_two(scores[n][2 * i] - base), high = power_of_two(scores[n][2 * i + 1] - base);
                 sum += low + high;
-                *reinterpret_cast<__nv_bfloat162*>(weights + swizzled(own_rows[i], key, tile)) = __floats2bfloat162_rn(
-                    low == 0.0f ? 0.0f : low * tile_scales[key], high == 0.0f ? 0.0f : high * tile_scales[key + 1]);
+                auto* const place = weights + swizzled(own_rows[i], key, tile);
+                float const scaled_low = low == 0.0f ? 0.0f : low * tile_scales[key];
+                float const scaled_high = high == 0.0f ? 0.0f : high * tile_scales[key + 1];
+                if constexpr (grouped) {
+                    float4 const a = *reinterpret_cast<const float4*>(group_scales + key * code_groups);
+                    float4 const b = *reinterpret_cast<const float4*>(group_scales + (key + 1) * code_groups);
+                    float const low_scales[code_groups] = {a.x, a.y, a.z, a.w}, high_scales[code_groups] = {b.x, b.y, b.z, b.w};
+#pragma unroll
+                    for (int group = 0; group < code_groups; ++group) {
+                        *reinterpret_cast<__nv_bfloat162*>(place + group * rows * tile * 2) =
+                            __floats2bfloat162_rn(low == 0.0f ? 0.0f : scaled_low * low_scales[group],
+                                                  high == 0.0f ? 0.0f : scaled_high * high_scales[group]);
+                    }
+                } else {
+                    *reinterpret_cast<__nv_bfloat162*>(place) = __floats2bfloat162_rn(scaled_low, scaled_high);
+                }
             }
             total[i] = total[i] * factor + sum;
             if (key_warp == 0 && t == 0) factors[own_rows[i]] = factor;
@@ -275,33 +393,39 @@ __global__ void __launch_bounds__(threads, 1)
                     }
                 }
             }
-            uint32_t const a_row = shared_address(weights) + lane % 16 * tile * 2;
-            uint32_t const b_row = shared_address(keys) + lane % 16 * width * 2;
-            constexpr int pairs = latent_tiles / 2, steps = tile / 16 * pairs, ahead = 2;
-            uint32_t a[row_warps][4], b[ahead + 1][4];
-            auto load = [&](int step) {
-                int const k = step / pairs, n = step % pairs;
-                ldmatrix_x4_transposed(b[step % (ahead + 1)], b_row + value_columns[n] + k * 16 * width * 2);
-            };
+            if constexpr (codes) {
+                int const group = grouped ? warp * (rank_padded / warps) / scale_group : 0;
+                add_code_output<rank_padded, tile>(sums, shared_address(weights) + group * rows * tile * 2, by_halves,
+                                                   shared_address(keys), warp, lane);
+            } else {
+                uint32_t const a_row = shared_address(weights) + lane % 16 * tile * 2;
+                uint32_t const b_row = shared_address(keys) + lane % 16 * width * 2;
+                constexpr int pairs = latent_tiles / 2, steps = tile / 16 * pairs, ahead = 2;
+                uint32_t a[row_warps][4], b[ahead + 1][4];
+                auto load = [&](int step) {
+                    int const k = step / pairs, n = step % pairs;
+                    ldmatrix_x4_transposed(b[step % (ahead + 1)], b_row + value_columns[n] + k * 16 * width * 2);
+                };
 #pragma unroll
-            for (int step = 0; step < ahead; ++step) load(step);
+                for (int step = 0; step < ahead; ++step) load(step);
 #pragma unroll
-            for (int step = 0; step < steps; ++step) {
-                int const k = step / pairs, n = step % pairs;
-                if (n == 0) {
+                for (int step = 0; step < steps; ++step) {
+                    int const k = step / pairs, n = step % pairs;
+                    if (n == 0) {
 #pragma unroll
-                    for (int m = 0; m < row_warps; ++m) ldmatrix_x4(a[m], a_row + by_halves[k] + m * 16 * tile * 2);
-                }
-                if (step + ahead < steps) load(step + ahead);
-                const uint32_t(&values)[4] = b[step % (ahead + 1)];
+                        for (int m = 0; m < row_warps; ++m) ldmatrix_x4(a[m], a_row + by_halves[k] + m * 16 * tile * 2);
+                    }
+                    if (step + ahead < steps) load(step + ahead);
+                    const uint32_t(&values)[4] = b[step % (ahead + 1)];
 #pragma unroll
-                for (int m = 0; m < row_warps; ++m) {
-                    mma_bf16(sums[m][2 * n], a[m], values[0], values[1]);
-                    mma_bf16(sums[m][2 * n + 1], a[m], values[2], values[3]);
+                    for (int m = 0; m < row_warps; ++m) {
+                        mma_bf16(sums[m][2 * n], a[m], values[0], values[1]);
+                        mma_bf16(sums[m][2 * n + 1], a[m], values[2], values[3]);
+                    }
                 }
             }
         }
-        if (direct && more && shared.stages == 1) {
+        if (keys_mode != keys_as::converted && more && shared.stages == 1) {
             __syncthreads();
             copy(0, 1 - slot, finder.row);
             finder.advance(index + 2);
@@ -335,7 +459,7 @@ __global__ void __launch_bounds__(threads, 1)
                 if (work.lse != nullptr) work.lse[out_row] = lse * ln2;
                 if (work.sinks != nullptr && sum != 0.0f) sum += exp2f(work.sinks[head] * log2e - top[i]);
             }
-            factors[r] = sum == 0.0f ? 0.0f : 1.0f / sum;
+            factors[r] = sum == 0.0f ? 0.0f : (codes ? code_output_factor : 1.0f) / sum;
         }
     }
     __syncthreads();
@@ -349,19 +473,34 @@ __global__ void __launch_bounds__(threads, 1)
             int64_t const token = item.first_token + flat / work.heads;
             int const head = flat % work.heads;
             float const factor = factors[r];
+            int64_t const part_row = ((token * work.heads + head) * partials.splits + part) * work.layout.rank;
+            int64_t const output_row = token * work.output.token_stride + head * work.output.head_stride;
+            if constexpr (codes) {
 #pragma unroll
-            for (int n = 0; n < latent_tiles; ++n) {
-#pragma unroll
-                for (int j = 0; j < 2; ++j) {
-                    int const column = warp * (rank_padded / warps) + n * 8 + 2 * t + j;
+                for (int n = 0; n < latent_tiles; n += 2) {
+                    int const column = warp * (rank_padded / warps) + n * 8 + 4 * t;
                     if (column >= work.layout.rank) continue;
-                    float const value = sums[m][n][2 * i + j] * factor;
+                    float4 const value = make_float4(sums[m][n][2 * i] * factor, sums[m][n + 1][2 * i] * factor,
+                                                     sums[m][n][2 * i + 1] * factor, sums[m][n + 1][2 * i + 1] * factor);
                     if (partials.splits > 1) {
-                        partials.output[((token * work.heads + head) * partials.splits + part) * work.layout.rank +
-                                        column] = value;
+                        *reinterpret_cast<float4*>(partials.output + part_row + column) = value;
                     } else {
-                        store_float(work.output.data, work.output.type,
-                                    token * work.output.token_stride + head * work.output.head_stride + column, value);
+                        store_four(work.output.data, work.output.type, output_row + column, value, output_aligned);
+                    }
+                }
+            } else {
+#pragma unroll
+                for (int n = 0; n < latent_tiles; ++n) {
+#pragma unroll
+                    for (int j = 0; j < 2; ++j) {
+                        int const column = warp * (rank_padded / warps) + n * 8 + 2 * t + j;
+                        if (column >= work.layout.rank) continue;
+                        float const value = sums[m][n][2 * i + j] * factor;
+                        if (partials.splits > 1) {
+                            partials.output[part_row + column] = value;
+                        } else {
+                            store_float(work.output.data, work.output.type, output_row + column, value);
+                        }
                     }
                 }
             }
@@ -369,18 +508,30 @@ __global__ void __launch_bounds__(threads, 1)
     }
 }
 
+keys_as keys_of(const KvLayout& layout) {
+    if (is_direct(layout)) return keys_as::direct;
+    if (!keeps_codes(layout)) return keys_as::converted;
+    return layout.format == row_format::fp8_ds_mla ? keys_as::grouped_codes : keys_as::codes;
+}
+
 int shared_bytes(const KvLayout& layout, int rows, int stages) {
-    return Shared(rows, padded_rank(layout), layout, is_direct(layout), stages).total;
+    return Shared(rows, padded_rank(layout), layout, keys_of(layout), stages).total;
+}
+
+// Whether four outputs that follow each other may be written at once.
+bool output_in_fours(const View& output) {
+    return reinterpret_cast<uintptr_t>(output.data) % (4 * element_bytes(output.type)) == 0 && output.token_stride % 4 == 0 &&
+           output.head_stride % 4 == 0;
 }
 
 constexpr int static_shared_bytes = 1024;  // what the kernel takes beside, and what the driver keeps
 
-template <int rows, int rank_padded, bool direct>
+template <int rows, int rank_padded, keys_as keys>
 int launch(const Attend& work, const Partials& partials, const Device& device, cudaStream_t stream) {
     int const limit = device.shared_bytes - 64;
-    int const stages = Shared(rows, rank_padded, work.layout, direct, 2).total <= limit ? 2 : 1;
-    Shared const shared(rows, rank_padded, work.layout, direct, stages);
-    auto* kernel = attend_kernel<rows, rank_padded, direct>;
+    int const stages = Shared(rows, rank_padded, work.layout, keys, 2).total <= limit ? 2 : 1;
+    Shared const shared(rows, rank_padded, work.layout, keys, stages);
+    auto* kernel = attend_kernel<rows, rank_padded, keys>;
     if (int status = check_cuda("attention", cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                                   cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                                   shared.total))) {
@@ -390,16 +541,26 @@ int launch(const Attend& work, const Partials& partials, const Device& device, c
     if (blocks > 0x7fffffff) return fail(MLA_UNSUPPORTED, "%lld query tokens are too many for one step",
                                          static_cast<long long>(work.step.tokens));
     kernel<<<static_cast<unsigned>(blocks), threads, shared.total, stream>>>(
-        work, partials, shared, converts_fast(work.layout), queries_aligned(work));
+        work, partials, shared, queries_aligned(work), output_in_fours(work.output));
     return check_launch("attention");
 }
 
-template <int rows, bool direct>
+template <int rows, keys_as keys>
 int launch_rank(const Attend& work, const Partials& partials, const Device& device, cudaStream_t stream) {
     switch (padded_rank(work.layout)) {
-        case 128: return launch<rows, 128, direct>(work, partials, device, stream);
-        case 256: return launch<rows, 256, direct>(work, partials, device, stream);
-        default: return launch<rows, 512, direct>(work, partials, device, stream);
+        case 128: return launch<rows, 128, keys>(work, partials, device, stream);
+        case 256: return launch<rows, 256, keys>(work, partials, device, stream);
+        default: return launch<rows, 512, keys>(work, partials, device, stream);
+    }
+}
+
+template <int rows>
+int launch_keys(const Attend& work, const Partials& partials, const Device& device, cudaStream_t stream) {
+    switch (keys_of(work.layout)) {
+        case keys_as::direct: return launch_rank<rows, keys_as::direct>(work, partials, device, stream);
+        case keys_as::converted: return launch_rank<rows, keys_as::converted>(work, partials, device, stream);
+        case keys_as::codes: return launch_rank<rows, keys_as::codes>(work, partials, device, stream);
+        default: return launch<rows, 512, keys_as::grouped_codes>(work, partials, device, stream);  // others have fewer groups
     }
 }
 
@@ -413,12 +574,7 @@ bool attend_takes_tensor_cores(const Attend& work, const Device& device) {
 int attend_tensor_cores(const Attend& work, const Partials& partials, const Device& device, cudaStream_t stream) {
     bool const wide = rows_per_block(work) == 64 &&
                       shared_bytes(work.layout, 64, 1) + static_shared_bytes <= device.shared_bytes;
-    if (is_direct(work.layout)) {
-        return wide ? launch_rank<64, true>(work, partials, device, stream)
-                    : launch_rank<16, true>(work, partials, device, stream);
-    }
-    return wide ? launch_rank<64, false>(work, partials, device, stream)
-                : launch_rank<16, false>(work, partials, device, stream);
+    return wide ? launch_keys<64>(work, partials, device, stream) : launch_keys<16>(work, partials, device, stream);
 }
 
 }  // namespace mla
