@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from cases import (
@@ -239,6 +240,34 @@ def test_saturated_rows(row_format: str) -> None:
     step, pages = step_of(rng, [1], [500]), layout(row_format)
     inputs, attributes = decoding_case(rng, step, pages, 16, "bf16", scale=1e-3)
     _saturated(pages, rng, step, inputs["kv_cache"])
+    compare_attention(run_op("MlaDecoding", inputs, **attributes), inputs, attributes)
+
+
+@pytest.mark.parametrize("listed", [False, True], ids=["dense", "listed"])
+@pytest.mark.parametrize("heads", [16, 64])
+@pytest.mark.parametrize("row_format", ["fp8", "fp8_ds_mla", "fp8_flat"])
+def test_subnormal_codes(row_format: str, heads: int, listed: bool) -> None:
+    """Codes below e4m3's smallest normal number, which no writer makes most of a row of."""
+    rng = np.random.default_rng(26)
+    step, pages = step_of(rng, [1, 2], [300, 62]), layout(row_format)
+    inputs, attributes = decoding_case(rng, step, pages, heads, "bf16")
+    if listed:
+        inputs["indices"] = key_lists(rng, step, 100)
+    pool = inputs["kv_cache"].view(np.uint8).reshape(step.pages, -1)
+    rows = pool[:, : pages.page_size * pages.row_bytes].reshape(step.pages, pages.page_size, pages.row_bytes)
+    rank = pages.kv_lora_rank
+    codes = rng.integers(1, 8, (*rows.shape[:2], rank)) | rng.choice([0, 0x80], (*rows.shape[:2], rank))
+    rows[..., :rank] = codes.astype(np.uint8)
+    scale = np.full((*rows.shape[:2], 4), 8.0, np.float32).view(np.uint8)
+    if row_format == "fp8_ds_mla":
+        rows[..., rank : rank + 16] = scale
+    elif row_format == "fp8":
+        start = pages.page_size * pages.row_bytes
+        pool[:, start : start + 4 * pages.page_size] = np.full((step.pages, pages.page_size), 8.0, np.float32).view(
+            np.uint8
+        )
+        rope = rng.standard_normal((*rows.shape[:2], 64), np.float32) / 8
+        rows[..., rank : rank + 128] = rope.astype(ml_dtypes.bfloat16).view(np.uint8)
     compare_attention(run_op("MlaDecoding", inputs, **attributes), inputs, attributes)
 
 

@@ -224,3 +224,11 @@ def test_long_prompts(heads: int, new: int, cached: int) -> None:
     found = run_op("MlaPrefill", inputs, **attributes)["output"]
     expected = _vectorised(inputs, attributes, latent.astype(np.float64), rope.astype(np.float64), cached, rows)
     compare("output", found[rows], expected, PRODUCTS)
+
+
+@pytest.mark.parametrize(("heads", "new", "cached"), [(128, 300, 0), (64, 2100, 3000), (4, 1000, 40000)])
+def test_runs_are_bitwise_equal(heads: int, new: int, cached: int) -> None:
+    rng = np.random.default_rng(12)
+    step = make_step(rng, [new], [cached], page_size=64)
+    inputs, attributes = _case(rng, step, "fp8", (heads, 128, 64, 128, 512), ml_dtypes.bfloat16)
+    run_op("MlaPrefill", inputs, repeat=30, **attributes)
