@@ -95,7 +95,7 @@ def _on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
 SMALL = {
     "decoding": lambda: bench_cases.decoding("fp8", 2, 3, 128),
     "speculative decoding": lambda: bench_cases.decoding("bf16", 2, 4, 128, 2),
-    "sparse decoding": lambda: bench_cases.sparse_decoding("fp8_ds_mla", 2, 4, 128),
+    "sparse decoding": lambda: bench_cases.sparse_decoding("fp8_ds_mla", 2, 4, keys=128),
     "sparse prefill": lambda: bench_cases.sparse_prefill(2, 6, 128),
     "prefill": lambda: bench_cases.prefill(2, 4, 2),
     "index decode": lambda: bench_cases.indexer(2, 1, 128),
@@ -144,6 +144,7 @@ def test_content_repeats_through_large_tensors() -> None:
     assert not (weights & 0x7F == 0x7F).any()  # no NaN
 
 
+BUILD = "0.1.0 sm_90a"
 CEILINGS = Ceilings("NVIDIA H200", 4.29e12, 7.5e14, None)
 RESULTS = [
     Result("decode-a", 1e-3, 100.0, 0.01, 650.0, 2.7, 0.9, "FlashMLA", 110.0, 1.1),
@@ -153,7 +154,7 @@ RESULTS = [
 
 
 def test_a_wrong_kernel_has_no_figure() -> None:
-    rows = bench.markdown(CEILINGS, RESULTS).splitlines()
+    rows = bench.markdown(BUILD, CEILINGS, RESULTS).splitlines()
     assert rows[0].startswith("NVIDIA H200: copy 4.29 TB/s, matrix product bf16 750 TFLOP/s, fp8 not measured.")
     assert rows[4] == "| decode-a | 100.0 | 1.0% | 650 | 2.70 | 90% | 1.0e-03 | FlashMLA | 110.0 | 1.10 |"
     assert rows[5].endswith("| flash_mla: No module named 'flash_mla' |  |  |")
@@ -162,11 +163,11 @@ def test_a_wrong_kernel_has_no_figure() -> None:
 
 
 def test_results_are_written(tmp_path: Any) -> None:
-    bench.write_results(tmp_path / "results", "0.1.0 sm_90a", CEILINGS, RESULTS)
+    bench.write_results(tmp_path / "results", BUILD, CEILINGS, RESULTS)
     content = json.loads((tmp_path / "results" / "bench.json").read_text())
-    assert content["build"] == "0.1.0 sm_90a"
+    assert content["build"] == BUILD
     assert [result["ratio"] for result in content["results"]] == [1.1, None, None]
-    assert (tmp_path / "results" / "bench.md").read_text() == bench.markdown(CEILINGS, RESULTS)
+    assert (tmp_path / "results" / "bench.md").read_text() == bench.markdown(BUILD, CEILINGS, RESULTS)
 
 
 def test_the_ratio_and_the_ceiling() -> None:

@@ -1,8 +1,8 @@
 """What `mla-trt bench kernels` measures: one op on one shape, what its inputs hold, and what it must do and move.
 
 Shapes are DeepSeek-V3's: rank 512, rope 64, pages of 64 tokens. Floating-point operations of attention are
-2 * heads * (query, key) pairs * (576 + 512) absorbed and * (192 + 128) expanded; bytes are those of the cache rows that
-are read and of the other inputs and outputs, each once.
+2 * heads * (query, key) pairs * (576 + 512) absorbed and * (192 + 128) expanded, those of the expansion besides; bytes are
+those of the cache rows that are read and of the other inputs and outputs, each once.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ Array = npt.NDArray[Any]
 RANK, ROPE, NOPE, VALUE, PAGE = 512, 64, 128, 128, 64
 INDEX_HEADS, INDEX_DIM, TOP_K = 64, 128, 2048
 SCALE = (NOPE + ROPE) ** -0.5
+TOLERANCES = (1e-2, 6e-2, 3e-2)
+"""By the terms of the query: of the relative error."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ def decoding(row_format: str, batch: int, heads: int, keys: int, new: int = 1, t
         flops=2.0 * tokens * heads * keys * (2 * RANK + ROPE),
         bytes=batch * keys * _row_bytes(layout) + 2.0 * tokens * heads * (2 * RANK + ROPE),
         precision="fp8" if terms else "bf16",
-        tolerance=(1e-2, 6e-2, 3e-2)[terms],
+        tolerance=TOLERANCES[terms],
         peer=(peer, {"batch": batch, "heads": heads, "keys": keys, "new": new}),
     )
 
@@ -125,14 +127,15 @@ def _lists(rng: np.random.Generator, tokens: int, keys: int) -> Array:
     return np.stack([lists[token % len(lists)] for token in range(tokens)]).astype(np.int32)
 
 
-def sparse_decoding(row_format: str, batch: int, heads: int, keys: int = 32768) -> Case:
-    """Decode over 2048 selected keys of each sequence. Peer: FlashMLA over fp8_ds_mla rows."""
+def sparse_decoding(row_format: str, batch: int, heads: int, terms: int = 0, keys: int = 32768) -> Case:
+    """Decode over 2048 selected keys of each sequence, with the query in ``terms`` e4m3 terms. Peer: FlashMLA over fp8_ds_mla
+    rows."""
     rng = np.random.default_rng(0)
     step, pages = _step(rng, batch, 1, keys)
     layout = _layout(row_format)
     return Case(
         "MlaDecoding",
-        {**_kv_attributes(layout), "softmax_scale": SCALE},
+        {**_kv_attributes(layout), "softmax_scale": SCALE, "query_terms": terms},
         {
             "query": Random((batch, heads, RANK + ROPE)),
             **step,
@@ -141,6 +144,8 @@ def sparse_decoding(row_format: str, batch: int, heads: int, keys: int = 32768) 
         },
         flops=2.0 * batch * heads * TOP_K * (2 * RANK + ROPE),
         bytes=batch * TOP_K * (_row_bytes(layout) + 4) + 2.0 * batch * heads * (2 * RANK + ROPE),
+        precision="fp8" if terms else "bf16",
+        tolerance=TOLERANCES[terms],
         peer=("flash_mla_sparse_decode", {"batch": batch, "heads": heads, "keys": keys}),
     )
 
@@ -166,7 +171,7 @@ def sparse_prefill(heads: int, tokens: int = 4096, keys: int = 32768) -> Case:
 
 
 def prefill(batch: int, tokens: int, heads: int = 128) -> Case:
-    """Causal attention of whole prompts. Peer: cuDNN over keys and values that are already expanded."""
+    """Causal attention of whole prompts, with the expansion. Peer: cuDNN over keys and values that are already expanded."""
     step, pages = _step(np.random.default_rng(0), batch, tokens, tokens)
     layout, count = _layout("bf16"), batch * tokens
     weights = 2 * heads * RANK * NOPE
@@ -180,7 +185,9 @@ def prefill(batch: int, tokens: int, heads: int = 128) -> Case:
             "w_uk": Random((heads, RANK, NOPE), spread=RANK**-0.5),
             "w_uv": Random((heads, VALUE, RANK), spread=RANK**-0.5),
         },
-        flops=2.0 * heads * batch * (tokens * (tokens + 1) / 2) * (NOPE + ROPE + VALUE),
+        flops=2.0
+        * heads
+        * (batch * (tokens * (tokens + 1) / 2) * (NOPE + ROPE + VALUE) + count * RANK * (NOPE + VALUE)),
         bytes=count * _row_bytes(layout) + 2.0 * (weights + count * heads * (NOPE + ROPE + VALUE)),
         peer=("cudnn_prefill", {"batch": batch, "heads": heads, "tokens": tokens}),
     )
@@ -279,10 +286,10 @@ def _cases() -> dict[str, Callable[[], Case]]:
             name = f"decode-{kind}-b{batch}-h{heads}-{keys // 1024}k"
             cases[name] = functools.partial(decoding, row_format, batch, heads, keys, terms=terms)
         cases[f"decode-{kind}-b128-h128-4k-2tokens"] = functools.partial(decoding, row_format, 128, 128, 4096, 2, terms)
-    for row_format in ("fp8", "fp8_ds_mla"):
+    for kind, (row_format, terms) in {**kinds, "fp8_ds_mla": ("fp8_ds_mla", 0)}.items():
         for batch, heads in ((128, 128), (128, 64), (1, 128)):
-            name = f"decode-sparse-{row_format}-b{batch}-h{heads}"
-            cases[name] = functools.partial(sparse_decoding, row_format, batch, heads)
+            name = f"decode-sparse-{kind}-b{batch}-h{heads}"
+            cases[name] = functools.partial(sparse_decoding, row_format, batch, heads, terms)
     for heads in (128, 64):
         cases[f"prefill-sparse-4k-h{heads}"] = functools.partial(sparse_prefill, heads)
     cases["prefill-8k"] = functools.partial(prefill, 1, 8192)

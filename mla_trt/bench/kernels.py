@@ -510,15 +510,15 @@ def _result(
 # what is written
 
 
-def markdown(ceilings: Ceilings, results: Sequence[Result]) -> str:
-    """The results as a Markdown table under a line about the machine."""
+def markdown(build: str, ceilings: Ceilings, results: Sequence[Result]) -> str:
+    """The results as a Markdown table under a line about the machine and the library: `build` is what it says of itself."""
 
     def rate(value: float | None) -> str:
         return "not measured" if value is None else f"{value / 1e12:.0f} TFLOP/s"
 
     lines = [
         f"{ceilings.gpu}: copy {ceilings.copy / 1e12:.2f} TB/s, matrix product bf16 {rate(ceilings.bf16)}, fp8 {rate(ceilings.fp8)}. "
-        "Times are medians of a launch in a CUDA graph; spread is slowest minus fastest round. Of the ceiling: the time that "
+        f"Kernels: {build}. Times are medians of a launch in a CUDA graph; spread is slowest minus fastest round. Of the ceiling: the time that "
         "the least bytes or operations take at these rates, over the time taken.",
         "",
         "| case | us | spread | TFLOP/s | TB/s | of the ceiling | error | peer | peer us | times as fast |",
@@ -549,7 +549,7 @@ def write_results(folder: Path, build: str, ceilings: Ceilings, results: Sequenc
     folder.mkdir(parents=True, exist_ok=True)
     content = {"build": build, "ceilings": asdict(ceilings), "results": [asdict(result) for result in results]}
     (folder / "bench.json").write_text(json.dumps(content, indent=1) + "\n")
-    (folder / "bench.md").write_text(markdown(ceilings, results))
+    (folder / "bench.md").write_text(markdown(build, ceilings, results))
     try:
         pyplot = importlib.import_module("matplotlib.pyplot")
     except ImportError:
@@ -598,7 +598,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"{name}: {shown}{versus}", file=sys.stderr, flush=True)
         if result.note.endswith("was not run"):
             break
-    print(markdown(ceilings, results), end="")
+    print(markdown(library.build, ceilings, results), end="")
     if options.output is not None:
         write_results(options.output, library.build, ceilings, results)
     return WRONG if any(result.note for result in results) else 0
