@@ -19,15 +19,13 @@ using namespace hopper;
 
 constexpr int block_threads = 3 * group;
 constexpr int tile = 64;
-constexpr int pieces = (rank + rope) / 64, value_pieces = rank / 64;
+constexpr int pieces = (rank + rope) / 64;
 constexpr int piece_bytes = tile * 128;
 constexpr int tile_bytes = pieces * piece_bytes;
-constexpr float spare_bits = 8.0f;
 
 // Where things lie in shared memory, in bytes.
 namespace place {
-constexpr int query = 0;
-constexpr int tiles = tile_bytes;  // [2]
+constexpr int tiles = tile_bytes;  // [2], behind the queries
 constexpr int weights = tiles + 2 * tile_bytes;  // [64][64], bf16
 constexpr int rescale = weights + 64 * 128;  // [64]
 constexpr int changed = rescale + 64 * 4;  // [4], of the score group's warps
@@ -44,6 +42,9 @@ constexpr int total = ready + 8;
 enum : int { keys_read = 1, rows_found = 2 };  // named barriers
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+constexpr int value_pieces = rank / 64;
+constexpr float spare_bits = 8.0f;
 
 // The block's tiles.
 struct Span {
@@ -142,7 +143,7 @@ __device__ void load_query(const Attend& work, const Item& item, uint8_t* memory
         int64_t const at = (item.first_token + flat / work.heads) * work.query.token_stride +
                            (flat % work.heads) * work.query.head_stride + unit * 8;
         bool const there = row < item.count;
-        copy_async_16(shared_address(memory + place::query) + unit / 8 * piece_bytes + row * 128 + ((unit % 8 ^ (row & 7)) << 4),
+        copy_async_16(shared_address(memory) + unit / 8 * piece_bytes + row * 128 + ((unit % 8 ^ (row & 7)) << 4),
                       static_cast<const __nv_bfloat16*>(work.query.data) + (there ? at : 0), there);
     }
     if (thread < 64) {
@@ -161,7 +162,7 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
     float const scale = work.softmax_scale * log2e;
     int32_t const limits[2] = {reinterpret_cast<const int32_t*>(memory + place::limits)[first_row],
                                reinterpret_cast<const int32_t*>(memory + place::limits)[first_row + 8]};
-    uint32_t const query = tile_descriptor(shared_address(memory + place::query));
+    uint32_t const query = tile_descriptor(shared_address(memory));
     float top[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f};
 
 #pragma unroll 1
