@@ -21,7 +21,7 @@ __device__ Pair rotate(Pair x, float cosine, float sine) {
     return {__fsub_rn(__fmul_rn(x.a, cosine), __fmul_rn(x.b, sine)), __fadd_rn(__fmul_rn(x.a, sine), __fmul_rn(x.b, cosine))};
 }
 
-// Four consecutive values. `aligned`: they may be read and written at once.
+// Four consecutive values. `aligned`: they may be read at once.
 __device__ float4 load_four(const View& x, int64_t index, bool aligned) {
     if (aligned && x.type == MLA_FLOAT) return *reinterpret_cast<const float4*>(static_cast<const float*>(x.data) + index);
     if (aligned && x.type == MLA_BFLOAT16) {
@@ -31,20 +31,6 @@ __device__ float4 load_four(const View& x, int64_t index, bool aligned) {
     }
     return {load_float(x.data, x.type, index), load_float(x.data, x.type, index + 1), load_float(x.data, x.type, index + 2),
             load_float(x.data, x.type, index + 3)};
-}
-
-__device__ void store_four(const View& y, int64_t index, float4 four, bool aligned) {
-    if (aligned && y.type == MLA_FLOAT) {
-        *reinterpret_cast<float4*>(static_cast<float*>(y.data) + index) = four;
-    } else if (aligned && y.type == MLA_BFLOAT16) {
-        __nv_bfloat162 const pairs[2] = {__floats2bfloat162_rn(four.x, four.y), __floats2bfloat162_rn(four.z, four.w)};
-        *reinterpret_cast<uint2*>(static_cast<__nv_bfloat16*>(y.data) + index) = reinterpret_cast<const uint2&>(pairs);
-    } else {
-        store_float(y.data, y.type, index, four.x);
-        store_float(y.data, y.type, index + 1, four.y);
-        store_float(y.data, y.type, index + 2, four.z);
-        store_float(y.data, y.type, index + 3, four.w);
-    }
 }
 
 // Rotates pairs of a token's queries: those of `block` among `blocks` blocks. A thread takes `unit` pairs of a head at a time,
@@ -82,8 +68,8 @@ __device__ void rotate_queries(const Append& work, int64_t token, const float* c
                 turn(low.z, high.z, 2);
                 turn(low.w, high.w, 3);
             }
-            store_four(work.query_out, write + first, low, work.query_out_aligned);
-            store_four(work.query_out, write + second, high, work.query_out_aligned);
+            store_four(work.query_out.data, work.query_out.type, write + first, low, work.query_out_aligned);
+            store_four(work.query_out.data, work.query_out.type, write + second, high, work.query_out_aligned);
         }
     }
 }
@@ -255,7 +241,8 @@ int append(const Append& given, cudaStream_t stream) {
     work.query_out_aligned = aligned_for_four(work.query_out);
     // as many blocks for the queries as fill the GPU, each with work for all of its threads
     int64_t const pairs = static_cast<int64_t>(work.heads) * (work.layout.rope / 2);
-    int64_t const most = ceil_div<int64_t>(pairs, 4 * threads), wanted = ceil_div<int64_t>(4 * device.multiprocessors, work.step.tokens);
+    int64_t const most = ceil_div<int64_t>(pairs, 4 * threads);
+    int64_t const wanted = ceil_div<int64_t>(4 * device.multiprocessors, work.step.tokens);
     bool const rotates = pairs > 0 && work.table_rows > 0;
     dim3 const grid(static_cast<unsigned>(work.step.tokens),
                     1 + (rotates ? static_cast<unsigned>(wanted < most ? wanted : most) : 0));

@@ -1,8 +1,8 @@
 // Attention over bf16 rows on SM90, all keys or lists of them, with both products in bf16 (R 512, Dr 64, pages of 64 x 2^n).
 //
-// A block has up to 64 rows (heads, or tokens x heads of one sequence) and walks over tiles of 64 keys, two of which are in shared
-// memory. One warpgroup makes the scores and the softmax, two make the output, each 256 of its 512 columns. Keys lie as rows, in
-// nine pieces of 128 bytes of each: K-major for the scores, and for the output transposed by the tensor cores.
+// A block has up to 64 rows (heads, or tokens x heads of one sequence) and walks over tiles of 64 keys, two of which are in
+// shared memory. One warpgroup makes the scores and the softmax, two make the output, each 256 of its 512 columns. Keys lie as
+// rows, in nine pieces of 128 bytes of each: K-major for the scores, and for the output transposed by the tensor cores.
 //
 // - The output groups bring the tile that takes the place of the one that they have used. All keys come by the copy engine, a
 //   tile at once; rows behind the end may be anything, so the values of the last tile's are cleared. Listed keys are gathered,
@@ -299,8 +299,8 @@ __device__ void output_group(const Attend& work, const Item& item, const Span& s
     uint32_t const weights = tile_descriptor(shared_address(memory + place::weights));
 #pragma unroll 1
     for (int32_t n = 0; n < span.count; ++n) {
-        uint32_t const values =
-            tile_descriptor(shared_address(memory + place::tiles) + (n & 1) * tile_bytes + side * (value_pieces / 2) * piece_bytes);
+        uint32_t const values = tile_descriptor(shared_address(memory + place::tiles) + (n & 1) * tile_bytes +
+                                                side * (value_pieces / 2) * piece_bytes);
         barrier_wait(shared_address(memory + place::ready), n & 1);
         if (lists) fence_async();
         int4 const changed = *reinterpret_cast<const int4*>(memory + place::changed);
@@ -418,7 +418,8 @@ bool attend_takes_hopper_bf16(const Attend& work, const Device& device) {
     if (work.indices != nullptr && work.step.pages * layout.page_bytes / 16 >= no_row) return false;
     // code for sm_90a alone has the kernel's body, and with it its static shared memory
     cudaFuncAttributes attributes;
-    return cudaFuncGetAttributes(&attributes, attend_hopper_bf16_kernel<false>) == cudaSuccess && attributes.sharedSizeBytes > 0;
+    return cudaFuncGetAttributes(&attributes, attend_hopper_bf16_kernel<false>) == cudaSuccess &&
+           attributes.sharedSizeBytes > 0;
 }
 
 int attend_hopper_bf16(const Attend& work, const Partials& partials, cudaStream_t stream) {

@@ -1,8 +1,8 @@
 // Attention on tensor cores of every GPU from SM80 on: bf16 products, f32 sums, R up to 512.
 //
-// A block has M rows (heads, or tokens x heads of one sequence) and walks over tiles of 64 keys. Eight warps: for the scores they
-// share rows and keys (and, over codes, columns), for the output each has all rows and an eighth of the latent: the latent part
-// is the value too. Two barriers separate scores, weights and products; a third lets the next tile in, whose rows are copied
+// A block has M rows (heads, or tokens x heads of one sequence) and walks over tiles of 64 keys. Eight warps: for the scores
+// they share rows and keys (and, over codes, columns), for the output each has all rows and an eighth of the latent: the latent
+// part is the value too. Two barriers separate scores, weights and products; a third lets the next tile in, whose rows are copied
 // while this one is at work. What finding a row needs (list entry, page, scale) is fetched three, two and one tile ahead, so
 // that nothing waits for it. How keys lie in shared memory, by `keys_as`:
 // - direct, and converted by the block from what was copied: bf16 [64][W], W = latent padded to `rank_padded`, then rope padded
@@ -52,24 +52,6 @@ struct Shared {
 // Waits for the other warp of a pair; barrier 0 is the block's.
 __device__ inline void pair_sync(int pair) { asm volatile("bar.sync %0, 64;" ::"r"(1 + pair) : "memory"); }
 
-// Four values that follow each other. `aligned`: they may be written at once.
-__device__ inline void store_four(void* data, int32_t type, int64_t index, float4 value, bool aligned) {
-    if (!aligned) {
-        store_float(data, type, index, value.x);
-        store_float(data, type, index + 1, value.y);
-        store_float(data, type, index + 2, value.z);
-        store_float(data, type, index + 3, value.w);
-    } else if (type == MLA_FLOAT) {
-        *reinterpret_cast<float4*>(static_cast<float*>(data) + index) = value;
-    } else if (type == MLA_FLOAT16) {
-        __half2 const pairs[2] = {__floats2half2_rn(value.x, value.y), __floats2half2_rn(value.z, value.w)};
-        *reinterpret_cast<uint2*>(static_cast<__half*>(data) + index) = reinterpret_cast<const uint2&>(pairs);
-    } else {
-        __nv_bfloat162 const pairs[2] = {__floats2bfloat162_rn(value.x, value.y), __floats2bfloat162_rn(value.z, value.w)};
-        *reinterpret_cast<uint2*>(static_cast<__nv_bfloat16*>(data) + index) = reinterpret_cast<const uint2&>(pairs);
-    }
-}
-
 template <int rows, int rank_padded, keys_as keys_mode>
 __global__ void __launch_bounds__(threads, rows == 16 ? 2 : 1)
     attend_kernel(Attend work, Partials partials, Shared shared, bool query_aligned, bool output_aligned) {
@@ -105,7 +87,7 @@ __global__ void __launch_bounds__(threads, rows == 16 ? 2 : 1)
     auto* reduction = reinterpret_cast<float*>(memory + shared.reduction);
     auto* factors = reinterpret_cast<float*>(memory + shared.factors);
 
-    if (work.layout.rank != rank_padded || work.layout.rope != rope_padded) {  // the padding stays zero: nothing writes it again
+    if (work.layout.rank != rank_padded || work.layout.rope != rope_padded) {  // the padding stays zero
         for (int i = threadIdx.x; i < (shared.raw - shared.tiles) / 16; i += threads) {
             reinterpret_cast<uint4*>(tiles)[i] = make_uint4(0, 0, 0, 0);
         }
@@ -238,7 +220,8 @@ __global__ void __launch_bounds__(threads, rows == 16 ? 2 : 1)
             for (int m = 0; m < parts; ++m) fragments[m] = query + (row_warp ^ m) * 16 * width * 2 + lane * 16;
             code_scores<rank_padded, parts, key_tiles, parts, grouped>(
                 sums_of_part, fragments, keys + (first_key + g) * code_row_bytes<rank_padded>,
-                group_scales + (first_key + 2 * t) * code_groups, work.layout.format == row_format::fp8_flat, row_warp % 2, g, t);
+                group_scales + (first_key + 2 * t) * code_groups, work.layout.format == row_format::fp8_flat, row_warp % 2, g,
+                t);
 #pragma unroll
             for (int n = 0; n < key_tiles; ++n) {
 #pragma unroll

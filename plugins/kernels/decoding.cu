@@ -11,7 +11,9 @@ constexpr int merge_batch = 8;  // parts of a warp whose values are in flight at
 
 // Four values of a part from `column` on, zero behind the last column.
 __device__ float4 load_columns(const float* part, int column, int rank) {
-    if (rank % 4 == 0) return column < rank ? *reinterpret_cast<const float4*>(part + column) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    if (rank % 4 == 0) {
+        return column < rank ? *reinterpret_cast<const float4*>(part + column) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    }
     float values[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) values[i] = column + i < rank ? part[column + i] : 0.0f;
@@ -96,8 +98,8 @@ int choose_splits(const Attend& work, const Device& device, int block_rows, int 
     int64_t const tiles = ceil_div<int64_t>(keys, tile);
     int64_t limit = tiles < most_splits ? tiles : most_splits;
     if (limit > most_rows / rows) limit = most_rows / rows;
-    // In units of a tile's time on a multiprocessor: each wave takes its blocks' tiles and what a block takes besides; parts are
-    // written and read again.
+    // In units of a tile's time on a multiprocessor: each wave takes its blocks' tiles and what a block takes besides; parts
+    // are written and read again.
     double const merged = static_cast<double>(rows) * work.layout.rank * 2 * sizeof(float) / merge_bytes;
     int best = 1;
     double best_cost = 1e30;

@@ -67,6 +67,24 @@ __device__ inline float power_of_two(float x) {
     return result;
 }
 
+// Four values that follow each other. `aligned`: they may be written at once.
+__device__ inline void store_four(void* data, int32_t type, int64_t index, float4 value, bool aligned) {
+    if (!aligned) {
+        store_float(data, type, index, value.x);
+        store_float(data, type, index + 1, value.y);
+        store_float(data, type, index + 2, value.z);
+        store_float(data, type, index + 3, value.w);
+    } else if (type == MLA_FLOAT) {
+        *reinterpret_cast<float4*>(static_cast<float*>(data) + index) = value;
+    } else if (type == MLA_FLOAT16) {
+        __half2 const pairs[2] = {__floats2half2_rn(value.x, value.y), __floats2half2_rn(value.z, value.w)};
+        *reinterpret_cast<uint2*>(static_cast<__half*>(data) + index) = reinterpret_cast<const uint2&>(pairs);
+    } else {
+        __nv_bfloat162 const pairs[2] = {__floats2bfloat162_rn(value.x, value.y), __floats2bfloat162_rn(value.z, value.w)};
+        *reinterpret_cast<uint2*>(static_cast<__nv_bfloat16*>(data) + index) = reinterpret_cast<const uint2&>(pairs);
+    }
+}
+
 // Eight consecutive values as bf16 bits. `count` of them exist, the rest are zero. `aligned`: they may be read at once.
 __device__ inline uint4 load_eight(const void* data, int32_t type, int64_t index, int count, bool aligned) {
     __nv_bfloat162 pairs[4];

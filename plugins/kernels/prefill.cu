@@ -115,8 +115,9 @@ int launch_hopper(const Plan& plan, const Device& device, cudaStream_t stream) {
     prefill_hopper::Maps maps;
     int64_t const heads = plan.arguments.heads, chunk_keys = plan.chunk_keys();
     std::array<int, 4> const box{128, 128, 1, 1};
-    if (int status = make_tensor_map(&maps.latents, plan.latents, {1024, plan.gathered, 1, 1}, {1024, 1024, 1024}, box)) return status;
-    if (int status = make_tensor_map(&maps.weights, plan.weights, {1024, heads * plan.columns(), 1, 1}, {1024, 1024, 1024}, box)) {
+    std::array<int64_t, 3> const of_ranks{1024, 1024, 1024};
+    if (int status = make_tensor_map(&maps.latents, plan.latents, {1024, plan.gathered, 1, 1}, of_ranks, box)) return status;
+    if (int status = make_tensor_map(&maps.weights, plan.weights, {1024, heads * plan.columns(), 1, 1}, of_ranks, box)) {
         return status;
     }
     if (int status = make_tensor_map(&maps.expanded, plan.expanded, {512, chunk_keys, plan.group_heads, 1},

@@ -1,6 +1,6 @@
 // The stages of prefill_tensor.cuh that multiply matrices, on SM90's tensor cores (Dn 128, Dr 64, Dv 128): products by wgmma,
-// operands by the copy engine. A block has two warpgroups, each with 64 of its 128 rows. Their thread 0 orders copies, each time
-// when both have used what the copy will replace.
+// operands by the copy engine. A block has two warpgroups, each with 64 of its 128 rows. Their thread 0 orders copies, each
+// time when both have used what the copy will replace.
 #pragma once
 
 #include <type_traits>
@@ -154,8 +154,8 @@ __device__ inline void expand(const Plan& plan, const Maps& maps, uint8_t* memor
     steps += static_cast<uint32_t>(own_steps);
 }
 
-// Attention of one unit over its key tiles of this chunk, two of them at a time. `tiles`: of these pairs that the block has done
-// before.
+// Attention of one unit over its key tiles of this chunk, two of them at a time. `tiles`: of these pairs that the block has
+// done before.
 __device__ inline void attend_unit(const Plan& plan, const Maps& maps, uint8_t* memory, const Unit& unit, int32_t head0,
                             uint32_t& tiles) {
     const PrefillArguments& a = plan.arguments;
@@ -233,7 +233,8 @@ __device__ inline void attend_unit(const Plan& plan, const Maps& maps, uint8_t* 
         for (int j = 0; j < 16; ++j) {
             float2 pair = make_float2(0.0f, 0.0f);
             if (stored) {
-                pair = *reinterpret_cast<const float2*>(plan.states + (state_row + 8 * half) * HopperShape::width + j * 8 + 2 * t);
+                const float* row = plan.states + (state_row + 8 * half) * HopperShape::width;
+                pair = *reinterpret_cast<const float2*>(row + j * 8 + 2 * t);
             }
             sums[4 * j + 2 * half] = pair.x;
             sums[4 * j + 2 * half + 1] = pair.y;
@@ -259,7 +260,8 @@ __device__ inline void attend_unit(const Plan& plan, const Maps& maps, uint8_t* 
         barrier_wait(barrier_of(place::keys_full, number), number / 2 & 1);
         if (tile == 0) take_turn();
         if (!skip) {
-            uint32_t const keys = tile_descriptor(shared_address(memory + place::keys) + (number & 1) * (key_pieces * piece_bytes));
+            uint32_t const keys =
+                tile_descriptor(shared_address(memory + place::keys) + (number & 1) * (key_pieces * piece_bytes));
             pin(scores);
             product_fence();
             auto piece = [&](auto index) {
