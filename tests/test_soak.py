@@ -1,6 +1,11 @@
 """Many clients at once for a while: every stream is what its sequence gives alone, no page is lost, and memory stays.
 
-`make soak` runs two minutes and prints what it saw; MLA_TRT_SOAK_SECONDS sets how long.
+`make soak` runs two minutes and prints what it saw; MLA_TRT_SOAK_SECONDS sets how long. MLA_TRT_SOAK_ENGINE names an engine, which
+then answers instead of the lowered model on ONNX Runtime, as on a GPU:
+
+    mla-trt lower models/examples/deepseek_v3__dynamo_op20__eager__dec.onnx -o build/soak --kv-format f32 --page-size 4
+    mla-trt build build/soak -o build/soak.engine --pages 160 --max-batch 16 --max-tokens 96 --max-length 640
+    MLA_TRT_SOAK_ENGINE=build/soak.engine MLA_TRT_SOAK_SECONDS=120 python -m pytest -n 0 tests/test_soak.py
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ import numpy as np
 import pytest
 
 from mla_trt.cli import main
+from mla_trt.engines.opening import open_engine
 from mla_trt.generation import generate
 from mla_trt.session import Session
 
@@ -30,6 +36,7 @@ from triton_server import Answer, TritonServer, missing, process_tree  # noqa: E
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "models" / "examples" / "deepseek_v3__dynamo_op20__eager__dec.onnx"
 SECONDS = float(os.environ.get("MLA_TRT_SOAK_SECONDS", "15"))
+ENGINE = os.environ.get("MLA_TRT_SOAK_ENGINE")
 CLIENTS = 64
 PAGE, PAGES = 4, 160
 PROMPTS = 160
@@ -45,7 +52,10 @@ pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
 
 
 @pytest.fixture(scope="module")
-def lowered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What is served: an engine, or the folder of a lowered model."""
+    if ENGINE is not None:
+        return Path(ENGINE).resolve()
     folder = tmp_path_factory.mktemp("model") / "lowered"
     arguments = ["lower", str(EXAMPLE), "-o", str(folder), "--kv-format", "f32", "--page-size", str(PAGE)]
     assert main([*arguments, "--no-verify", "--quiet"]) == 0
@@ -53,10 +63,10 @@ def lowered(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(lowered: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
     repository = tmp_path_factory.mktemp("repository")
     limits = ["--pages", str(PAGES), "--max-batch", "16", "--max-step-tokens", "96"]
-    assert main(["triton", str(lowered), "-o", str(repository), "--name", "soak", *limits, "--quiet"]) == 0
+    assert main(["triton", str(model), "-o", str(repository), "--name", "soak", *limits, "--quiet"]) == 0
     # After cancelled streams it may use up all of this time (docs/triton.md).
     with TritonServer(repository, tmp_path_factory.mktemp("server"), "--exit-timeout-secs=5") as started:
         started.load("soak")
@@ -157,11 +167,11 @@ def resident_bytes(processes: list[int]) -> int:
 
 
 def test_64_clients_get_what_each_gets_alone_and_nothing_is_lost(
-    lowered: Path, server: TritonServer, capsys: pytest.CaptureFixture[str]
+    model: Path, server: TritonServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     draw = random.Random(0)
     beginnings = [[draw.randrange(64) for _ in range(24)] for _ in range(SHARED)]
-    session = Session(lowered / "model.onnx", pages=PAGES)
+    session = Session(open_engine(model, pages=PAGES))
     known = []
     for number in range(PROMPTS):
         prompt = [draw.randrange(64) for _ in range(draw.randint(1, LONGEST_PROMPT))]
