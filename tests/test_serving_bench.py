@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,23 @@ def test_only_what_comes_while_all_decode_counts() -> None:
     assert result.tokens_per_second == pytest.approx(10)
     assert (result.p50, result.p99) == (pytest.approx(200), pytest.approx(200))
     assert result.first == pytest.approx(np.mean([0.0, second[0]]))
+
+
+def test_requests_that_did_not_meet_run_again_with_more_tokens() -> None:
+    asked: list[int] = []
+
+    def run(prompts: Sequence[np.ndarray], new: int) -> list[list[float]]:
+        """Each request begins as many tokens after the one before as its prompt says."""
+        asked.append(new)
+        return [[(int(prompt[0]) + index) / 10 for index in range(new)] for prompt in prompts]
+
+    case = serving.Case(2, 1)
+    result = serving.run_together(case, run, [np.array([0]), np.array([50])], 20)
+    assert asked == [20, 40, 80]
+    assert result.tokens_per_second == pytest.approx(20)
+    with pytest.raises(MlaTrtError, match="not all requests run at a time"):
+        serving.run_together(case, run, [np.array([0]), np.array([500])], 20)
+    assert asked[3:] == [20, 40, 80, 160]
 
 
 @pytest.fixture(scope="module")
