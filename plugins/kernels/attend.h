@@ -41,9 +41,9 @@ inline int rows_per_block(const Attend& work) {
 
 // The kernels behind it: SM90's own for fp8 rows and for bf16 rows (R 512, Dr 64), tensor cores (any format but f32, R up to
 // 512, Dr up to 64), and plain cores in f32 (everything).
-bool attend_takes_hopper(const Attend& work, const Device& device);
-int hopper_rows(const Attend& work);  // of a block
-int attend_hopper(const Attend& work, const Partials& partials, cudaStream_t stream);
+bool attend_takes_hopper_fp8(const Attend& work, const Device& device);
+int hopper_fp8_rows(const Attend& work);  // of a block
+int attend_hopper_fp8(const Attend& work, const Partials& partials, cudaStream_t stream);
 bool attend_takes_hopper_bf16(const Attend& work, const Device& device);  // 64 rows, tiles of 64 keys
 int attend_hopper_bf16(const Attend& work, const Partials& partials, cudaStream_t stream);
 bool attend_takes_tensor_cores(const Attend& work, const Device& device);

@@ -10,7 +10,7 @@
 // - The reference of a row is its first maximum, until one exceeds it by 2^8: the output is rarely rescaled.
 #include <type_traits>
 
-#include "attend_hopper_rows.cuh"
+#include "attend_hopper.cuh"
 
 namespace mla {
 namespace {

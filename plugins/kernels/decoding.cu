@@ -143,9 +143,12 @@ int attend(Call& call, const Attend& work) {
     if (work.step.tokens == 0 || work.heads == 0) return MLA_OK;
     Device device;
     if (int status = current_device(&device)) return status;
-    bool const hopper = attend_takes_hopper(work, device), hopper_bf16 = attend_takes_hopper_bf16(work, device);
+    bool const hopper_fp8 = attend_takes_hopper_fp8(work, device), hopper_bf16 = attend_takes_hopper_bf16(work, device);
     bool const tensor_cores = attend_takes_tensor_cores(work, device);
-    int const block_rows = hopper ? hopper_rows(work) : hopper_bf16 ? 64 : tensor_cores ? rows_per_block(work) : 8;
+    int const block_rows = hopper_fp8     ? hopper_fp8_rows(work)
+                           : hopper_bf16  ? 64
+                           : tensor_cores ? rows_per_block(work)
+                                          : 8;
     // of partial results at most: two blocks of 64 rows for each multiprocessor
     int64_t const rows = work.step.tokens * work.heads;
     int64_t const budget = int64_t{2} * device.multiprocessors * 64;
@@ -156,8 +159,8 @@ int attend(Call& call, const Attend& work) {
     partials.lse = call.workspace.take<float>(most_rows);
     call.workspace.release(mark);
     if (call.workspace.sizing()) return MLA_OK;
-    partials.splits = choose_splits(work, device, block_rows, hopper ? 128 : 64, most_rows);
-    int const status = hopper         ? attend_hopper(work, partials, call.stream)
+    partials.splits = choose_splits(work, device, block_rows, hopper_fp8 ? 128 : 64, most_rows);
+    int const status = hopper_fp8     ? attend_hopper_fp8(work, partials, call.stream)
                        : hopper_bf16  ? attend_hopper_bf16(work, partials, call.stream)
                        : tensor_cores ? attend_tensor_cores(work, partials, device, call.stream)
                                       : attend_exact(work, partials, call.stream);

@@ -1,7 +1,7 @@
-// The query's codes, and the warpgroups of attend_hopper.cu that make scores and softmax weights.
+// The query's codes, and the warpgroups of attend_hopper_fp8.cu that make scores and softmax weights.
 #pragma once
 
-#include "attend_hopper_ring.cuh"
+#include "attend_hopper_fp8_ring.cuh"
 
 namespace mla {
 namespace hopper {

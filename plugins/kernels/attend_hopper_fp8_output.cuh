@@ -1,7 +1,7 @@
-// The warpgroups of attend_hopper.cu that make the output.
+// The warpgroups of attend_hopper_fp8.cu that make the output.
 #pragma once
 
-#include "attend_hopper_ring.cuh"
+#include "attend_hopper_fp8_ring.cuh"
 
 namespace mla {
 namespace hopper {

@@ -1,9 +1,9 @@
-// Shared memory of a block of attend_hopper.cu, and how keys come into it.
+// Shared memory of a block of attend_hopper_fp8.cu, and how keys come into it.
 #pragma once
 
 #include <type_traits>
 
-#include "attend_hopper_rows.cuh"
+#include "attend_hopper.cuh"
 
 namespace mla {
 namespace hopper {

@@ -1,4 +1,5 @@
-// Dense attention over rows of the format fp8 on SM90, with both products in e4m3 (R 512, Dr 64, pages of 64 x 2^n).
+// Attention over rows of the format fp8 on SM90, of whole sequences or of lists of tokens, with both products in e4m3
+// (R 512, Dr 64, pages of 64 x 2^n).
 //
 // A block has up to 64 rows (heads, or tokens x heads of one sequence) and walks over tiles of 128 keys. Two warpgroups make
 // the scores, each of its 64 keys, and the softmax; two make the output, each 256 of its 512 columns. Scores are Q K^T. The
@@ -13,8 +14,8 @@
 // - The e4m3 products' sums keep 14 bits (docs/kernels.md): each tile of the output is summed from zero and then added in f32.
 // - Keys come in five pieces of 128 bytes of a tile's rows into a ring; who has used a piece up orders the one that takes its
 //   place. Pages outside of the pool and behind the end are outside of the tensor map: zeros.
-#include "attend_hopper_output.cuh"
-#include "attend_hopper_scores.cuh"
+#include "attend_hopper_fp8_output.cuh"
+#include "attend_hopper_fp8_scores.cuh"
 
 namespace mla {
 namespace {
@@ -23,7 +24,7 @@ using namespace hopper;
 
 template <typename F>
 __global__ void __launch_bounds__(threads, 1)
-    attend_hopper_kernel(const __grid_constant__ CUtensorMap map, Attend work, Partials partials) {
+    attend_hopper_fp8_kernel(const __grid_constant__ CUtensorMap map, Attend work, Partials partials) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     using P = Places<F>;
     extern __shared__ __align__(1024) uint8_t memory[];
@@ -93,7 +94,7 @@ template <typename F>
 int launch(const Attend& work, const Partials& partials, cudaStream_t stream) {
     CUtensorMap map;
     if (int status = make_map(&map, work, pieces, 1)) return status;
-    auto* kernel = attend_hopper_kernel<F>;
+    auto* kernel = attend_hopper_fp8_kernel<F>;
     if (int status = check_cuda("attention", cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                                   cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                                   Places<F>::total))) {
@@ -109,7 +110,7 @@ int launch(const Attend& work, const Partials& partials, cudaStream_t stream) {
 
 template <bool lists>
 int launch_rows(const Attend& work, const Partials& partials, cudaStream_t stream) {
-    switch (hopper_rows(work)) {
+    switch (hopper_fp8_rows(work)) {
         case 16: return launch<Form<16, 2, lists>>(work, partials, stream);
         case 32: return launch<Form<32, 2, lists>>(work, partials, stream);
         default: break;
@@ -120,7 +121,7 @@ int launch_rows(const Attend& work, const Partials& partials, cudaStream_t strea
 
 }  // namespace
 
-bool attend_takes_hopper(const Attend& work, const Device& device) {
+bool attend_takes_hopper_fp8(const Attend& work, const Device& device) {
     if (device.major != 9 || work.query_terms == 0 || work.query.type != MLA_BFLOAT16 || !queries_aligned(work) ||
         work.step.pages <= 0) {
         return false;
@@ -134,17 +135,17 @@ bool attend_takes_hopper(const Attend& work, const Device& device) {
     }
     // code for sm_90a alone has the kernel's body, and with it its static shared memory
     cudaFuncAttributes attributes;
-    return cudaFuncGetAttributes(&attributes, attend_hopper_kernel<Form<64, 1, false>>) == cudaSuccess &&
+    return cudaFuncGetAttributes(&attributes, attend_hopper_fp8_kernel<Form<64, 1, false>>) == cudaSuccess &&
            attributes.sharedSizeBytes > 0;
 }
 
-int hopper_rows(const Attend& work) {
+int hopper_fp8_rows(const Attend& work) {
     int64_t const sequences = work.step.sequences > 0 ? work.step.sequences : 1;
     int64_t const rows = (work.indices != nullptr ? 1 : ceil_div(work.step.tokens, sequences)) * work.heads;
     return rows <= 16 ? 16 : rows <= 32 ? 32 : 64;
 }
 
-int attend_hopper(const Attend& work, const Partials& partials, cudaStream_t stream) {
+int attend_hopper_fp8(const Attend& work, const Partials& partials, cudaStream_t stream) {
     return work.indices == nullptr ? launch_rows<false>(work, partials, stream) : launch_rows<true>(work, partials, stream);
 }
 
