@@ -10,9 +10,9 @@ beside it, both after every case. $MLA_TRT_RESULTS names the engines.json of an 
 not run again.
 
 Builds of small models wait rather than compute. Processes take turns on a GPU, so that each of many waits longer for
-every tactic that it times: $MLA_TRT_WORKERS (default: 4) do. $MLA_TRT_LEVEL is the level of optimisation; at 0 (the
-default) TensorRT times nothing. At others the first engine of each variant is built alone, to fill the timing cache that
-all of them share.
+every tactic that it times: $MLA_TRT_WORKERS (default: 4) do, on the GPUs of $CUDA_VISIBLE_DEVICES in turn (default: 0).
+$MLA_TRT_LEVEL is the level of optimisation; at 0 (the default) TensorRT times nothing. At others the first engine of each
+variant is built alone, to fill the timing cache that all of them share.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ RECORDS = records_folder()
 OUT = Path(os.environ.get("OUT", ROOT / "build"))
 CHOSEN = os.environ.get("MLA_TRT_VARIANTS", ",".join(VARIANTS)).split(",")
 WORKERS = int(os.environ.get("MLA_TRT_WORKERS", 4))
+GPUS = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")
 LEVEL = int(os.environ.get("MLA_TRT_LEVEL", 0))
 SECONDS = float(os.environ.get("MLA_TRT_SECONDS", 270))
 EARLIER = os.environ.get("MLA_TRT_RESULTS")
@@ -77,9 +78,15 @@ class _Worker:
     """Takes cases from a queue and gives them to a process, which is begun anew after a crash."""
 
     def __init__(
-        self, cases: queue.SimpleQueue[Case], scratch: Path, deadline: float, done: Callable[[Case, Result], None]
+        self,
+        cases: queue.SimpleQueue[Case],
+        gpu: str,
+        scratch: Path,
+        deadline: float,
+        done: Callable[[Case, Result], None],
     ) -> None:
         self._cases = cases
+        self._environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
         self._scratch = scratch
         self._deadline = deadline
         self._done = done
@@ -102,7 +109,13 @@ class _Worker:
         if self._process is None:
             command = [sys.executable, str(Path(__file__).with_name("engine_worker.py")), str(self._scratch)]
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._messages, text=True, cwd=ROOT
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._messages,
+                text=True,
+                cwd=ROOT,
+                env=self._environment,
             )
         process = self._process
         assert process.stdin is not None
@@ -141,8 +154,8 @@ def _run(cases: Sequence[Case], workers: int, scratch: Path, deadline: float, re
     for case in cases:
         waiting.put(case)
     threads = [
-        threading.Thread(target=_Worker(waiting, scratch, deadline, results.add).run)
-        for _ in range(min(workers, len(cases)))
+        threading.Thread(target=_Worker(waiting, GPUS[index % len(GPUS)], scratch, deadline, results.add).run)
+        for index in range(min(workers, len(cases)))
     ]
     for thread in threads:
         thread.start()
