@@ -162,6 +162,16 @@ __device__ inline void product_bf16(float (&d)[64], uint32_t a, uint32_t b) {
                  : "r"(a), "r"(b), "n"(2 * step), "n"(clear ? 0 : 1));
 }
 
+// The same with 256 rows of B.
+template <int step, bool clear>
+__device__ inline void product_bf16(float (&d)[128], uint32_t a, uint32_t b) {
+    asm volatile("{\n.reg .b64 x, y;\n.reg .b32 low;\n"
+                 "add.u32 low, %128, %130;\nmov.b64 x, {low, 0x40000040};\nadd.u32 low, %129, %130;\nmov.b64 y, {low, 0x40000040};\n"
+                 "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" MLA_R128 "}, x, y, %131, 1, 1, 0, 0;\n}"
+                 : MLA_D128(d)
+                 : "r"(a), "r"(b), "n"(2 * step), "n"(clear ? 0 : 1));
+}
+
 // D [64][128] += A [64][16] B [16][128], bf16, A in registers: step `step` of K. B's rows are those of two tiles of 64 columns,
 // `tile_stride` bytes from one to the next.
 template <int step, int tile_stride>

@@ -67,7 +67,7 @@ Plan make_plan(const PrefillArguments& a, Workspace& workspace) {
     // whole tiles of the expansion, which reads what lies behind a chunk's last key
     plan.gathered = std::min(round_up<int64_t>(all_keys, prefill_tensor::expand_tile), most_chunk_keys);
 
-    plan.counter = workspace.take<int32_t>(1);
+    plan.counter = workspace.take<int32_t>(2);
     plan.query_tiles = workspace.take<int32_t>(sequences + 1);
     plan.key_tiles = workspace.take<int32_t>(sequences + 1);
     plan.key_masks = workspace.take<uint64_t>(plan.gathered / prefill_tensor::key_tile);
@@ -112,8 +112,22 @@ bool takes_hopper(const Plan& plan, const Device& device) {
 }
 
 int launch_hopper(const Plan& plan, const Device& device, cudaStream_t stream) {
-    prefill_hopper::Maps maps;
-    int64_t const heads = plan.arguments.heads, chunk_keys = plan.chunk_keys();
+    const PrefillArguments& a = plan.arguments;
+    prefill_hopper::Maps maps{};
+    int64_t const heads = a.heads, chunk_keys = plan.chunk_keys();
+    auto const is_bf16 = [](int type) { return type == MLA_BFLOAT16; };
+    maps.outputs = is_bf16(a.output.type) &&
+                   aligned_for_eight(a.output.data, a.output.token_stride, a.output.head_stride, a.output.type);
+    maps.queries = plan.nope_vectors && plan.rope_vectors && is_bf16(a.query_nope.type) && is_bf16(a.query_rope.type) &&
+                   a.softmax_scale >= 0.0f;
+    if (maps.queries) {
+        auto const map_queries = [&](CUtensorMap* map, const HeadView<const void*>& view, int64_t values) {
+            int64_t const head = 2 * view.head_stride, token = 2 * view.token_stride;
+            return make_tensor_map(map, view.data, {2 * values, heads, a.step.tokens, 1}, {head, token, token}, {128, 1, 128, 1});
+        };
+        if (int status = map_queries(&maps.query_nope, a.query_nope, a.nope)) return status;
+        if (int status = map_queries(&maps.query_rope, a.query_rope, a.layout.rope)) return status;
+    }
     std::array<int, 4> const box{128, 128, 1, 1};
     std::array<int64_t, 3> const of_ranks{1024, 1024, 1024};
     if (int status = make_tensor_map(&maps.latents, plan.latents, {1024, plan.gathered, 1, 1}, of_ranks, box)) return status;
@@ -134,7 +148,7 @@ int launch_hopper(const Plan& plan, const Device& device, cudaStream_t stream) {
     void* parameters[] = {const_cast<Plan*>(&plan), &maps};
     return check_cuda("MlaPrefill",
                       cudaLaunchCooperativeKernel(kernel, dim3(device.multiprocessors),
-                                                  dim3(prefill_hopper::HopperShape::threads), parameters, bytes, stream));
+                                                  dim3(prefill_hopper::block_threads), parameters, bytes, stream));
 }
 
 int launch_plain(const PrefillArguments& a, const Device& device, cudaStream_t stream) {

@@ -48,7 +48,7 @@ struct Plan {
     bool nope_vectors, rope_vectors;  // the query's rows can be read 8 values at once
     bool output_pairs;                // the output's rows can be written 2 values at once
 
-    int32_t* counter;      // of attend's units
+    int32_t* counter;      // [2] of attend's units; the second is for SM90's kernel, whose stages take turns
     int32_t* query_tiles;  // [B + 1] first query tile of each sequence
     int32_t* key_tiles;    // [B + 1] first key tile of each sequence
     uint64_t* key_masks;   // [chunk tiles] which keys exist
@@ -75,6 +75,7 @@ struct Shape {
     static constexpr int warp_rows = 16 * row_tiles;
     static constexpr int rows = warps * warp_rows;
 
+    __device__ static void sync() { __syncthreads(); }
     static constexpr int64_t shared_bytes(int64_t key_stride) {
         int64_t const attend = 2 * ((rows + key_tile) * key_stride + key_tile * width);
         return attend > expand_bytes ? attend : expand_bytes;
@@ -154,7 +155,7 @@ __device__ void make_starts(const Plan& plan) {
         }
     }
     if (lane == warp_size - 1) warp_sums[warp] = before;
-    __syncthreads();
+    S::sync();
     before.x -= sum.x;
     before.y -= sum.y;
     for (int i = 0; i < warp; ++i) {
@@ -204,7 +205,7 @@ __device__ void load_weight_tile(float* tile, const BlockScaledWeight& weight, i
 }
 
 // Weights of all heads to bf16 [H, nope + value, rank], the latent values innermost, zeros in what was added.
-template <int threads>
+template <typename S>
 __device__ void convert_weights(const Plan& plan, float* tile) {
     const PrefillArguments& a = plan.arguments;
     int const rank = a.layout.rank;
@@ -216,17 +217,17 @@ __device__ void convert_weights(const Plan& plan, float* tile) {
         bool const keys = number < nope_tiles;
         int const local = keys ? number : number - nope_tiles;
         int const row0 = local / across * weight_tile, r0 = local % across * weight_tile;
-        __syncthreads();
+        S::sync();
         if (keys) {
-            load_weight_tile<threads>(tile, a.w_uk, head, rank, a.nope, r0, row0);
+            load_weight_tile<S::threads>(tile, a.w_uk, head, rank, a.nope, r0, row0);
         } else {
-            load_weight_tile<threads>(tile, a.w_uv, head, a.value, rank, row0, r0);
+            load_weight_tile<S::threads>(tile, a.w_uv, head, a.value, rank, row0, r0);
         }
-        __syncthreads();
+        S::sync();
         int const rows = keys ? plan.nope : plan.value;
         __nv_bfloat16* const target =
             plan.weights + (static_cast<int64_t>(head) * plan.columns() + (keys ? 0 : plan.nope)) * plan.rank;
-        for (int i = threadIdx.x; i < weight_tile * weight_tile; i += threads) {
+        for (int i = threadIdx.x; i < weight_tile * weight_tile; i += S::threads) {
             int const y = i / weight_tile, x = i % weight_tile;
             if (row0 + y >= rows) continue;
             float const value = tile[keys ? x * weight_tile_stride + y : y * weight_tile_stride + x];
@@ -255,9 +256,9 @@ __device__ inline uint4 latent_vector(const KvLayout& layout, const uint8_t* row
 }
 
 // Rows of the chunk's keys; zeros for keys that do not exist.
-template <int threads>
+template <typename S>
 __device__ void gather(const Plan& plan, int32_t chunk_start, int32_t chunk_end) {
-    constexpr int warps = threads / warp_size;
+    constexpr int warps = S::warps;
     __shared__ uint32_t present[key_tile / 32];
     const PrefillArguments& a = plan.arguments;
     const KvLayout& layout = a.layout;
@@ -267,9 +268,9 @@ __device__ void gather(const Plan& plan, int32_t chunk_start, int32_t chunk_end)
         int32_t const index = owner(plan.key_tiles, static_cast<int32_t>(a.step.sequences), tile);
         int32_t const key0 = (tile - plan.key_tiles[index]) * key_tile;
         int32_t const keys = sequence_at(a.step, layout.page_size, index).keys;
-        __syncthreads();
+        S::sync();
         if (threadIdx.x < key_tile / 32) present[threadIdx.x] = 0;
-        __syncthreads();
+        S::sync();
         for (int slot = warp; slot < key_tile; slot += warps) {
             int32_t const key = key0 + slot;
             int64_t const place = static_cast<int64_t>(local) * key_tile + slot;
@@ -298,7 +299,7 @@ __device__ void gather(const Plan& plan, int32_t chunk_start, int32_t chunk_end)
                 atomicOr(&present[slot / 32], 1u << (slot % 32));
             }
         }
-        __syncthreads();
+        S::sync();
         if (threadIdx.x == 0) plan.key_masks[local] = present[0] | static_cast<uint64_t>(present[1]) << 32;
     }
 }
@@ -430,15 +431,17 @@ struct Unit {
     bool starts, ends;         // whether its first and its last keys are in this chunk
 };
 
-// The unit numbered `index`: heads one after the other, in each the last query tiles, which see most keys, first. False
-// where the unit sees nothing of this chunk.
+// The unit numbered `index`: of `bundle` heads after the other, the last query tiles, which see most keys, first. False where
+// the unit sees nothing of this chunk.
 template <int rows>
-__device__ bool make_unit(const Plan& plan, int32_t index, int32_t query_end, int32_t query_count, int32_t chunk_start,
-                          int32_t chunk_end, Unit& unit) {
+__device__ bool make_unit(const Plan& plan, int32_t index, int32_t heads, int32_t bundle, int32_t query_end,
+                          int32_t query_count, int32_t chunk_start, int32_t chunk_end, Unit& unit) {
     const PrefillArguments& a = plan.arguments;
     int32_t const per_head = query_count * plan.value_slices;
-    unit.head = index / per_head;
-    int32_t const rest = index % per_head;
+    int32_t const first_head = index / (per_head * bundle) * bundle;
+    int32_t const width = bundle == 1 ? 1 : min(bundle, heads - first_head);
+    int32_t const number_in_bundle = index - first_head * per_head, rest = number_in_bundle / width;
+    unit.head = first_head + number_in_bundle % width;
     unit.slice = rest % plan.value_slices;
     int32_t const tile = query_end - 1 - rest / plan.value_slices;
     int32_t const number = owner(plan.query_tiles, static_cast<int32_t>(a.step.sequences), tile);
@@ -737,9 +740,10 @@ __device__ __noinline__ void attend_unit(const Plan& plan, uint8_t* shared, cons
     }
 }
 
-// The units of a chunk and a group of heads in turn, by `attend_one(unit)`.
-template <typename S, typename F>
-__device__ void attend(const Plan& plan, int32_t heads, int32_t chunk_start, int32_t chunk_end, F attend_one) {
+// The units of a chunk and a group of heads in turn.
+template <typename S>
+__device__ void attend(const Plan& plan, uint8_t* shared, int32_t head0, int32_t heads, int32_t chunk_start,
+                       int32_t chunk_end) {
     __shared__ Unit unit;
     __shared__ bool found;
     int32_t query_end = 0, query_count = 0, units = 0;
@@ -756,12 +760,12 @@ __device__ void attend(const Plan& plan, int32_t heads, int32_t chunk_start, int
             while (!found) {
                 int32_t const index = atomicAdd(plan.counter, 1);
                 if (index >= units) break;
-                found = make_unit<S::rows>(plan, index, query_end, query_count, chunk_start, chunk_end, unit);
+                found = make_unit<S::rows>(plan, index, heads, 1, query_end, query_count, chunk_start, chunk_end, unit);
             }
         }
         __syncthreads();
         if (!found) return;
-        attend_one(unit);
+        attend_unit<S>(plan, shared, unit, head0);
     }
 }
 
@@ -773,7 +777,7 @@ __global__ void __launch_bounds__(S::threads, S::blocks) prefill_tensor(const __
     if (a.zero_padding) zero_padding<S::threads>(a);
     if (!anything_served<S::threads>(a)) return;  // every block finds the same
     if (blockIdx.x == 0) make_starts<S>(plan);
-    convert_weights<S::threads>(plan, reinterpret_cast<float*>(shared_memory));
+    convert_weights<S>(plan, reinterpret_cast<float*>(shared_memory));
     grid.sync();
     int32_t const key_tiles = plan.key_tiles[a.step.sequences];
     for (int32_t head0 = 0; head0 < a.heads; head0 += plan.group_heads) {
@@ -781,14 +785,13 @@ __global__ void __launch_bounds__(S::threads, S::blocks) prefill_tensor(const __
         for (int32_t start = 0; start < key_tiles; start += plan.chunk_tiles) {
             int32_t const end = min(start + plan.chunk_tiles, key_tiles);
             if (head0 == 0 || key_tiles > plan.chunk_tiles) {  // otherwise they are still there
-                gather<S::threads>(plan, start, end);
+                gather<S>(plan, start, end);
                 grid.sync();
             }
             if (blockIdx.x == 0 && threadIdx.x == 0) *plan.counter = 0;
             expand<S>(plan, shared_memory, head0, heads, end - start);
             grid.sync();
-            attend<S>(plan, heads, start, end,
-                      [&](const Unit& unit) { attend_unit<S>(plan, shared_memory, unit, head0); });
+            attend<S>(plan, shared_memory, head0, heads, start, end);
             grid.sync();
         }
     }
