@@ -103,6 +103,11 @@ def test_decoding_steps_recur_in_few_sizes(model: onnx.ModelProto) -> None:
     sizes = {(shape, rows) for _, shape, rows, _, _ in runner.steps}
     assert sizes == {((1, 8), 8), ((1, 4), 4), ((1, 1), 1)}
     assert {columns for _, _, _, columns, _ in runner.steps} <= {1, 2, 4, 8}
+    assert all(recurring for *_, recurring in runner.steps)
+    session.step({sequences[0]: [7, 8], sequences[1]: [7]})
+    assert not runner.steps[-1][-1]
+    session.step({sequences[0]: [7, 8], sequences[1]: [7, 8]})
+    assert runner.steps[-1][-1]
 
 
 def test_a_long_prompt_takes_the_prefill_profile_as_it_is(model: onnx.ModelProto) -> None:

@@ -214,7 +214,8 @@ def test_64_clients_get_what_each_gets_alone_and_nothing_is_lost(
             f"{most['pages_in_use']} of {PAGES} pages in use; {values['mla_trt_preemptions_total']:.0f} preemptions, "
             f"{values['mla_trt_prefix_tokens_total']:.0f} prompt tokens from shared pages; memory {early / 1e6:.1f} MB "
             f"after a third of the time, {late / 1e6:.1f} MB at the end; {len(seen.wrong)} streams differ from the "
-            "sequence alone"
+            "sequence alone; memory over the time: "
+            + ", ".join(f"{size / 1e6:.0f}" for _, size in memory[:: max(1, len(memory) // 12)])
         )
     assert seen.wrong == []
     assert late < early * (1 + MOST_GROWTH)

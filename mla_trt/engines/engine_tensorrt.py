@@ -136,7 +136,9 @@ class TensorRtEngine:
         sizes = profiles.read_sizes(list(self._inputs.values()), values)
         profile = profiles.choose_profile(self.description, sizes)
         ranges = self.description.profiles[profile]
-        recurring = self._pads and profile == DECODE
+        # Prompts' ends beside other sequences' tokens come in too many sizes to be worth a recording each.
+        new = np.diff(values["query_offsets"])
+        recurring = self._pads and profile == DECODE and bool((new == new[:1]).all())
         padded = profiles.bucketed(sizes, ranges) if recurring else profiles.at_least(sizes, ranges)
         if COPIES in sizes:
             padded[COPIES] = profiles.bucket(sizes[COPIES], ranges[COPIES].most)

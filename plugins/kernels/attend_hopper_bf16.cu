@@ -204,41 +204,53 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
                 if (!seen) scores[j] = -INFINITY;
             }
         }
-        uint32_t words[2][8];
-        float factor[2];
+        // both rows side by side, and sums in two parts: fewer waits for what came just before
+        float best[2][2], factor[2], base[2], sum[2][2] = {};
+#pragma unroll
+        for (int j = 0; j < 32; ++j) {
+            float& own = best[j / 2 % 2][j % 2];
+            own = j < 4 ? scores[j] : fmaxf(own, scores[j]);
+        }
+#pragma unroll
+        for (int r = 0; r < 2; ++r) best[r][0] = fmaxf(best[r][0], best[r][1]);
+#pragma unroll
+        for (int lanes = 1; lanes <= 2; lanes *= 2) {
+#pragma unroll
+            for (int r = 0; r < 2; ++r) best[r][0] = fmaxf(best[r][0], __shfl_xor_sync(0xffffffffu, best[r][0], lanes));
+        }
         bool changed = false;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            float best = -INFINITY;
-#pragma unroll
-            for (int j = 0; j < 8; ++j) best = fmaxf(best, fmaxf(scores[4 * j + 2 * r], scores[4 * j + 2 * r + 1]));
-            best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 1));
-            best = scale * fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 2));
-            float const highest = best > top[r] + spare_bits || top[r] == -INFINITY ? best : top[r];
-            float const base = highest == -INFINITY ? 0.0f : highest;
-            factor[r] = power_of_two(top[r] - base);
+            float const largest = scale * best[r][0];
+            float const highest = largest > top[r] + spare_bits || top[r] == -INFINITY ? largest : top[r];
+            base[r] = highest == -INFINITY ? 0.0f : highest;
+            factor[r] = power_of_two(top[r] - base[r]);
             changed = changed || highest != top[r];
             top[r] = highest;
-            float sum = 0.0f;
-#pragma unroll
-            for (int j = 0; j < 8; ++j) {
-                float const low = power_of_two(fmaf(scores[4 * j + 2 * r], scale, -base));
-                float const high = power_of_two(fmaf(scores[4 * j + 2 * r + 1], scale, -base));
-                sum += low + high;
-                __nv_bfloat162 const pair = __floats2bfloat162_rn(low, high);
-                words[r][j] = reinterpret_cast<const uint32_t&>(pair);
-            }
-            total[r] = fmaf(total[r], factor[r], sum);
         }
+        uint32_t words[16];  // row r's keys 8 j + 2 t and the next: 2 j + r
+#pragma unroll
+        for (int i = 0; i < 16; ++i) {
+            float const low = power_of_two(fmaf(scores[2 * i], scale, -base[i % 2]));
+            float const high = power_of_two(fmaf(scores[2 * i + 1], scale, -base[i % 2]));
+            sum[i % 2][0] += low;
+            sum[i % 2][1] += high;
+            __nv_bfloat162 const pair = __floats2bfloat162_rn(low, high);
+            words[i] = reinterpret_cast<const uint32_t&>(pair);
+        }
+#pragma unroll
+        for (int r = 0; r < 2; ++r) total[r] = fmaf(total[r], factor[r], sum[r][0] + sum[r][1]);
 
         if (n > 0) barrier_wait(barrier_of(memory, place::used, n - 1), (n - 1) / 2 & 1);  // the weights before
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            int const row = first_row + 8 * r;
-            uint8_t* line = memory + place::weights + row * 128 + 4 * t;
+        for (int i = 0; i < 4; ++i) {
+            // lanes 0 to 15 name the rows of the first eight keys, the others those of the next eight
+            int const row = warp * 16 + lane % 16, unit = 2 * i + lane / 16;
+            store_matrices(shared_address(memory + place::weights) + row * 128 + ((unit ^ (row & 7)) << 4), words + 4 * i);
+        }
+        if (t == 0) {
 #pragma unroll
-            for (int j = 0; j < 8; ++j) *reinterpret_cast<uint32_t*>(line + ((j ^ (row & 7)) << 4)) = words[r][j];
-            if (t == 0) reinterpret_cast<float*>(memory + place::rescale)[row] = factor[r];
+            for (int r = 0; r < 2; ++r) reinterpret_cast<float*>(memory + place::rescale)[first_row + 8 * r] = factor[r];
         }
         bool const any = __any_sync(0xffffffffu, changed);
         if (lane == 0) reinterpret_cast<int32_t*>(memory + place::changed)[warp] = any ? 1 : 0;

@@ -73,6 +73,13 @@ __device__ inline void registers_increase() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(count));
 }
 
+// Four 8 x 8 matrices of 16-bit values to shared memory: mma.cuh's ldmatrix_x4 the other way round.
+__device__ inline void store_matrices(uint32_t shared_address, const uint32_t* four) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address), "r"(four[0]), "r"(four[1]),
+                 "r"(four[2]), "r"(four[3])
+                 : "memory");
+}
+
 __device__ inline void product_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void product_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 // Until at most `pending` committed groups of products are under way.

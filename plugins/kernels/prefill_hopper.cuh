@@ -106,6 +106,53 @@ __device__ inline void wait_replaceable(uint8_t* memory, int barriers, uint32_t 
     if (n >= 2) barrier_wait(one_of_two(memory, barriers, n), (n / 2 - 1) & 1);
 }
 
+// prefill_tensor::convert_weights for bf16 weights, eight at once: W_UV as it is, W_UK's parts of 64 x 64 turned round.
+__device__ inline bool weights_are_vectors(const PrefillArguments& a) {
+    auto const fits = [](const BlockScaledWeight& weight) {
+        return weight.type == MLA_BFLOAT16 && weight.scale == nullptr && reinterpret_cast<uintptr_t>(weight.data) % 16 == 0;
+    };
+    return fits(a.w_uk) && fits(a.w_uv);
+}
+__device__ inline void turn_weights(const Plan& plan, uint16_t* tile) {
+    using S = HopperShape;
+    constexpr int rank = 512, side = 64, stride = side + 2, vectors = side * side / 8;
+    const PrefillArguments& a = plan.arguments;
+    auto* const weights = reinterpret_cast<uint4*>(plan.weights);
+    int const of_head = (S::nope + S::width) * rank / 8, values_of_head = S::width * rank / 8;
+    const auto* const values = static_cast<const uint4*>(a.w_uv.data);
+    int64_t const count = static_cast<int64_t>(a.heads) * values_of_head;
+#pragma unroll 4
+    for (int64_t i = blockIdx.x * S::threads + threadIdx.x; i < count; i += gridDim.x * S::threads) {
+        weights[i / values_of_head * of_head + S::nope * rank / 8 + i % values_of_head] = values[i];
+    }
+    constexpr int jobs_of_head = rank / side * (S::nope / side);
+    for (int32_t job = blockIdx.x; job < a.heads * jobs_of_head; job += gridDim.x) {
+        int32_t const head = job / jobs_of_head, r0 = job % jobs_of_head / (S::nope / side) * side;
+        int32_t const n0 = job % (S::nope / side) * side;
+        const auto* const source = static_cast<const uint4*>(a.w_uk.data) + (static_cast<int64_t>(head) * rank + r0) * (S::nope / 8) + n0 / 8;
+        S::sync();
+#pragma unroll
+        for (int i = threadIdx.x; i < vectors; i += S::threads) {
+            int const row = i / (side / 8), unit = i % (side / 8);
+            uint4 const found = source[row * (S::nope / 8) + unit];
+            auto* const target = reinterpret_cast<uint32_t*>(tile + row * stride + unit * 8);
+            target[0] = found.x;
+            target[1] = found.y;
+            target[2] = found.z;
+            target[3] = found.w;
+        }
+        S::sync();
+#pragma unroll
+        for (int i = threadIdx.x; i < vectors; i += S::threads) {
+            int const column = i / (side / 8), unit = i % (side / 8);
+            const uint16_t* const from = tile + unit * 8 * stride + column;
+            auto const pair = [&](int k) { return from[2 * k * stride] | static_cast<uint32_t>(from[(2 * k + 1) * stride]) << 16; };
+            weights[static_cast<int64_t>(head) * of_head + ((n0 + column) * rank + r0) / 8 + unit] =
+                make_uint4(pair(0), pair(1), pair(2), pair(3));
+        }
+    }
+}
+
 // What a block has done so far; the barriers' phases follow from it.
 struct Progress {
     uint32_t work;     // places of the ring
@@ -127,6 +174,13 @@ struct Stage {
 template <typename T>
 __device__ inline T uniform(T value) {
     return __shfl_sync(0xffffffffu, value, 0);
+}
+
+// A load where it is written, not where its value is first used.
+__device__ inline uint64_t load_now(const uint64_t* place) {
+    uint64_t value;
+    asm volatile("ld.global.b64 %0, [%1];" : "=l"(value) : "l"(place));
+    return value;
 }
 
 __device__ inline int32_t tile_count(const Unit& unit) { return ceil_div(unit.key_end - unit.key_start, 2); }
@@ -227,7 +281,7 @@ __device__ inline void produce(const Plan& plan, const Maps& maps, uint8_t* memo
                 barrier_expect(barrier, weight_pieces * piece_bytes);
                 copy_box(target, &maps.weights, barrier, piece * 128, row, 0, 0);
                 copy_box(target + piece_bytes, &maps.weights, barrier, piece * 128, row + 128, 0, 0);
-                if (i == latent_pieces / 2) find(done.work);
+                if (i == work.heads * latent_pieces - 4) find(done.work);
             }
             ++done.jobs;
             done.weights += static_cast<uint32_t>(work.heads * latent_pieces);
@@ -261,7 +315,7 @@ __device__ inline void produce(const Plan& plan, const Maps& maps, uint8_t* memo
         for (int32_t tile = 0; tile < count && lane == 0; ++tile) {
             if (tile > 0) order_keys(tile);
             order_values(tile);
-            if (tile == min(1, count - 1)) find(done.work);
+            if (tile == max(count - 3, 0)) find(done.work);  // early enough to be known in time, late enough for others to get it
         }
         ++done.units;
         done.tiles += static_cast<uint32_t>(count);
@@ -352,19 +406,19 @@ __device__ inline void attend_unit(const Plan& plan, uint8_t* memory, const Unit
     uint32_t weights[8][4];
     int64_t const state_row = static_cast<int64_t>(unit.head) * a.step.tokens + unit.token + first_row;
 #pragma unroll
+    for (int i = 0; i < 64; ++i) sums[i] = 0.0f;
+#pragma unroll
     for (int half = 0; half < 2; ++half) {
-        bool const stored = !unit.starts && first_row + 8 * half < unit.rows;
-        float2 state = make_float2(-INFINITY, 0.0f);
-        if (stored) state = plan.state_sums[state_row + 8 * half];
+        largest[half] = -INFINITY;
+        total[half] = 0.0f;
+        if (unit.starts || first_row + 8 * half >= unit.rows) continue;
+        float2 const state = plan.state_sums[state_row + 8 * half];
         largest[half] = state.x;
         total[half] = t == 0 ? state.y : 0.0f;
+        const float* const row = plan.states + (state_row + 8 * half) * HopperShape::width + 2 * t;
 #pragma unroll
         for (int j = 0; j < 16; ++j) {
-            float2 pair = make_float2(0.0f, 0.0f);
-            if (stored) {
-                const float* row = plan.states + (state_row + 8 * half) * HopperShape::width;
-                pair = *reinterpret_cast<const float2*>(row + j * 8 + 2 * t);
-            }
+            float2 const pair = *reinterpret_cast<const float2*>(row + j * 8);
             sums[4 * j + 2 * half] = pair.x;
             sums[4 * j + 2 * half + 1] = pair.y;
         }
@@ -416,14 +470,15 @@ __device__ inline void attend_unit(const Plan& plan, uint8_t* memory, const Unit
 #pragma unroll
         for (int i = 0; i < 32; ++i) asm volatile("" : "+r"(weights[i / 4][i % 4])::"memory");
     };
-    float scale[2];
     // Which of a tile's keys exist, and whether all do and all rows see them.
     struct Masks {
         uint64_t low, high;
     };
     auto load_masks = [&](int32_t tile) {
         int32_t const first = unit.key_start + 2 * tile;
-        return Masks{plan.key_masks[first], first + 1 < unit.key_end ? plan.key_masks[first + 1] : 0};
+        bool const pair = first + 1 < unit.key_end;
+        Masks const found{load_now(plan.key_masks + first), load_now(plan.key_masks + first + (pair ? 1 : 0))};
+        return Masks{found.low, pair ? found.high : 0};
     };
     auto all_seen = [&](int32_t tile, const Masks& masks) {
         int32_t const key0 = (unit.key_start + 2 * tile - unit.first_key) * key_tile;
@@ -439,15 +494,14 @@ __device__ inline void attend_unit(const Plan& plan, uint8_t* memory, const Unit
             if (!present || key > last + i / 2 % 2 * 8) scores[i] = -INFINITY;
         }
     };
-    // Scores to weights, still in f32: sums and weights may be in use by products.
-    auto make_weights = [&] {
+    // Scores to weights. Products use sums and weights until `values_done`, half of the way.
+    auto make_weights = [&](auto values_done) {
         float top[2][4];  // four at a time, so that one does not wait for the other
 #pragma unroll
         for (int i = 0; i < 64; ++i) {
             float& own_top = top[i / 2 % 2][i / 4 % 4];
             own_top = i / 16 == 0 && i % 2 == 0 ? scores[i] : fmaxf(own_top, scores[i]);
         }
-        float base[2], sum[2][2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             float* const four = top[half];
@@ -460,6 +514,7 @@ __device__ inline void attend_unit(const Plan& plan, uint8_t* memory, const Unit
                 top[half][0] = fmaxf(top[half][0], __shfl_xor_sync(0xffffffffu, top[half][0], lanes));
             }
         }
+        float base[2], scale[2], sum[2][2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             base[half] = top[half][0] == -INFINITY ? 0.0f : top[half][0] * factor;
@@ -467,23 +522,28 @@ __device__ inline void attend_unit(const Plan& plan, uint8_t* memory, const Unit
             largest[half] = top[half][0];
             sum[half][0] = sum[half][1] = 0.0f;
         }
+        auto powers = [&](int begin, int end) {
 #pragma unroll
-        for (int i = 0; i < 64; ++i) {
-            scores[i] = power_of_two(fmaf(scores[i], factor, -base[i / 2 % 2]));
-            sum[i / 2 % 2][i % 2] += scores[i];
-        }
-#pragma unroll
-        for (int half = 0; half < 2; ++half) total[half] = fmaf(total[half], scale[half], sum[half][0] + sum[half][1]);
-    };
-    // Then, when no products use them.
-    auto take_weights = [&] {
+            for (int i = begin; i < end; ++i) {
+                scores[i] = power_of_two(fmaf(scores[i], factor, -base[i / 2 % 2]));
+                sum[i / 2 % 2][i % 2] += scores[i];
+            }
+        };
+        powers(0, 32);
+        // Never so, but the assembler does not know: it would move the wait up, before all of this.
+        if (fminf(sum[0][0], sum[1][0]) < 0.0f) __nanosleep(1);
+        values_done();
         if (__any_sync(0xffffffffu, scale[0] != 1.0f || scale[1] != 1.0f)) {
 #pragma unroll
             for (int i = 0; i < 64; ++i) sums[i] *= scale[i / 2 % 2];
         }
+        powers(32, 64);
 #pragma unroll
         for (int i = 0; i < 32; ++i) weights[i / 4][i % 4] = pack(scores[2 * i], scores[2 * i + 1]);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) total[half] = fmaf(total[half], scale[half], sum[half][0] + sum[half][1]);
     };
+
     // Tiles with keys that rows of this group see; those behind them are passed over.
     int32_t const seen = unit.position + group_row + 63 - (unit.key_start - unit.first_key) * key_tile;
     int32_t const own = uniform(group_row >= unit.rows || seen < 0 ? 0 : min(seen / keys_of_tile + 1, count));
@@ -503,35 +563,32 @@ __device__ inline void attend_unit(const Plan& plan, uint8_t* memory, const Unit
         if (own == 1) queries_used();
         if (!all_seen(0, masks)) mask_scores(0, masks);
         masks = load_masks(min(1, own - 1));
-        make_weights();
-        take_weights();
+        make_weights([] {});
         for (int32_t tile = 1; tile < own; ++tile) {
             bool const whole = all_seen(tile, masks);
             wait_full(memory, place::keys_full, tiles + tile);
-            wait_full(memory, place::values_full, tiles + tile - 1);
             take_turn();
             pin(scores);
             pin(sums);
             pin_weights();
             product_fence();
             multiply_keys(tile);
+            wait_full(memory, place::values_full, tiles + tile - 1);
             multiply_values(tile - 1, std::true_type());
             pass_turn();
+            Masks const next = load_masks(min(tile + 1, own - 1));
             product_wait<1>();
             pin(scores);
             keys_used(tile);
             if (tile == own - 1) queries_used();
             if (!whole) mask_scores(tile, masks);
-            masks = load_masks(min(tile + 1, own - 1));
-            make_weights();
-            // Never so, but the assembler does not know: it would move the wait up, before the weights are made.
-            if (fminf(total[0], total[1]) < 0.0f) __nanosleep(1);
-            pin(scores);
-            product_wait();
-            pin(sums);
-            pin_weights();
-            values_used(tile - 1);
-            take_weights();
+            masks = next;
+            make_weights([&] {
+                product_wait();
+                pin(sums);
+                pin_weights();
+                values_used(tile - 1);
+            });
         }
         if (own < count) wait_full(memory, place::keys_full, tiles + own);
         wait_full(memory, place::values_full, tiles + own - 1);
@@ -651,7 +708,11 @@ __device__ inline void walk(const Plan& plan, const Maps& maps, uint8_t* memory)
             make_starts<S>(plan);
             if (threadIdx.x < 2) plan.counter[threadIdx.x] = 0;
         }
-        convert_weights<S>(plan, reinterpret_cast<float*>(memory));
+        if (weights_are_vectors(a)) {
+            turn_weights(plan, reinterpret_cast<uint16_t*>(memory));
+        } else {
+            convert_weights<S>(plan, reinterpret_cast<float*>(memory));
+        }
         fence_copies();
     }
     grid.sync();
