@@ -1,0 +1,138 @@
+// What the parts of SM90's prefill kernel share: the tensors that the copy engine reads, the block and its shared memory, what
+// its warps say to each other.
+#pragma once
+
+#include "hopper.cuh"
+#include "prefill_tensor.cuh"
+#include "tensor_map.h"
+
+namespace mla::prefill_hopper {
+
+using namespace prefill_tensor;
+using namespace hopper;
+
+// Tensors, and boxes of 128 rows of 128 bytes of each.
+struct Maps {
+    bool queries;             // whether the engine can copy them: bf16, whole vectors, nothing to change
+    bool outputs;             // whether outputs are bf16 and can be written four at once
+    CUtensorMap query_nope;   // [T, H, Dn]
+    CUtensorMap query_rope;   // [T, H, Dr]
+    CUtensorMap latents;      // [chunk keys, R]
+    CUtensorMap weights;      // [H x (Dn + Dv), R]
+    CUtensorMap expanded;     // [group heads, chunk keys, Dn + Dv]
+    CUtensorMap ropes;        // [chunk keys, Dr]
+};
+
+enum : int { turn = 1, stage = 3 };  // named barriers: `turn` of each warpgroup, which may order products then
+
+// What multiplies; the block has a warpgroup more, of which one warp works.
+struct HopperShape {
+    static constexpr int rows = 128, warps = 8, threads = 256;
+    static constexpr int nope = 128, rope = 64, width = 128;
+    __device__ static void sync() { named_sync(stage, threads); }
+};
+constexpr int block_threads = HopperShape::threads + 128;  // registers change hands among warpgroups
+constexpr int launch_registers = 168, multiply_registers = 232, feed_registers = 40;
+static_assert(2 * multiply_registers + feed_registers <= 3 * launch_registers, "registers that nobody gives up are waited for for ever");
+
+constexpr int piece_bytes = 128 * 128;  // 128 rows of 64 values
+constexpr int keys_of_tile = 128;
+constexpr int key_pieces = 3, value_pieces = 2;
+constexpr int latent_pieces = 512 / 64, weight_pieces = 2;
+constexpr int weight_ring = 3;
+constexpr int job_heads = 3;  // that are expanded from one tile of latents
+
+// What a block does next. `attention`: `unit`. `expansion`: key and value of `heads` heads from `head` on, for 128 keys.
+enum class Kind : int32_t { none, attention, expansion };
+struct Work {
+    Kind kind;
+    int32_t key, head, heads;
+    Unit unit;
+};
+
+// Where things lie in shared memory, in bytes.
+namespace place {
+constexpr int keys = 0;  // [2]
+constexpr int values = keys + 2 * key_pieces * piece_bytes;  // [2]
+constexpr int queries = values + 2 * value_pieces * piece_bytes;
+constexpr int latents = 0;  // of the expansion, instead of these
+constexpr int weights = latents + latent_pieces * piece_bytes;  // [weight_ring]
+constexpr int work = weights + weight_ring * weight_pieces * piece_bytes;  // [2]
+constexpr int work_bytes = 96;
+constexpr int barriers = work + 2 * work_bytes;
+constexpr int keys_full = barriers, keys_used = keys_full + 16, values_full = keys_used + 16, values_used = values_full + 16;
+constexpr int work_full = values_used + 16, work_used = work_full + 16;
+constexpr int queries_full = work_used + 16, queries_used = queries_full + 8;
+constexpr int latents_full = queries_used + 8, latents_used = latents_full + 8 * latent_pieces;
+constexpr int weights_full = latents_used + 8 * latent_pieces, weights_used = weights_full + 8 * weight_ring;
+constexpr int total = weights_used + 8 * weight_ring;
+}  // namespace place
+static_assert(place::queries + key_pieces * piece_bytes <= place::work && sizeof(Work) <= place::work_bytes);
+
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+// Before the copy engine reads what threads have written to global memory.
+__device__ inline void fence_copies() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
+__device__ inline void init_barriers(uint8_t* memory) {
+    auto init = [&](int full, int used, int count) {
+        for (int i = 0; i < count; ++i) {
+            barrier_init(shared_address(memory + full) + 8 * i, 1);
+            barrier_init(shared_address(memory + used) + 8 * i, HopperShape::warps);
+        }
+    };
+    init(place::keys_full, place::keys_used, 2);
+    init(place::values_full, place::values_used, 2);
+    init(place::work_full, place::work_used, 2);
+    init(place::queries_full, place::queries_used, 1);
+    init(place::latents_full, place::latents_used, latent_pieces);
+    init(place::weights_full, place::weights_used, weight_ring);
+    fence_barrier_init();
+}
+
+// Waits of a barrier that is one of two, for what is numbered n: until it is there, and until what is replaced was used.
+__device__ inline uint32_t one_of_two(uint8_t* memory, int barriers, uint32_t n) {
+    return shared_address(memory + barriers) + 8 * (n & 1);
+}
+__device__ inline void wait_full(uint8_t* memory, int barriers, uint32_t n) {
+    barrier_wait(one_of_two(memory, barriers, n), n / 2 & 1);
+}
+__device__ inline void wait_replaceable(uint8_t* memory, int barriers, uint32_t n) {
+    if (n >= 2) barrier_wait(one_of_two(memory, barriers, n), (n / 2 - 1) & 1);
+}
+
+// What a block has done so far; the barriers' phases follow from it.
+struct Progress {
+    uint32_t work;     // places of the ring
+    uint32_t units;    // of attention
+    uint32_t tiles;    // of keys
+    uint32_t jobs;     // of expansion
+    uint32_t weights;  // places of their ring
+};
+
+// What all blocks do between two barriers of the grid: attention for one group of heads, expansion for another.
+struct Stage {
+    int32_t chunk_start, chunk_end;                // key tiles
+    int32_t head0, heads, slot0;                   // attention: heads, and where `expanded` has the first; heads 0: none
+    int32_t expand_head0, expand_heads, expand_slot0;  // the same of the expansion
+    int32_t* counter;
+};
+
+// The same for all lanes, which the compiler then knows.
+template <typename T>
+__device__ inline T uniform(T value) {
+    return __shfl_sync(0xffffffffu, value, 0);
+}
+
+// A load where it is written, not where its value is first used.
+__device__ inline uint64_t load_now(const uint64_t* place) {
+    uint64_t value;
+    asm volatile("ld.global.b64 %0, [%1];" : "=l"(value) : "l"(place));
+    return value;
+}
+
+__device__ inline int32_t tile_count(const Unit& unit) { return ceil_div(unit.key_end - unit.key_start, 2); }
+
+#endif
+
+}  // namespace mla::prefill_hopper
