@@ -141,7 +141,9 @@ class TensorRtEngine:
         recurring = self._pads and profile == DECODE and bool((new == new[:1]).all())
         padded = profiles.bucketed(sizes, ranges) if recurring else profiles.at_least(sizes, ranges)
         if COPIES in sizes:
-            padded[COPIES] = profiles.bucket(sizes[COPIES], ranges[COPIES].most)
+            # Pairs that copy nothing cost little, a recording more for each of their numbers does not.
+            most = ranges[COPIES].most
+            padded[COPIES] = most if recurring and sizes[COPIES] > 1 else profiles.bucket(sizes[COPIES], most)
         if not self._pads and padded[SEQUENCES] != sizes[SEQUENCES]:
             raise UsageError("a step needs at least one sequence")
         if len(page_copies) and PAGE_COPIES not in self._inputs:
