@@ -29,6 +29,21 @@ inline int64_t block_count(const Attend& work, const Partials& partials, int row
     return items * partials.splits;
 }
 
+// Launches an attention kernel whose blocks have up to `rows` rows each and `bytes` of shared memory.
+template <typename... Parameters, typename... Arguments>
+int launch_blocks(void (*kernel)(Parameters...), const Attend& work, const Partials& partials, int rows, int threads, int bytes,
+                  cudaStream_t stream, const Arguments&... arguments) {
+    if (int status = check_cuda("attention", cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                                  cudaFuncAttributeMaxDynamicSharedMemorySize, bytes))) {
+        return status;
+    }
+    int64_t const blocks = block_count(work, partials, rows);
+    if (blocks > 0x7fffffff) return fail(MLA_UNSUPPORTED, "%lld query tokens are too many for one step",
+                                         static_cast<long long>(work.step.tokens));
+    kernel<<<static_cast<unsigned>(blocks), threads, bytes, stream>>>(arguments...);
+    return check_launch("attention");
+}
+
 // The rows of a block: `count` consecutive (token, head) pairs of one sequence.
 struct Item {
     int32_t sequence;  // -1: none

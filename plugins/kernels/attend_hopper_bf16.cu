@@ -406,16 +406,8 @@ template <bool lists>
 int launch(const Attend& work, const Partials& partials, cudaStream_t stream) {
     CUtensorMap map;
     if (int status = make_map(&map, work, pieces, pieces)) return status;
-    auto* kernel = attend_hopper_bf16_kernel<lists>;
-    if (int status = check_cuda("attention", cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                                  cudaFuncAttributeMaxDynamicSharedMemorySize, place::total))) {
-        return status;
-    }
-    int64_t const blocks = block_count(work, partials, 64);
-    if (blocks > 0x7fffffff) return fail(MLA_UNSUPPORTED, "%lld query tokens are too many for one step",
-                                         static_cast<long long>(work.step.tokens));
-    kernel<<<static_cast<unsigned>(blocks), block_threads, place::total, stream>>>(map, work, partials);
-    return check_launch("attention");
+    return launch_blocks(attend_hopper_bf16_kernel<lists>, work, partials, 64, block_threads, place::total, stream, map, work,
+                         partials);
 }
 
 }  // namespace

@@ -94,18 +94,7 @@ template <typename F>
 int launch(const Attend& work, const Partials& partials, cudaStream_t stream) {
     CUtensorMap map;
     if (int status = make_map(&map, work, pieces, 1)) return status;
-    auto* kernel = attend_hopper_fp8_kernel<F>;
-    if (int status = check_cuda("attention", cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                                  cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                                  Places<F>::total))) {
-        return status;
-    }
-    int64_t const blocks = block_count(work, partials, F::rows);
-    if (blocks > 0x7fffffff) return fail(MLA_UNSUPPORTED, "%lld query tokens are too many for one step",
-                                         static_cast<long long>(work.step.tokens));
-    kernel<<<static_cast<unsigned>(blocks), threads, Places<F>::total, stream>>>(
-        map, work, partials);
-    return check_launch("attention");
+    return launch_blocks(attend_hopper_fp8_kernel<F>, work, partials, F::rows, threads, Places<F>::total, stream, map, work, partials);
 }
 
 template <bool lists>

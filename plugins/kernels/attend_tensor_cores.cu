@@ -514,18 +514,8 @@ int launch(const Attend& work, const Partials& partials, const Device& device, c
     int const limit = device.shared_bytes - 64;
     int const stages = Shared(rows, rank_padded, work.layout, keys, 2).total <= limit ? 2 : 1;
     Shared const shared(rows, rank_padded, work.layout, keys, stages);
-    auto* kernel = attend_kernel<rows, rank_padded, keys>;
-    if (int status = check_cuda("attention", cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                                  cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                                  shared.total))) {
-        return status;
-    }
-    int64_t const blocks = block_count(work, partials, rows);
-    if (blocks > 0x7fffffff) return fail(MLA_UNSUPPORTED, "%lld query tokens are too many for one step",
-                                         static_cast<long long>(work.step.tokens));
-    kernel<<<static_cast<unsigned>(blocks), threads, shared.total, stream>>>(
-        work, partials, shared, queries_aligned(work), output_in_fours(work.output));
-    return check_launch("attention");
+    return launch_blocks(attend_kernel<rows, rank_padded, keys>, work, partials, rows, threads, shared.total, stream, work, partials,
+                         shared, queries_aligned(work), output_in_fours(work.output));
 }
 
 template <int rows, keys_as keys>
