@@ -12,8 +12,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
-from itertools import repeat
 from pathlib import Path
 
 import ml_dtypes
@@ -97,6 +97,17 @@ def change(file: Path, old: str, new: str) -> None:
     file.write_text(text.replace(old, new))
 
 
+@contextmanager
+def held_engine(repository: Path) -> Iterator[None]:
+    """Lets no step of the engine end meanwhile."""
+    file = repository / "small_engine" / "1" / "held"
+    file.touch()
+    try:
+        yield
+    finally:
+        file.unlink()
+
+
 def assert_whole(server: TritonServer) -> None:
     values = server.wait_for(running=0, waiting=0)
     assert values["mla_trt_pages"] == PAGES
@@ -104,7 +115,7 @@ def assert_whole(server: TritonServer) -> None:
 
 
 def test_clients_that_share_batches_and_pages_get_what_each_gets_alone(
-    server: TritonServer, alone: Callable[[list[int], int], list[int]]
+    server: TritonServer, written: Path, alone: Callable[[list[int], int], list[int]]
 ) -> None:
     draw = random.Random(0)
     beginning = [draw.randrange(64) for _ in range(12)]
@@ -113,8 +124,7 @@ def test_clients_that_share_batches_and_pages_get_what_each_gets_alone(
         prompt = (beginning if case % 2 else []) + [draw.randrange(64) for _ in range(draw.randint(1, 40))]
         asked.append((prompt, draw.randint(20, 60)))
 
-    def ask(case: int, pause: float) -> Answer:
-        time.sleep(case * pause)
+    def ask(case: int) -> Answer:
         prompt, count = asked[case]
         answer = Answer(server, "small", prompt, max_new_tokens=count)
         if case % 5:
@@ -124,21 +134,23 @@ def test_clients_that_share_batches_and_pages_get_what_each_gets_alone(
         answer.vanish()
         return answer
 
-    # The pool is too small for all: pages are shared, and taken from some to be computed again. A machine that is busy with other things
-    # may let few requests meet, so they come ever closer together.
-    for pause in (0.02, 0.01, 0.0, 0.0, 0.0):
-        with ThreadPoolExecutor(len(asked)) as clients:
-            answers = list(clients.map(ask, range(len(asked)), repeat(pause)))
-        for case, (answer, (prompt, count)) in enumerate(zip(answers, asked, strict=True)):
-            assert answer.error is None
-            if case % 5:
-                assert (answer.tokens, answer.finish) == (alone(prompt, count), "length")
-            else:
-                assert answer.tokens == alone(prompt, len(answer.tokens))
-        assert_whole(server)
-        values = server.values()
-        if values["mla_trt_preemptions_total"] > 0:
-            break
+    # The pool is too small for all: pages are shared, and taken from some to be computed again. All requests are there before
+    # the engine ends its first step, however busy the machine is.
+    with ThreadPoolExecutor(len(asked)) as clients:
+        with held_engine(written):
+            asking = [clients.submit(ask, 0)]
+            server.wait_for(running=1)
+            asking += [clients.submit(ask, case) for case in range(1, len(asked))]
+            server.wait_for(running=1, waiting=len(asked) - 1)
+        answers = [answer.result() for answer in asking]
+    for case, (answer, (prompt, count)) in enumerate(zip(answers, asked, strict=True)):
+        assert answer.error is None
+        if case % 5:
+            assert (answer.tokens, answer.finish) == (alone(prompt, count), "length")
+        else:
+            assert answer.tokens == alone(prompt, len(answer.tokens))
+    assert_whole(server)
+    values = server.values()
     assert values["mla_trt_prefix_tokens_total"] > 0
     assert values["mla_trt_preemptions_total"] > 0
 
@@ -203,10 +215,12 @@ def test_pages_of_an_engine_that_was_loaded_again_are_not_read(
         server.client.unload_model("small_engine")
         server.load("small_engine")
         assert Answer(server, "small", prompt, max_new_tokens=4).wait().tokens == alone(prompt, 4)
-        running = [Answer(server, "small", [case], max_new_tokens=LONG) for case in range(2)]
-        for answer in running:
-            answer.read()
-        server.client.unload_model("small_engine")
+        with held_engine(repository):
+            running = [Answer(server, "small", [0], max_new_tokens=LONG)]
+            server.wait_for(running=1)
+            running.append(Answer(server, "small", [1], max_new_tokens=LONG))
+            server.wait_for(running=1, waiting=1)
+            server.client.unload_model("small_engine")
         for answer in running:
             assert "does not serve the model 'small_engine'" in str(answer.wait().error)
         server.load("small_engine")

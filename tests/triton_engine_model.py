@@ -4,6 +4,7 @@ the pages, and runs the lowered model beside it on ONNX Runtime."""
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,14 @@ class TritonPythonModel:
     def initialize(self, args: Mapping[str, str]) -> None:
         """Opens the lowered model, with as many pages as the engine has."""
         folder = Path(args["model_repository"]) / args["model_version"]
+        self._held = folder / "held"
         self._description = read_description(folder / "model.plan")
         self._engine = OnnxRuntimeEngine(folder / "model.onnx", pages=pool_pages(self._description, None))
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """Answers as the backend does."""
+        """Answers as the backend does, but not while there is a file `held` beside the plan."""
+        while self._held.exists():
+            time.sleep(0.01)
         responses = []
         for request in requests:
             try:
