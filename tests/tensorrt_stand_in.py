@@ -80,18 +80,21 @@ class StandInRunner:
 
     Attributes:
         steps: (profile, shape of the tokens, sequences, columns, whether it recurs) of each step.
+        shapes: those of all inputs of each step.
         copied: pages that were copied outside of the model.
     """
 
     def __init__(self, model: onnx.ModelProto, pages: int) -> None:
         self._engine = OnnxRuntimeEngine(model, pages=pages)
         self.steps: list[tuple[str, tuple[int, ...], int, int, bool]] = []
+        self.shapes: list[dict[str, tuple[int, ...]]] = []
         self.copied: list[list[int]] = []
         self.closed = False
 
     def run(self, profile: str, inputs: Mapping[str, np.ndarray], *, recurring: bool) -> dict[str, np.ndarray]:
         tokens = inputs[self._engine.metadata.token_input]
         self.steps.append((profile, tokens.shape, *inputs["block_table"].shape, recurring))
+        self.shapes.append({name: value.shape for name, value in inputs.items()})
         given = dict(inputs)
         copies = given.pop(PAGE_COPIES, np.zeros((0, 2), np.int32))
         return self._engine.run(given, copies)

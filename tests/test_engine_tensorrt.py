@@ -110,6 +110,19 @@ def test_decoding_steps_recur_in_few_sizes(model: onnx.ModelProto) -> None:
     assert runner.steps[-1][-1]
 
 
+def test_copied_pages_make_no_sizes_of_their_own() -> None:
+    engine, runner = stand_in(
+        with_known_axes(lowered(CONFIG, page_copies=True)), PAGES, max_batch=4, max_tokens=64, max_length=64
+    )
+    session = Session(engine)
+    parent, _ = session.prefill([1, 2, 3])
+    children = [session.fork(parent) for _ in range(3)]
+    runner.shapes.clear()
+    for several in (children[:1], children[1:], children):  # who writes to a shared page copies it: one, two, none
+        session.decode(dict.fromkeys(several, 7))
+    assert {shapes["page_copies"] for shapes in runner.shapes} == {(4, 2)}
+
+
 def test_a_long_prompt_takes_the_prefill_profile_as_it_is(model: onnx.ModelProto) -> None:
     engine, runner = stand_in(model, PAGES, max_batch=4, max_tokens=64, max_length=64)
     Session(engine).prefill(list(range(1, 31)))

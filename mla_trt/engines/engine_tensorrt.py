@@ -143,7 +143,7 @@ class TensorRtEngine:
         if COPIES in sizes:
             # Pairs that copy nothing cost little, a recording more for each of their numbers does not.
             most = ranges[COPIES].most
-            padded[COPIES] = most if recurring and sizes[COPIES] > 1 else profiles.bucket(sizes[COPIES], most)
+            padded[COPIES] = most if recurring else profiles.bucket(sizes[COPIES], most)
         if not self._pads and padded[SEQUENCES] != sizes[SEQUENCES]:
             raise UsageError("a step needs at least one sequence")
         if len(page_copies) and PAGE_COPIES not in self._inputs:
