@@ -10,7 +10,7 @@ import socket
 import subprocess
 import time
 import urllib.request
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -267,3 +267,15 @@ class Answer:
         """Ends the connection as a client does that goes away."""
         self.client.stop_stream(cancel_requests=True)
         self.client.close()
+
+
+def assert_each_got_its_own(
+    answers: Sequence[Answer], asked: Sequence[tuple[list[int], int]], alone: Callable[[list[int], int], list[int]]
+) -> None:
+    """Every stream has the tokens of its prompt alone; every fifth client vanished, so that its stream has the first of them."""
+    for case, (answer, (prompt, count)) in enumerate(zip(answers, asked, strict=True)):
+        assert answer.error is None, answer.error
+        if case % 5:
+            assert (answer.tokens, answer.finish) == (alone(prompt, count), "length"), f"stream {case}"
+        else:
+            assert answer.tokens == alone(prompt, len(answer.tokens)), f"stream {case}"
