@@ -63,12 +63,10 @@ __global__ void __launch_bounds__(threads, 1)
         if (lane < 8) ring.fetch_page(work, item.sequence, lane / 2, lane % 2);
         copy_async_wait<0>();
         __syncwarp();
-        if (lane == 0) {
 #pragma unroll 1
-            for (int number = 0; number < F::ring; ++number) ring.order(work, number / pieces, number % pieces);
+        for (int number = 0; number < F::ring; ++number) ring.order(work, number / pieces, number % pieces);
 #pragma unroll 1
-            for (int i = 0; i < 6; ++i) ring.order_scales(work, i / 2, i % 2);
-        }
+        for (int i = 0; i < 6; ++i) ring.order_scales(work, i / 2, i % 2);
     }
     load_query<F>(work, item, memory);
     for (int row = threadIdx.x; row < 64; row += threads) {

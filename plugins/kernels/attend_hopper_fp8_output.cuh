@@ -134,7 +134,7 @@ __device__ void output_group(const Attend& work, const Item& item, const Ring<F>
                     if (m == 1 && side == buffer) ring.gather_after(work, n, 4, own_thread());  // both score groups are done
                 } else if (own_warp() == 0) {
                     named_sync(id, group);
-                    if (own_lane() == 0) ring.order_after(work, n, side + m / 2 * 2);
+                    ring.order_after(work, n, side + m / 2 * 2);
                 } else {
                     named_arrive(id, group);
                 }

@@ -101,34 +101,38 @@ struct Ring {
         barrier_wait(shared_address(memory + P::full) + 8 * slot(n, i), parity(n, i));
     }
 
-    // Orders the piece that is `ring` after piece i of tile n. Called by one thread, when that one is used up.
+    // Orders the piece that is `ring` after piece i of tile n, when that one is used up. By a warp.
     __device__ void order_after(const Attend& work, int32_t n, int i) const {
         int const later = i + F::ring % pieces;
         order(work, n + F::ring / pieces + (later >= pieces), later >= pieces ? later - pieces : later);
     }
 
-    // Halves without a page come from outside of the map.
+    // By a warp. Halves without a page come from outside of the map.
     __device__ void order(const Attend& work, int32_t n, int i) const {
         if (n >= count) return;
         uint32_t const barrier = shared_address(memory + P::full) + 8 * slot(n, i), target = piece(n, i);
-        barrier_expect(barrier, piece_bytes);
+        int32_t const page[2] = {page_of_half(work, n, 0), page_of_half(work, n, 1)};
+        if (elect_lane()) {
+            barrier_expect(barrier, piece_bytes);
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            copy_box(target + h * (piece_bytes / 2), map, barrier, 0, row_of_half(work, n, h), column(i),
-                             page_of_half(work, n, h));
+            for (int h = 0; h < 2; ++h) {
+                copy_box(target + h * (piece_bytes / 2), map, barrier, 0, row_of_half(work, n, h), column(i), page[h]);
+            }
         }
     }
 
-    // Orders the scales of a half's rows; without a page any others.
+    // Orders the scales of a half's rows, by a warp; without a page any others.
     __device__ void order_scales(const Attend& work, int32_t n, int h) const {
         if (n >= count) return;
         int32_t const page = page_of_half(work, n, h);
         uint32_t const barrier = shared_address(memory + P::scales_full) + (n % 4 * 2 + h) * 8;
         const uint8_t* scales =
             work.pool + (page < work.step.pages ? page : 0) * work.layout.page_bytes + work.layout.scales_offset;
-        barrier_expect(barrier, half * 4);
-        copy_bytes(shared_address(memory + P::raw_scales) + (n % 4 * tile + h * half) * 4,
-                           scales + 4 * row_of_half(work, n, h), half * 4, barrier);
+        if (elect_lane()) {
+            barrier_expect(barrier, half * 4);
+            copy_bytes(shared_address(memory + P::raw_scales) + (n % 4 * tile + h * half) * 4, scales + 4 * row_of_half(work, n, h),
+                       half * 4, barrier);
+        }
     }
 
     // What the softmax needs of the scale of key `key` of tile n. `third`: n % 3.

@@ -161,10 +161,11 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
             product_bf16<3>(scores, query + columns, keys);
         }
         product_commit();
-        if (!F::lists && thread() == 0) {
+        if (!F::lists && thread() < warp_size) {
             copy_async_wait<0>();  // the page of tile n + 3
+            __syncwarp();
             ring.order_scales(work, n + 3, side());
-            ring.fetch_page(work, item.sequence, n + 4, side());
+            if (thread() == 0) ring.fetch_page(work, item.sequence, n + 4, side());
         }
         named_sync(weights_free + buffer, threads);  // with it comes this tile's table of scales
         product_wait();
@@ -218,7 +219,7 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
         }
         named_sync(maxima_ready, 2 * group);
         if constexpr (!F::lists) {
-            if (again(number) == 0) ring.order_after(work, n, 4);  // both groups are done with the rope part
+            if (again(number) < warp_size) ring.order_after(work, n, 4);  // both groups are done with the rope part
             if (n + 1 == ring.count && ring.keys(n) < tile) ring.clear_tail(n, side(), thread());
         }
         int changed = 0;  // 1: the reference, 2: the tile has its own

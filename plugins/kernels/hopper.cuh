@@ -39,6 +39,13 @@ __device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
         : "memory");
 }
 
+// True for one lane of the warp, all of whose lanes are here.
+__device__ inline bool elect_lane() {
+    uint32_t elected;
+    asm volatile("{\n.reg .pred one;\nelect.sync _|one, 0xffffffff;\nselp.u32 %0, 1, 0, one;\n}" : "=r"(elected));
+    return elected != 0;
+}
+
 // A box of a 4-d tensor to shared memory; what lies outside of the tensor becomes zero.
 __device__ inline void copy_box(uint32_t target, const void* map, uint32_t barrier, int c0, int c1, int c2, int c3) {
     asm volatile(
@@ -189,7 +196,7 @@ __device__ inline void product_bf16_values(float (&d)[64], const uint32_t (&a)[4
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(128 * step + (((tile_stride >> 4) - 1) << 16)));
 }
 
-// D [64][256] += A [64][16] B [16][256], bf16: step `step` of K in both. B's rows are those of four tiles of 64 columns, `tile_stride`
+// D [64][N] += A [64][16] B [16][N], bf16: step `step` of K in both. B's rows are those of N / 64 tiles of 64 columns, `tile_stride`
 // bytes from one to the next.
 template <int step, int tile_stride>
 __device__ inline void product_bf16_wide(float (&d)[128], uint32_t a, uint32_t b) {
@@ -197,6 +204,14 @@ __device__ inline void product_bf16_wide(float (&d)[128], uint32_t a, uint32_t b
                  "add.u32 low, %128, %130;\nmov.b64 x, {low, 0x40000040};\nadd.u32 low, %129, %131;\nmov.b64 y, {low, 0x40000040};\n"
                  "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" MLA_R128 "}, x, y, 1, 1, 1, 0, 1;\n}"
                  : MLA_D128(d)
+                 : "r"(a), "r"(b), "n"(2 * step), "n"(128 * step + (((tile_stride >> 4) - 1) << 16)));
+}
+template <int step, int tile_stride>
+__device__ inline void product_bf16_wide(float (&d)[64], uint32_t a, uint32_t b) {
+    asm volatile("{\n.reg .b64 x, y;\n.reg .b32 low;\n"
+                 "add.u32 low, %64, %66;\nmov.b64 x, {low, 0x40000040};\nadd.u32 low, %65, %67;\nmov.b64 y, {low, 0x40000040};\n"
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" MLA_R64 "}, x, y, 1, 1, 1, 0, 1;\n}"
+                 : MLA_D64(d)
                  : "r"(a), "r"(b), "n"(2 * step), "n"(128 * step + (((tile_stride >> 4) - 1) << 16)));
 }
 
@@ -221,6 +236,22 @@ __device__ inline void product_e4m3(float (&d)[8], const uint32_t (&a)[4], uint3
                  "wgmma.mma_async.sync.aligned.m64n16k32.f32.e4m3.e4m3 {" MLA_R8 "}, {%8, %9, %10, %11}, tile, %14, 1, 1;\n}"
                  : MLA_D8(d)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(2 * step), "n"(step > 0));
+}
+
+// D [64][N] (+)= A [64][16] B [N][16]^T, all f16, A in registers; `clear`: D is overwritten.
+template <bool clear>
+__device__ inline void product_f16(float (&d)[32], const uint32_t (&a)[4], uint32_t b) {
+    asm volatile("{\n.reg .b64 tile;\nmov.b64 tile, {%36, 0x40000040};\n"
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {" MLA_R32 "}, {%32, %33, %34, %35}, tile, %37, 1, 1, 0;\n}"
+                 : MLA_D32(d)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(clear ? 0 : 1));
+}
+template <bool clear>
+__device__ inline void product_f16(float (&d)[16], const uint32_t (&a)[4], uint32_t b) {
+    asm volatile("{\n.reg .b64 tile;\nmov.b64 tile, {%20, 0x40000040};\n"
+                 "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {" MLA_R16 "}, {%16, %17, %18, %19}, tile, %21, 1, 1, 0;\n}"
+                 : MLA_D16(d)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(clear ? 0 : 1));
 }
 
 #undef MLA_D8

@@ -245,7 +245,6 @@ __device__ inline void attend_unit(const Plan& plan, uint8_t* memory, const Unit
         values_used(tile - 1);
     }
 
-    int const odd = t % 2;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         float sum = total[half];
@@ -271,15 +270,13 @@ __device__ inline void attend_unit(const Plan& plan, uint8_t* memory, const Unit
         if (a.lse != nullptr && there && t == 0) a.lse[token * a.heads + head] = logf(sum) + top * ln2;
         int64_t const start = token * a.output.token_stride + head * a.output.head_stride;
         if (vectors) {
-            // lanes 2 i and 2 i + 1 exchange, so that each stores four neighbouring columns of one of two groups of eight
-            auto* const target = static_cast<__nv_bfloat16*>(a.output.data) + start + odd * 8 + t / 2 * 4;
+            auto* const target = static_cast<__nv_bfloat16*>(a.output.data) + start + first_of_four(lane);
 #pragma unroll
             for (int j = 0; j < 16; j += 2) {
                 uint32_t const left = pack(sums[4 * j + 2 * half] * share, sums[4 * j + 2 * half + 1] * share);
                 uint32_t const right = pack(sums[4 * j + 4 + 2 * half] * share, sums[4 * j + 5 + 2 * half] * share);
-                uint32_t const other = __shfl_xor_sync(0xffffffffu, odd ? left : right, 1);
-                if (!there) continue;
-                *reinterpret_cast<uint2*>(target + j * 8) = odd ? make_uint2(other, right) : make_uint2(left, other);
+                uint2 const four = four_of_pairs(left, right, lane);
+                if (there) *reinterpret_cast<uint2*>(target + j * 8) = four;
             }
             continue;
         }

@@ -131,6 +131,15 @@ __device__ inline uint64_t load_now(const uint64_t* place) {
     return value;
 }
 
+// Lanes 2 i and 2 i + 1 have two neighbouring values each of two groups of eight columns: they exchange, so that each has four of
+// one group, from column `first_of_four` on.
+__device__ inline uint2 four_of_pairs(uint32_t left, uint32_t right, int lane) {
+    bool const odd = lane % 2 != 0;
+    uint32_t const other = __shfl_xor_sync(0xffffffffu, odd ? left : right, 1);
+    return odd ? make_uint2(other, right) : make_uint2(left, other);
+}
+__device__ inline int first_of_four(int lane) { return lane % 2 * 8 + lane % 4 / 2 * 4; }
+
 __device__ inline int32_t tile_count(const Unit& unit) { return ceil_div(unit.key_end - unit.key_start, 2); }
 
 #endif

@@ -57,7 +57,7 @@ __device__ inline void turn_weights(const Plan& plan, uint16_t* tile) {
 // expanded = row scale x latents x weights^T for one job, by the warpgroups. `slot`: where `expanded` has its first head.
 __device__ inline void expand(const Plan& plan, uint8_t* memory, const Work& job, int32_t slot, int32_t keys, Progress& done) {
     int const warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
-    int const g = lane / 4, t = lane % 4, odd = t % 2, side = uniform(warp / 4);
+    int const g = lane / 4, side = uniform(warp / 4);
     uint32_t const base = shared_address(memory);
     uint32_t const latents = tile_descriptor(base + place::latents + side * (piece_bytes / 2));
     int32_t const heads = uniform(job.heads), row0 = job.key + warp * 16 + g;
@@ -102,9 +102,8 @@ __device__ inline void expand(const Plan& plan, uint8_t* memory, const Work& job
         pin(sums);
         number += latent_pieces;
 
-        // Lanes 2 i and 2 i + 1 exchange, so that each stores four neighbouring columns of one of two groups of eight.
         __nv_bfloat16* const target =
-            plan.expanded + (static_cast<int64_t>(slot + job.head + head) * plan.chunk_keys() + row0) * plan.columns() + odd * 8 + t / 2 * 4;
+            plan.expanded + (static_cast<int64_t>(slot + job.head + head) * plan.chunk_keys() + row0) * plan.columns() + first_of_four(lane);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             bool const there = row0 + half * 8 < keys;
@@ -112,10 +111,8 @@ __device__ inline void expand(const Plan& plan, uint8_t* memory, const Work& job
             for (int j = 0; j < 32; j += 2) {
                 uint32_t const left = pack(sums[4 * j + 2 * half] * scale[half], sums[4 * j + 2 * half + 1] * scale[half]);
                 uint32_t const right = pack(sums[4 * j + 4 + 2 * half] * scale[half], sums[4 * j + 5 + 2 * half] * scale[half]);
-                uint32_t const other = __shfl_xor_sync(0xffffffffu, odd ? left : right, 1);
-                if (!there) continue;
-                *reinterpret_cast<uint2*>(target + half * 8 * plan.columns() + j * 8) =
-                    odd ? make_uint2(other, right) : make_uint2(left, other);
+                uint2 const four = four_of_pairs(left, right, lane);
+                if (there) *reinterpret_cast<uint2*>(target + half * 8 * plan.columns() + j * 8) = four;
             }
         }
     }

@@ -12,8 +12,8 @@ namespace mla::prefill_hopper {
 __device__ inline void load_queries(const Plan& plan, const Maps& maps, uint8_t* memory, const Unit& unit, int32_t head, int lane) {
     uint32_t const barrier = shared_address(memory + place::queries_full), target = shared_address(memory + place::queries);
     if (maps.queries) {
-        if (lane != 0) return;
         int const row = static_cast<int>(unit.token);
+        if (!elect_lane()) return;
         barrier_expect(barrier, key_pieces * piece_bytes);
         copy_box(target, &maps.query_nope, barrier, 0, head, row, 0);
         copy_box(target + piece_bytes, &maps.query_nope, barrier, 128, head, row, 0);
@@ -85,13 +85,15 @@ __device__ inline void produce(const Plan& plan, const Maps& maps, uint8_t* memo
                 if (done.units > 0) barrier_wait(base + place::queries_used, (done.units - 1) & 1);
                 expands = true;
             }
-            for (int32_t i = 0; i < work.heads * latent_pieces && lane == 0; ++i) {
+            for (int32_t i = 0; i < work.heads * latent_pieces; ++i) {
                 int32_t const piece = i % latent_pieces;
                 if (i < latent_pieces) {
                     uint32_t const barrier = base + place::latents_full + 8 * piece;
                     if (done.jobs > 0) barrier_wait(base + place::latents_used + 8 * piece, (done.jobs - 1) & 1);
-                    barrier_expect(barrier, piece_bytes);
-                    copy_box(base + place::latents + piece * piece_bytes, &maps.latents, barrier, piece * 128, work.key, 0, 0);
+                    if (elect_lane()) {
+                        barrier_expect(barrier, piece_bytes);
+                        copy_box(base + place::latents + piece * piece_bytes, &maps.latents, barrier, piece * 128, work.key, 0, 0);
+                    }
                 }
                 uint32_t const number = done.weights + i, slot = number % weight_ring;
                 uint32_t const barrier = base + place::weights_full + 8 * slot;
@@ -100,10 +102,12 @@ __device__ inline void produce(const Plan& plan, const Maps& maps, uint8_t* memo
                 if (number >= weight_ring) {
                     barrier_wait(base + place::weights_used + 8 * slot, (number / weight_ring - 1) & 1);
                 }
-                barrier_expect(barrier, weight_pieces * piece_bytes);
-                copy_box(target, &maps.weights, barrier, piece * 128, row, 0, 0);
-                copy_box(target + piece_bytes, &maps.weights, barrier, piece * 128, row + 128, 0, 0);
-                if (i == work.heads * latent_pieces - 4) find(done.work);
+                if (elect_lane()) {
+                    barrier_expect(barrier, weight_pieces * piece_bytes);
+                    copy_box(target, &maps.weights, barrier, piece * 128, row, 0, 0);
+                    copy_box(target + piece_bytes, &maps.weights, barrier, piece * 128, row + 128, 0, 0);
+                }
+                if (i == work.heads * latent_pieces - 4 && lane == 0) find(done.work);
             }
             ++done.jobs;
             done.weights += static_cast<uint32_t>(work.heads * latent_pieces);
@@ -116,28 +120,31 @@ __device__ inline void produce(const Plan& plan, const Maps& maps, uint8_t* memo
             uint32_t const target = base + place::keys + (n & 1) * (key_pieces * piece_bytes);
             int32_t const key = unit.key_start * key_tile + tile * keys_of_tile;
             wait_replaceable(memory, place::keys_used, n);
-            barrier_expect(barrier, key_pieces * piece_bytes);
-            copy_box(target, &maps.expanded, barrier, 0, key, slot, 0);
-            copy_box(target + piece_bytes, &maps.expanded, barrier, 128, key, slot, 0);
-            copy_box(target + 2 * piece_bytes, &maps.ropes, barrier, 0, key, 0, 0);
+            if (elect_lane()) {
+                barrier_expect(barrier, key_pieces * piece_bytes);
+                copy_box(target, &maps.expanded, barrier, 0, key, slot, 0);
+                copy_box(target + piece_bytes, &maps.expanded, barrier, 128, key, slot, 0);
+                copy_box(target + 2 * piece_bytes, &maps.ropes, barrier, 0, key, 0, 0);
+            }
         };
         auto order_values = [&](int32_t tile) {
             uint32_t const n = done.tiles + tile, barrier = one_of_two(memory, place::values_full, n);
             uint32_t const target = base + place::values + (n & 1) * (value_pieces * piece_bytes);
             int32_t const key = unit.key_start * key_tile + tile * keys_of_tile;
             wait_replaceable(memory, place::values_used, n);
-            barrier_expect(barrier, value_pieces * piece_bytes);
-            copy_box(target, &maps.expanded, barrier, 256, key, slot, 0);
-            copy_box(target + piece_bytes, &maps.expanded, barrier, 384, key, slot, 0);
+            if (elect_lane()) {
+                barrier_expect(barrier, value_pieces * piece_bytes);
+                copy_box(target, &maps.expanded, barrier, 256, key, slot, 0);
+                copy_box(target + piece_bytes, &maps.expanded, barrier, 384, key, slot, 0);
+            }
         };
-        if (lane == 0) order_keys(0);
-        __syncwarp();
+        order_keys(0);
         if (done.units > 0) barrier_wait(base + place::queries_used, (done.units - 1) & 1);
         load_queries(plan, maps, memory, unit, stage.head0 + unit.head, lane);
-        for (int32_t tile = 0; tile < count && lane == 0; ++tile) {
+        for (int32_t tile = 0; tile < count; ++tile) {
             if (tile > 0) order_keys(tile);
             order_values(tile);
-            if (tile == max(count - 3, 0)) find(done.work);  // early enough to be known in time, late enough for others to get it
+            if (tile == max(count - 3, 0) && lane == 0) find(done.work);  // early enough to be known in time, late enough for others to get it
         }
         ++done.units;
         done.tiles += static_cast<uint32_t>(count);
