@@ -2,13 +2,11 @@
 
 #include <algorithm>
 
-#include "device.cuh"
 #include "mma.cuh"
+#include "projection_values.cuh"
 
 namespace mla {
 namespace {
-
-constexpr float activation_bound = 1200.0f;
 
 // The token that `map` gives for a product, -1 where there is none.
 __device__ int64_t mapped(const int32_t* map, int64_t token, int64_t tokens) {
@@ -23,11 +21,9 @@ __device__ int64_t mapped(const int32_t* map, int64_t token, int64_t tokens) {
 // four of them in each of four products, so that it reads 16 bytes at a time. The order of n is free too: a lane's outputs of
 // all its products lie side by side and are written at once.
 
-constexpr int step_columns = scale_group;  // in shared memory at a time; they have one scale
 constexpr int chunk = 64;  // columns whose products are summed from zero
 constexpr int tile_rows = 64;  // outputs at a time; divides 128, so that they have one scale
 constexpr int most_stages = 4;
-constexpr int unit_lanes = step_columns / 8;  // lanes that hold a group of x, eight values each
 
 template <int tokens>
 struct Tile {
@@ -59,69 +55,6 @@ template <int value_bytes>
 __device__ int place(int row, int unit) {
     int const key = value_bytes == 1 ? (row & 1) << 2 : value_bytes == 2 ? row & 1 : (row & 1) | (unit >> 2 & 2);
     return (row * (step_columns * value_bytes / 16) + (unit ^ key)) * 16;
-}
-
-__device__ uint32_t pack(float low, float high) {
-    __nv_bfloat162 const pair = __floats2bfloat162_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(pair);
-}
-
-__device__ uint4 pack(float const (&v)[8]) {
-    return make_uint4(pack(v[0], v[1]), pack(v[2], v[3]), pack(v[4], v[5]), pack(v[6], v[7]));
-}
-
-// Eight values of bf16 or f16.
-__device__ void unpack(uint4 const& bits, int32_t type, float (&v)[8]) {
-    uint32_t const words[4] = {bits.x, bits.y, bits.z, bits.w};
-    if (type == MLA_BFLOAT16) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) v[i] = __uint_as_float(i % 2 == 0 ? words[i / 2] << 16 : words[i / 2] & 0xffff0000u);
-    } else {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            float2 const pair = __half22float2(reinterpret_cast<const __half2&>(words[i]));
-            v[2 * i] = pair.x;
-            v[2 * i + 1] = pair.y;
-        }
-    }
-}
-
-// The codes of eight values of a group, as bf16, and the group's scale. The group's 16 lanes call together.
-__device__ uint4 quantize_eight(float (&v)[8], float* scale_of_group) {
-    float amax = 0.0f;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) amax = fmaxf(amax, fabsf(v[i]));
-#pragma unroll
-    for (int offset = unit_lanes / 2; offset > 0; offset /= 2) amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, offset));
-    float scale = divide(fminf(amax, activation_bound), e4m3_max);
-    *scale_of_group = scale;
-    if (amax > activation_bound || scale < 0x1p-60f) {
-        if (scale == 0.0f) return make_uint4(0, 0, 0, 0);
-        // The divisions below want finite values, and remainders that are no denormals. A NaN stays one.
-        float const lift = scale < 0x1p-60f ? 0x1p64f : 1.0f;
-        scale *= lift;
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            v[i] = lift * (v[i] > activation_bound ? activation_bound : v[i] < -activation_bound ? -activation_bound : v[i]);
-        }
-    }
-    // Correctly rounded as by divide(), which would find the reciprocal anew for each. The second correction makes it so
-    // (Markstein): it begins with a quotient that is one unit off at most, and the reciprocal is the nearest.
-    float const reciprocal = __frcp_rn(scale);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        float quotient = v[i] * reciprocal;
-        quotient = __fmaf_rn(__fmaf_rn(-quotient, scale, v[i]), reciprocal, quotient);
-        v[i] = __fmaf_rn(__fmaf_rn(-quotient, scale, v[i]), reciprocal, quotient);
-    }
-    uint32_t codes[2] = {0, 0};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        uint32_t const pair = __nv_cvt_float2_to_fp8x2(make_float2(v[2 * i], v[2 * i + 1]), __NV_SATFINITE, __NV_E4M3);
-        codes[i / 2] |= pair << i % 2 * 16;
-    }
-    uint2 const low = decode_e4m3x4(codes[0]), high = decode_e4m3x4(codes[1]);
-    return make_uint4(low.x, low.y, high.x, high.y);
 }
 
 // 16 bytes of values one by one; `count` of them exist, the rest are zero.
@@ -586,6 +519,10 @@ int project(const Projection& whole, cudaStream_t stream) {
     if (whole.rows == 0 || whole.heads == 0) return MLA_OK;
     Device device;
     if (int status = current_device(&device)) return status;
+    if (whole.tokens > 0 && project_takes_hopper(whole, device)) {
+        if (int status = project_hopper(whole, device, stream)) return status;
+        return check_launch("product with W_UK or W_UV");
+    }
     bool const exact = whole.exact || whole.columns == 0;  // outputs of no columns are zero
     int const tile = exact ? exact_tile : choose_tile(whole, device);
     for (int64_t first = 0; first < whole.tokens; first += grid_y * tile) {

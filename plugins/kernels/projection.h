@@ -23,4 +23,8 @@ struct Projection {
 
 int project(const Projection& work, cudaStream_t stream);
 
+// SM90's own kernel behind it: x in bf16, w in bf16 or e4m3, every token its own.
+bool project_takes_hopper(const Projection& work, const Device& device);
+int project_hopper(const Projection& work, const Device& device, cudaStream_t stream);
+
 }  // namespace mla
