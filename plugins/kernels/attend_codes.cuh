@@ -35,16 +35,6 @@ constexpr int code_row_bytes = rank_padded + 2 * rope_padded;
 // have two rows that follow each other their units of four columns.
 __device__ inline int code_key(int row) { return (row & 1) << 2 | (row >> 1 & 3); }
 
-// Two codes of four as bf16x2, each times 2^-120. The selector's nibbles: a code, its sign (8 more), the other code, its sign.
-constexpr uint32_t codes_01 = 0x9180, codes_23 = 0xb3a2, codes_02 = 0xa280, codes_13 = 0xb391;
-
-template <uint32_t selector>
-__device__ inline uint32_t code_pair(uint32_t codes) {
-    uint32_t spread;
-    asm("prmt.b32 %0, %1, 0, %2;" : "=r"(spread) : "r"(codes), "n"(selector));
-    return spread << 4 & 0x87f087f0u;
-}
-
 // The rows' queries to shared memory as fragments A, zero where there is no row and in the padding: of 16 rows, for each of
 // `width` / 16 products, 16 bytes of each lane. A warp makes the four products of a group of 64 columns at a time.
 constexpr int fragment_bytes = warp_size * 16;

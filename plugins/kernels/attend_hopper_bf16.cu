@@ -1,141 +1,27 @@
-// Attention over bf16 rows on SM90, all keys or lists of them, with both products in bf16 (R 512, Dr 64, pages of 64 x 2^n).
+// Attention on SM90 with both products in bf16 (R 512, Dr 64, pages of 64 x 2^n), of all keys or of lists of them: over bf16 rows,
+// and over codes (fp8, fp8_ds_mla), which are decoded.
 //
 // A block has up to 64 rows (heads, or tokens x heads of one sequence) and walks over tiles of 64 keys, two of which are in
 // shared memory. One warpgroup makes the scores and the softmax, two make the output, each 256 of its 512 columns. Keys lie as
 // rows, in nine pieces of 128 bytes of each: K-major for the scores, and for the output transposed by the tensor cores.
 //
-// - The output groups bring the tile that takes the place of the one that they have used. All keys come by the copy engine, a
-//   tile at once; rows behind the end may be anything, so the values of the last tile's are cleared. Listed keys are gathered,
-//   zeros where there is none.
+// - Each output group brings its side of the tile that takes the place of the one that it has used, and the scores begin when the
+//   first side is there: a tile's place is empty for less time. All keys come by the copy engine; rows behind the end may be
+//   anything, so the values of the last tile's are cleared. Listed keys are gathered, zeros where there is none. Codes are decoded
+//   by a fourth group: 32768 of a tile, while the tile before is multiplied.
 // - The reference of a row is its first maximum, until one exceeds it by 2^8: the output is rarely rescaled.
-#include <type_traits>
-
-#include "attend_hopper.cuh"
+#include "attend_hopper_bf16_keys.cuh"
 
 namespace mla {
 namespace {
 
-using namespace hopper;
-
-constexpr int block_threads = 3 * group;
-constexpr int tile = 64;
-constexpr int pieces = (rank + rope) / 64;
-constexpr int piece_bytes = tile * 128;
-constexpr int tile_bytes = pieces * piece_bytes;
-
-// Where things lie in shared memory, in bytes.
-namespace place {
-constexpr int tiles = tile_bytes;  // [2], behind the queries
-constexpr int weights = tiles + 2 * tile_bytes;  // [64][64], bf16
-constexpr int rescale = weights + 64 * 128;  // [64]
-constexpr int changed = rescale + 64 * 4;  // [4], of the score group's warps
-constexpr int factors = changed + 4 * 4;  // [64]
-constexpr int limits = factors + 64 * 4;  // [64]
-constexpr int offsets = limits + 64 * 4;  // [2][64], of listed rows
-constexpr int there = offsets + 2 * tile * 4;  // [2], a bit for each key of a tile
-constexpr int full = there + 2 * 2 * 4;  // [2] barriers: a tile is there
-constexpr int used = full + 2 * 8;  // [2]: the output has it
-constexpr int ready = used + 2 * 8;  // the weights are there
-constexpr int total = ready + 8;
-}  // namespace place
-
-enum : int { keys_read = 1, rows_found = 2 };  // named barriers
+using namespace hopper_bf16;
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-constexpr int value_pieces = rank / 64;
 constexpr float spare_bits = 8.0f;
 
-// The block's tiles.
-struct Span {
-    int32_t first, count;
-    int32_t last_keys;  // of the last tile
-
-    __device__ int keys(int32_t n) const { return n + 1 < count ? tile : last_keys; }
-};
-
-__device__ uint32_t barrier_of(const uint8_t* memory, int barriers, int32_t n) {
-    return shared_address(memory + barriers) + 8 * (n & 1);
-}
-
-// All keys up to the last one that a row sees: tile n, whose page was asked for a tile's time before. By one thread.
-struct TileBringer {
-    int32_t page;
-
-    __device__ void ask(const Attend& work, const Item& item, const Span& span, int32_t n) {
-        if (n >= span.count) return;
-        page = work.step.block_table[item.sequence * work.step.max_pages + (span.first + n) * tile / work.layout.page_size];
-    }
-    __device__ void bring(const Attend& work, const Item& item, const Span& span, const CUtensorMap* map, uint8_t* memory,
-                          int32_t n) {
-        if (n >= span.count) return;
-        bool const there = page >= 0 && page < work.step.pages;
-        int const keys = there ? span.keys(n) : 0;
-        reinterpret_cast<uint64_t*>(memory + place::there)[n & 1] = keys == 64 ? ~uint64_t{0} : (uint64_t{1} << keys) - 1;
-        uint32_t const barrier = barrier_of(memory, place::full, n);
-        barrier_expect(barrier, tile_bytes);  // a page outside of the map is zeros
-        copy_box(shared_address(memory + place::tiles) + (n & 1) * tile_bytes, map, barrier, 0,
-                 (span.first + n) * tile & (work.layout.page_size - 1), 0,
-                 there ? page : static_cast<int32_t>(work.step.pages));
-        ask(work, item, span, n + 1);
-    }
-};
-
-// Listed keys, by the threads of both output groups; of the rows' finding each of the first 64 has one key of every tile, whose
-// entry and page are asked for two tiles and one ahead.
-struct TileGatherer {
-    int32_t entry, next_entry, page;
-
-    __device__ void begin(const Attend& work, const Item& item, const Span& span, int thread) {
-        entry = entry_of(work, item, span, 0, thread);
-        next_entry = entry_of(work, item, span, 1, thread);
-        page = page_of_entry(work, item, entry);
-    }
-    __device__ void bring(const Attend& work, const Item& item, const Span& span, uint8_t* memory, int32_t n, int thread) {
-        if (n >= span.count) return;
-        int const unit = thread % 8, first_row = thread / 8;
-        auto* offsets = reinterpret_cast<uint32_t*>(memory + place::offsets) + (n & 1) * tile;
-        if (thread < tile) {
-            bool const there = page >= 0 && page < work.step.pages;
-            int64_t const at = static_cast<int64_t>(page) * work.layout.page_bytes +
-                               (entry & (work.layout.page_size - 1)) * work.layout.row_bytes;
-            offsets[thread] = there ? static_cast<uint32_t>(at / 16) : no_row;
-            uint32_t const bits = __ballot_sync(0xffffffffu, there);
-            if (thread % warp_size == 0) {
-                reinterpret_cast<uint32_t*>(memory + place::there)[(n & 1) * 2 + thread / warp_size] = bits;
-            }
-            entry = next_entry;
-            page = page_of_entry(work, item, entry);
-            next_entry = entry_of(work, item, span, n + 2, thread);
-        }
-        named_sync(rows_found, 2 * group);
-        uint32_t const target =
-            shared_address(memory + place::tiles) + (n & 1) * tile_bytes + first_row * 128 + ((unit ^ (first_row & 7)) << 4);
-#pragma unroll 1
-        for (int k = 0; k < tile / 32; ++k) {
-            uint32_t const offset = offsets[first_row + 32 * k];
-            bool const there = offset != no_row;
-            const uint8_t* source = work.pool + (there ? static_cast<uint64_t>(offset) * 16 : 0) + unit * 16;
-#pragma unroll
-            for (int i = 0; i < pieces; ++i) copy_async_16(target + k * 4096 + i * piece_bytes, source + i * 128, there);
-        }
-        barrier_arrive_after_copies(barrier_of(memory, place::full, n));
-        if (thread == 0) barrier_arrive(barrier_of(memory, place::full, n));  // for what was written besides
-    }
-
-private:
-    __device__ static int32_t entry_of(const Attend& work, const Item& item, const Span& span, int32_t n, int thread) {
-        if (thread >= tile || n >= span.count || thread >= span.keys(n)) return -1;
-        int32_t const found = work.indices[item.first_token * work.top_k + (span.first + n) * tile + thread];
-        return found <= last_key(work, item.first_token) ? found : -1;
-    }
-    __device__ static int32_t page_of_entry(const Attend& work, const Item& item, int32_t entry) {
-        if (entry < 0) return -1;
-        return work.step.block_table[item.sequence * work.step.max_pages + entry / work.layout.page_size];
-    }
-};
-
-// The rows' queries, by all threads.
+// The rows' queries, by the groups that use them.
 __device__ void load_query(const Attend& work, const Item& item, uint8_t* memory) {
     int const thread = static_cast<int>(threadIdx.x);
     for (int i = thread; i < 64 * pieces * 8; i += block_threads) {
@@ -152,26 +38,29 @@ __device__ void load_query(const Attend& work, const Item& item, uint8_t* memory
     }
     copy_async_wait_all();
     fence_async();
+    named_sync(queries_there, block_threads);
 }
 
 // Lane 4 g + t of warp w has rows 16 w + g and 16 w + g + 8, and of each 8 keys 2 t and 2 t + 1.
-template <bool lists>
+template <bool lists, int format>
 __device__ void score_group(const Attend& work, const Partials& partials, const Item& item, const Span& span, uint8_t* memory) {
+    constexpr bool codes = format != row_format::bf16, row_scales = format == row_format::fp8;
     int const thread = threadIdx.x % group, warp = thread / warp_size, lane = thread % warp_size;
     int const g = lane / 4, t = lane % 4, first_row = warp * 16 + g;
     float const scale = work.softmax_scale * log2e;
-    int32_t const limits[2] = {reinterpret_cast<const int32_t*>(memory + place::limits)[first_row],
-                               reinterpret_cast<const int32_t*>(memory + place::limits)[first_row + 8]};
     uint32_t const query = tile_descriptor(shared_address(memory));
     float top[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f};
 
 #pragma unroll 1
     for (int32_t n = 0; n < span.count; ++n) {
         float scores[32];
-        pin(scores);
         uint32_t const keys = tile_descriptor(shared_address(memory + place::tiles) + (n & 1) * tile_bytes);
-        barrier_wait(barrier_of(memory, place::full, n), n / 2 & 1);
-        if (lists) fence_async();  // those rows were not written by the copy engine
+        auto wait_for_side = [&](int side) {
+            barrier_wait(barrier_of(memory, place::full, n, side), n / 2 & 1);
+            if (lists || codes) fence_async();  // those rows were not written by the copy engine
+        };
+        wait_for_side(0);
+        pin(scores);
         product_fence();
         auto piece = [&](auto number) {
             constexpr int i = decltype(number)::value;
@@ -184,24 +73,38 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
         piece(std::integral_constant<int, 1>());
         piece(std::integral_constant<int, 2>());
         piece(std::integral_constant<int, 3>());
+        if (!codes) {
+            wait_for_side(1);
+            product_fence();
+        }
         piece(std::integral_constant<int, 4>());
         piece(std::integral_constant<int, 5>());
         piece(std::integral_constant<int, 6>());
         piece(std::integral_constant<int, 7>());
         piece(std::integral_constant<int, 8>());
         product_commit();
-        uint64_t const present = reinterpret_cast<const uint64_t*>(memory + place::there)[n & 1];
         product_wait();
         pin(scores);
-
+        const auto* row_scale = reinterpret_cast<const volatile float*>(memory + place::scales) + (n & 1) * tile + 2 * t;
+        if (row_scales) {
+#pragma unroll
+            for (int j = 0; j < 8; ++j) {
+                float const even = row_scale[8 * j], odd = row_scale[8 * j + 1];
+                scores[4 * j] *= even, scores[4 * j + 1] *= odd, scores[4 * j + 2] *= even, scores[4 * j + 3] *= odd;
+            }
+        }
+        uint64_t const present = reinterpret_cast<const uint64_t*>(memory + place::there)[n & 1];
         int32_t const first_key = (span.first + n) * tile;
-        bool const masks = present != ~uint64_t{0} || (!lists && first_key + tile > min(limits[0], limits[1]) + 1);
+        const auto* limits = reinterpret_cast<const volatile int32_t*>(memory + place::limits) + first_row;  // not kept in registers
+        bool const masks = present != ~uint64_t{0} || (!lists && first_key + tile > min(limits[0], limits[8]) + 1);
         if (masks) {
+            uint64_t const own = present >> 2 * t;
+            int32_t const before = first_key + 2 * t, room[2] = {limits[0] - before, limits[8] - before};
 #pragma unroll
             for (int j = 0; j < 32; ++j) {
-                int const key = j / 4 * 8 + 2 * t + j % 2;
-                bool const seen = (present >> key & 1) != 0 && (lists || first_key + key <= limits[j / 2 % 2]);
-                if (!seen) scores[j] = -INFINITY;
+                int const key = j / 4 * 8 + j % 2;
+                bool const there = (own >> key & 1) != 0, seen = lists || key <= room[j / 2 % 2];
+                scores[j] = there && seen ? scores[j] : -INFINITY;
             }
         }
         // both rows side by side, and sums in two parts: fewer waits for what came just before
@@ -235,27 +138,28 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
             float const high = power_of_two(fmaf(scores[2 * i + 1], scale, -base[i % 2]));
             sum[i % 2][0] += low;
             sum[i % 2][1] += high;
-            __nv_bfloat162 const pair = __floats2bfloat162_rn(low, high);
+            float const even = row_scales ? row_scale[i / 2 * 8] : 1.0f, odd = row_scales ? row_scale[i / 2 * 8 + 1] : 1.0f;
+            __nv_bfloat162 const pair = __floats2bfloat162_rn(low * even, high * odd);
             words[i] = reinterpret_cast<const uint32_t&>(pair);
         }
 #pragma unroll
         for (int r = 0; r < 2; ++r) total[r] = fmaf(total[r], factor[r], sum[r][0] + sum[r][1]);
 
-        if (n > 0) barrier_wait(barrier_of(memory, place::used, n - 1), (n - 1) / 2 & 1);  // the weights before
+        named_sync(keys_read, group);  // by all warps: the weights come where the tile's rope was
+        uint32_t const weights = shared_address(memory + place::weights) + (n & 1) * tile_bytes;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             // lanes 0 to 15 name the rows of the first eight keys, the others those of the next eight
             int const row = warp * 16 + lane % 16, unit = 2 * i + lane / 16;
-            store_matrices(shared_address(memory + place::weights) + row * 128 + ((unit ^ (row & 7)) << 4), words + 4 * i);
+            store_matrices(weights + row * 128 + ((unit ^ (row & 7)) << 4), words + 4 * i);
         }
         if (t == 0) {
 #pragma unroll
-            for (int r = 0; r < 2; ++r) reinterpret_cast<float*>(memory + place::rescale)[first_row + 8 * r] = factor[r];
+            for (int r = 0; r < 2; ++r) reinterpret_cast<float*>(memory + place::rescale)[(n & 1) * 64 + first_row + 8 * r] = factor[r];
         }
         bool const any = __any_sync(0xffffffffu, changed);
-        if (lane == 0) reinterpret_cast<int32_t*>(memory + place::changed)[warp] = any ? 1 : 0;
-        if (!lists && n + 1 == span.count && span.last_keys < tile) {  // values that were never written may be NaN
-            named_sync(keys_read, group);
+        if (lane == 0) reinterpret_cast<int32_t*>(memory + place::changed)[(n & 1) * 4 + warp] = any ? 1 : 0;
+        if (!lists && !codes && n + 1 == span.count && span.last_keys < tile) {  // values that were never written may be NaN
             for (int i = thread; i < value_pieces * (tile - span.last_keys) * 8; i += group) {
                 int const of_piece = (tile - span.last_keys) * 8;
                 reinterpret_cast<uint4*>(memory + place::tiles + (n & 1) * tile_bytes + i / of_piece * piece_bytes +
@@ -264,7 +168,7 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
         }
         fence_async();
         __syncwarp();
-        if (lane == 0) barrier_arrive(shared_address(memory + place::ready));
+        if (lane == 0) barrier_arrive(shared_address(memory + place::ready) + 8 * (n & 1));
     }
 
     // what divides the output
@@ -290,55 +194,62 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
     }
 }
 
-// 256 columns of the output, which are staged in shared memory in the end; `side` says which.
-template <bool lists>
-__device__ void output_group(const Attend& work, const Item& item, const Span& span, const CUtensorMap* map, uint8_t* memory,
-                             int side) {
-    int const thread = static_cast<int>(threadIdx.x) - group;
-    std::conditional_t<lists, TileGatherer, TileBringer> next;
-    if constexpr (lists) {
-        next.begin(work, item, span, thread);
-        for (int n = 0; n < 2; ++n) next.bring(work, item, span, memory, n, thread);
-    } else if (thread == 0) {
-        next.ask(work, item, span, 0);
-        for (int n = 0; n < 2; ++n) next.bring(work, item, span, map, memory, n);
+// Adds weights [64][16] x values [16][256] at step `step` of the keys. A block with four groups has no more than 128 registers a thread
+// for one instruction.
+template <bool codes, int step>
+__device__ void add_product(float (&sums)[128], uint32_t weights, uint32_t values) {
+    if constexpr (codes) {
+        auto& [left, right] = reinterpret_cast<float (&)[2][64]>(sums);
+        product_bf16_wide<step, piece_bytes>(left, weights, values);
+        product_bf16_wide<step, piece_bytes>(right, weights, values + (2 * piece_bytes >> 4));
+    } else {
+        product_bf16_wide<step, piece_bytes>(sums, weights, values);
+    }
+}
+
+// 256 columns of the output, which are staged in shared memory in the end.
+template <bool lists, bool codes, int side>
+__device__ void output_group(const Attend& work, const Item& item, const Span& span, const CUtensorMap* map, uint8_t* memory) {
+    int const thread = static_cast<int>(threadIdx.x) % group;
+    std::conditional_t<lists, TileGatherer<side>, TileBringer<side>> keys;
+    if constexpr (!codes) {
+        keys.begin(work, item, span, thread);
+        for (int n = 0; n < 2; ++n) {
+            keys.prepare(work, item, span, memory, n, thread);
+            keys.bring(work, item, span, map, memory, n, thread);
+        }
     }
     int const warp = threadIdx.x / warp_size % 4, lane = threadIdx.x % warp_size;
     int const g = lane / 4, t = lane % 4, first_row = warp * 16 + g;
     float sums[128];
 #pragma unroll
     for (int i = 0; i < 128; ++i) sums[i] = 0.0f;
-    uint32_t const weights = tile_descriptor(shared_address(memory + place::weights));
 #pragma unroll 1
     for (int32_t n = 0; n < span.count; ++n) {
+        uint32_t const weights = tile_descriptor(shared_address(memory + place::weights)) + (n & 1) * (tile_bytes >> 4);
         uint32_t const values = tile_descriptor(shared_address(memory + place::tiles) + (n & 1) * tile_bytes +
                                                 side * (value_pieces / 2) * piece_bytes);
-        barrier_wait(shared_address(memory + place::ready), n & 1);
-        if (lists) fence_async();
-        int4 const changed = *reinterpret_cast<const int4*>(memory + place::changed);
+        barrier_wait(shared_address(memory + place::ready) + 8 * (n & 1), n / 2 & 1);
+        if (lists || codes) fence_async();
+        int4 const changed = reinterpret_cast<const int4*>(memory + place::changed)[n & 1];
         if ((changed.x | changed.y | changed.z | changed.w) != 0) {
-            float const low = reinterpret_cast<const float*>(memory + place::rescale)[first_row];
-            float const high = reinterpret_cast<const float*>(memory + place::rescale)[first_row + 8];
+            const auto* rescale = reinterpret_cast<const float*>(memory + place::rescale) + (n & 1) * 64 + first_row;
+            float const low = rescale[0], high = rescale[8];
 #pragma unroll
             for (int i = 0; i < 128; ++i) sums[i] *= i / 2 % 2 == 0 ? low : high;
         }
         pin(sums);
         product_fence();
-        product_bf16_wide<0, piece_bytes>(sums, weights, values);
-        product_bf16_wide<1, piece_bytes>(sums, weights, values);
-        product_bf16_wide<2, piece_bytes>(sums, weights, values);
-        product_bf16_wide<3, piece_bytes>(sums, weights, values);
+        add_product<codes, 0>(sums, weights, values);
+        add_product<codes, 1>(sums, weights, values);
+        add_product<codes, 2>(sums, weights, values);
+        add_product<codes, 3>(sums, weights, values);
         product_commit();
+        if constexpr (!codes) keys.prepare(work, item, span, memory, n + 2, thread);
         product_wait();
         pin(sums);
-        if (lane == 0) barrier_arrive(barrier_of(memory, place::used, n));
-        if constexpr (lists) {
-            barrier_wait(barrier_of(memory, place::used, n), n / 2 & 1);
-            next.bring(work, item, span, memory, n + 2, thread);
-        } else if (thread == 0) {
-            barrier_wait(barrier_of(memory, place::used, n), n / 2 & 1);
-            next.bring(work, item, span, map, memory, n + 2);
-        }
+        if (lane == 0) barrier_arrive(barrier_of(memory, place::used, n, side));
+        if constexpr (!codes) keys.bring(work, item, span, map, memory, n + 2, thread);
     }
     __syncthreads();  // the factors are there, and nobody needs keys and queries any more
     auto* staged = reinterpret_cast<float*>(memory);
@@ -356,10 +267,11 @@ __device__ void output_group(const Attend& work, const Item& item, const Span& s
 
 #endif
 
-template <bool lists>
-__global__ void __launch_bounds__(block_threads, 1)
+template <bool lists, int format>
+__global__ void __launch_bounds__(format == row_format::bf16 ? block_threads : decoding_threads, 1)
     attend_hopper_bf16_kernel(const __grid_constant__ CUtensorMap map, Attend work, Partials partials) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    constexpr bool codes = format != row_format::bf16;
     extern __shared__ __align__(1024) uint8_t memory[];
     __shared__ Item shared_item;
     int const warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
@@ -369,10 +281,12 @@ __global__ void __launch_bounds__(block_threads, 1)
     }
     if (threadIdx.x == 32) {
         for (int i = 0; i < 2; ++i) {
-            barrier_init(barrier_of(memory, place::full, i), lists ? 2 * group + 1 : 1);
-            barrier_init(barrier_of(memory, place::used, i), 2 * group / warp_size);
+            barrier_init(shared_address(memory + place::ready) + 8 * i, group / warp_size);
+            for (int side = 0; side < 2; ++side) {
+                barrier_init(barrier_of(memory, place::full, i, side), codes ? group : lists ? group + 1 : 1);
+                barrier_init(barrier_of(memory, place::used, i, side), group / warp_size);
+            }
         }
-        barrier_init(shared_address(memory + place::ready), group / warp_size);
         fence_barrier_init();
     }
     __syncthreads();
@@ -389,40 +303,63 @@ __global__ void __launch_bounds__(block_threads, 1)
     auto const last = static_cast<int32_t>(static_cast<int64_t>(tile_count) * (part + 1) / partials.splits);
     Span const span{first, last - first, min(end - (last - 1) * tile, tile)};
 
-    load_query(work, item, memory);
-    __syncthreads();
-    if (warp < group / warp_size) {
-        score_group<lists>(work, partials, item, span, memory);
+    if (codes && warp >= block_threads / warp_size) {
+        registers_decrease<88>();
+        if constexpr (codes) TileDecoder<lists, format>{work, item, span}.run(memory);
         __syncthreads();
     } else {
-        output_group<lists>(work, item, span, &map, memory, warp / 4 - 1);
+        load_query(work, item, memory);
+        if (warp < group / warp_size) {
+            if constexpr (codes) registers_decrease<104>();
+            score_group<lists, format>(work, partials, item, span, memory);
+            __syncthreads();
+        } else {
+            if constexpr (codes) registers_increase<160>();
+            if (warp < 2 * group / warp_size) {
+                output_group<lists, codes, 0>(work, item, span, &map, memory);
+            } else {
+                output_group<lists, codes, 1>(work, item, span, &map, memory);
+            }
+        }
     }
     __syncthreads();
     write_rows(work, partials, item, memory);
 #endif
 }
 
+template <bool lists, int format>
+int launch(const Attend& work, const Partials& partials, cudaStream_t stream) {
+    CUtensorMap map{};
+    if (!lists && format == row_format::bf16) {
+        if (int status = make_map(&map, work, pieces, 1)) return status;
+    }
+    return launch_blocks(attend_hopper_bf16_kernel<lists, format>, work, partials, 64,
+                         format == row_format::bf16 ? block_threads : decoding_threads, place::total, stream, map, work, partials);
+}
+
 template <bool lists>
 int launch(const Attend& work, const Partials& partials, cudaStream_t stream) {
-    CUtensorMap map;
-    if (int status = make_map(&map, work, pieces, pieces)) return status;
-    return launch_blocks(attend_hopper_bf16_kernel<lists>, work, partials, 64, block_threads, place::total, stream, map, work,
-                         partials);
+    switch (work.layout.format) {
+        case row_format::fp8: return launch<lists, row_format::fp8>(work, partials, stream);
+        case row_format::fp8_ds_mla: return launch<lists, row_format::fp8_ds_mla>(work, partials, stream);
+        default: return launch<lists, row_format::bf16>(work, partials, stream);
+    }
 }
 
 }  // namespace
 
 bool attend_takes_hopper_bf16(const Attend& work, const Device& device) {
     const KvLayout& layout = work.layout;
-    if (device.major != 9 || layout.format != row_format::bf16 || work.query.type != MLA_BFLOAT16 || !queries_aligned(work) ||
-        work.step.pages <= 0 || layout.rank != rank || layout.rope != rope || layout.page_size < tile ||
+    bool const codes = layout.format == row_format::fp8 || layout.format == row_format::fp8_ds_mla;
+    if (device.major != 9 || (layout.format != row_format::bf16 && !codes) || work.query.type != MLA_BFLOAT16 ||
+        !queries_aligned(work) || work.step.pages <= 0 || layout.rank != rank || layout.rope != rope || layout.page_size < tile ||
         (layout.page_size & (layout.page_size - 1)) != 0 || reinterpret_cast<uintptr_t>(work.pool) % 16 != 0) {
         return false;
     }
-    if (work.indices != nullptr && work.step.pages * layout.page_bytes / 16 >= no_row) return false;
+    if ((work.indices != nullptr || codes) && work.step.pages * layout.page_bytes / 16 >= no_row) return false;
     // code for sm_90a alone has the kernel's body, and with it its static shared memory
     cudaFuncAttributes attributes;
-    return cudaFuncGetAttributes(&attributes, attend_hopper_bf16_kernel<false>) == cudaSuccess &&
+    return cudaFuncGetAttributes(&attributes, attend_hopper_bf16_kernel<false, row_format::bf16>) == cudaSuccess &&
            attributes.sharedSizeBytes > 0;
 }
 

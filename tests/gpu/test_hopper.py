@@ -1,9 +1,11 @@
 """The kernels for SM90: MlaDecoding and MlaPrefillSparse with queries in bfloat16, over fp8 rows with e4m3 products
-(attend_hopper_fp8.cu; 1 or 2 codes for a value of the query) and over bf16 rows (attend_hopper_bf16.cu).
+(attend_hopper_fp8.cu; 1 or 2 codes for a value of the query), and with bfloat16 products (attend_hopper_bf16.cu) over bf16 rows and
+over codes, which it decodes.
 
 References are float64 over the same bytes. What the kernel with e4m3 products rounds: the query to one or two codes a value, and
 the weights to codes with 4 bits. So its error is that of a weight, up to 2^-4 of it, averaged over the keys that count, and
-with one code for the query that of the scores, which grows with their spread. The other one rounds weights to bfloat16.
+with one code for the query that of the scores, which grows with their spread. The other one rounds weights to
+bfloat16, and values of fp8_ds_mla with their scales.
 """
 
 from __future__ import annotations
@@ -20,17 +22,21 @@ from op_harness import behind_a_page_of_nan
 from test_gpu_decoding import LENGTHS, STEPS
 
 Kind = int | str
-"""Terms of the query, or "bf16" for bf16 rows."""
-MOST: dict[Kind, float] = {1: 1.5e-1, 2: 4e-2, "bf16": 5e-3}  # of the largest output
-MEAN: dict[Kind, float] = {1: 6e-2, 2: 2.5e-2, "bf16": 5e-3}  # Frobenius, relative
-LSE: dict[Kind, float] = {1: 3e-1, 2: 7e-2, "bf16": 2e-3}  # absolute; of e4m3 products the sum is of rounded weights
+"""Terms of the query over fp8 rows, or the format of rows whose products are of bfloat16."""
+MOST: dict[Kind, float] = {1: 1.5e-1, 2: 4e-2}  # of the largest output
+MEAN: dict[Kind, float] = {1: 6e-2, 2: 2.5e-2}  # Frobenius, relative
+LSE: dict[Kind, float] = {1: 3e-1, 2: 7e-2}  # absolute; of e4m3 products the sum is of rounded weights
+MOST["bf16"], MEAN["bf16"], LSE["bf16"] = 5e-3, 5e-3, 2e-3
+MOST["fp8"], MEAN["fp8"], LSE["fp8"] = 1e-2, 5e-3, 2e-3
+MOST["fp8_ds_mla"], MEAN["fp8_ds_mla"], LSE["fp8_ds_mla"] = 1.2e-2, 5e-3, 8e-3
+BFLOAT16_ROWS = pytest.mark.parametrize("row_format", ["bf16", "fp8", "fp8_ds_mla"])
 
 
 def _compare(
     found: Mapping[str, Array], inputs: Mapping[str, Array], attributes: Mapping[str, Any], what: str = ""
 ) -> None:
     expected = attention(inputs, attributes)
-    kind: Kind = "bf16" if attributes["row_format"] == "bf16" else attributes["query_terms"]
+    kind: Kind = attributes.get("query_terms", 0) or attributes["row_format"]
     prefix = f"{what} " if what else ""
     compare(f"{prefix}output", found["output"], expected["output"], MOST[kind])
     difference = found["output"].astype(np.float64) - expected["output"]
@@ -45,14 +51,14 @@ def _case(
 ) -> tuple[dict[str, Array], dict[str, Any]]:
     pages = layout(_row_format(kind), page_size=more.pop("page_size", 64))
     inputs, attributes = decoding_case(rng, step, pages, heads, "bf16", **more)
-    return inputs, attributes | ({} if kind == "bf16" else {"query_terms": kind})
+    return inputs, attributes | {"query_terms": kind if isinstance(kind, int) else 0}
 
 
 def _row_format(kind: Kind) -> str:
-    return "bf16" if kind == "bf16" else "fp8"
+    return kind if isinstance(kind, str) else "fp8"
 
 
-KINDS = pytest.mark.parametrize("kind", [1, 2, "bf16"])
+KINDS = pytest.mark.parametrize("kind", [1, 2, "bf16", "fp8", "fp8_ds_mla"])
 TERMS = pytest.mark.parametrize("terms", [1, 2])
 LISTED = pytest.mark.parametrize("listed", [False, True], ids=["dense", "listed"])
 
@@ -82,17 +88,18 @@ def test_it_is_this_kernel_that_runs(heads: int, terms: int, listed: bool) -> No
 
 
 @LISTED
-def test_bf16_rows_have_a_kernel_of_their_own(listed: bool) -> None:
+@BFLOAT16_ROWS
+def test_products_of_bfloat16_have_a_kernel_of_their_own(row_format: str, listed: bool) -> None:
     """Queries in float32 take the portable one, which rounds them to what is given here."""
     rng = np.random.default_rng(20)
     step = step_of(rng, [1, 1], [300, 2000])
-    inputs, attributes = _case(rng, step, 64, "bf16")
+    inputs, attributes = _case(rng, step, 64, row_format)
     if listed:
         inputs["indices"] = key_lists(rng, step, 200)
     found = run_op("MlaDecoding", inputs, **attributes)["lse"]
     inputs["query"] = inputs["query"].astype(np.float32)
     portable = run_op("MlaDecoding", inputs, **attributes)["lse"]
-    compare("lse", found, portable.astype(np.float64), LSE["bf16"], absolute=True)
+    compare("lse", found, portable.astype(np.float64), LSE[row_format], absolute=True)
     assert not np.array_equal(found, portable)
 
 
