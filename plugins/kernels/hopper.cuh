@@ -238,22 +238,6 @@ __device__ inline void product_e4m3(float (&d)[8], const uint32_t (&a)[4], uint3
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(2 * step), "n"(step > 0));
 }
 
-// D [64][N] (+)= A [64][16] B [N][16]^T, all f16, A in registers; `clear`: D is overwritten.
-template <bool clear>
-__device__ inline void product_f16(float (&d)[32], const uint32_t (&a)[4], uint32_t b) {
-    asm volatile("{\n.reg .b64 tile;\nmov.b64 tile, {%36, 0x40000040};\n"
-                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {" MLA_R32 "}, {%32, %33, %34, %35}, tile, %37, 1, 1, 0;\n}"
-                 : MLA_D32(d)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(clear ? 0 : 1));
-}
-template <bool clear>
-__device__ inline void product_f16(float (&d)[16], const uint32_t (&a)[4], uint32_t b) {
-    asm volatile("{\n.reg .b64 tile;\nmov.b64 tile, {%20, 0x40000040};\n"
-                 "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {" MLA_R16 "}, {%16, %17, %18, %19}, tile, %21, 1, 1, 0;\n}"
-                 : MLA_D16(d)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(clear ? 0 : 1));
-}
-
 #undef MLA_D8
 #undef MLA_D16
 #undef MLA_D32
