@@ -111,7 +111,9 @@ def test_tokens_stream_and_are_those_of_the_sequence_alone(
     def drawn() -> bool:
         count = page.text("between-count")
         dots = len(driver.find_elements(By.CSS_SELECTOR, "#between-chart circle"))
-        return count == str(dots) and 0 < dots <= 59  # on a busy machine the first tokens come together
+        if count == "0" and page.at("stop").get_property("disabled"):  # on a busy machine all tokens may come together
+            page.start("1, 5, 9", max_new_tokens=60)
+        return count == str(dots) and dots > 0
 
     page.until(drawn)
     for name in ("first-p50", "first-p95", "between-p50", "between-p95"):
