@@ -113,7 +113,8 @@ def test_tokens_stream_and_are_those_of_the_sequence_alone(
         dots = len(driver.find_elements(By.CSS_SELECTOR, "#between-chart circle"))
         if count == "0" and page.at("stop").get_property("disabled"):  # on a busy machine all tokens may come together
             page.start("1, 5, 9", max_new_tokens=60)
-        return count == str(dots) and dots > 0
+        most = 59 * len(driver.find_elements(By.CSS_SELECTOR, ".stream"))
+        return count == str(dots) and 0 < dots <= most
 
     page.until(drawn)
     for name in ("first-p50", "first-p95", "between-p50", "between-p95"):

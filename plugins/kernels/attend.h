@@ -39,8 +39,8 @@ inline int rows_per_block(const Attend& work) {
     return work.heads <= 16 && few ? 16 : 64;
 }
 
-// The kernels behind it: SM90's own for fp8 rows and for bf16 rows (R 512, Dr 64), tensor cores (any format but f32, R up to
-// 512, Dr up to 64), and plain cores in f32 (everything).
+// The kernels behind it: SM90's own with products in e4m3 (fp8 rows) and in bf16 (bf16, fp8 and fp8_ds_mla rows; both R 512,
+// Dr 64), tensor cores (any format but f32, R up to 512, Dr up to 64), and plain cores in f32 (everything).
 bool attend_takes_hopper_fp8(const Attend& work, const Device& device);
 int hopper_fp8_rows(const Attend& work);  // of a block
 int attend_hopper_fp8(const Attend& work, const Partials& partials, cudaStream_t stream);

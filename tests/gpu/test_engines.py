@@ -44,7 +44,7 @@ GPUS = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")
 LEVEL = int(os.environ.get("MLA_TRT_LEVEL", 0))
 SECONDS = float(os.environ.get("MLA_TRT_SECONDS", 270))
 EARLIER = os.environ.get("MLA_TRT_RESULTS")
-CASE_SECONDS = 400  # a Kimi Linear takes 140 to build on a quiet machine
+CASE_SECONDS = 400  # a Kimi Linear takes 140 s to build on a quiet machine
 RESULT = "RESULT "
 
 EXPORTS = sorted(path.parent.name for path in RECORDS.glob("*/sessions.json"))

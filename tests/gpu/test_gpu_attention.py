@@ -108,7 +108,7 @@ def test_types(row_format: str, dtype: str) -> None:
     _check(*layer_case(rng, step, row_format, DIMENSIONS["deepseek of 8 GPUs"], weights=dtype, dtype=dtype), step)
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 8, 64, 128, 300])
+@pytest.mark.parametrize("tokens", [1, 2, 8, 16, 17, 64, 65, 128, 300])
 @pytest.mark.parametrize("weights", ["bf16", "e4m3"])
 def test_token_counts(weights: str, tokens: int) -> None:
     rng = np.random.default_rng(4)
@@ -239,7 +239,7 @@ def test_decode_branch_saturates(dimensions: str) -> None:
     _check_branch(*saturating(*branch_case(rng, step_of(rng, [1, 2], [70, 3]), DIMENSIONS[dimensions])))
 
 
-@pytest.mark.parametrize("tokens", [1, 8, 128])
+@pytest.mark.parametrize("tokens", [1, 8, 17, 128])
 def test_decode_branch_token_counts(tokens: int) -> None:
     rng = np.random.default_rng(13)
     step = step_of(rng, [1] * tokens, rng.integers(0, 200, tokens).tolist())

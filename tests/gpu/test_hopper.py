@@ -23,12 +23,12 @@ from test_gpu_decoding import LENGTHS, STEPS
 
 Kind = int | str
 """Terms of the query over fp8 rows, or the format of rows whose products are of bfloat16."""
-MOST: dict[Kind, float] = {1: 1.5e-1, 2: 4e-2}  # of the largest output
-MEAN: dict[Kind, float] = {1: 6e-2, 2: 2.5e-2}  # Frobenius, relative
-LSE: dict[Kind, float] = {1: 3e-1, 2: 7e-2}  # absolute; of e4m3 products the sum is of rounded weights
-MOST["bf16"], MEAN["bf16"], LSE["bf16"] = 5e-3, 5e-3, 2e-3
-MOST["fp8"], MEAN["fp8"], LSE["fp8"] = 1e-2, 5e-3, 2e-3
-MOST["fp8_ds_mla"], MEAN["fp8_ds_mla"], LSE["fp8_ds_mla"] = 1.2e-2, 5e-3, 8e-3
+MOST: dict[Kind, float] = {1: 1.5e-1, 2: 4e-2, "bf16": 5e-3, "fp8": 8e-3, "fp8_ds_mla": 1e-2}
+"""Of the largest output."""
+MEAN: dict[Kind, float] = {1: 6e-2, 2: 2.5e-2, "bf16": 5e-3, "fp8": 5e-3, "fp8_ds_mla": 5e-3}
+"""Frobenius, relative."""
+LSE: dict[Kind, float] = {1: 3e-1, 2: 7e-2, "bf16": 1e-4, "fp8": 1e-4, "fp8_ds_mla": 8e-3}
+"""Absolute; of e4m3 products the sum is of rounded weights."""
 BFLOAT16_ROWS = pytest.mark.parametrize("row_format", ["bf16", "fp8", "fp8_ds_mla"])
 
 
