@@ -1,83 +1,146 @@
 // The indexer's first stage: norm, rope, Hadamard transform and quantisation of new keys and queries, a warp a row.
 //
+// The instructions are what takes time here, not the bytes. So a lane holds values that follow each other: it reads and writes
+// several at once, and short strides of the transform stay in its registers.
+//
 // What the formats define to the bit is f32 in the order of the reference, without contraction; the norm and the transform are
 // computed in f64 and rounded once.
 #include "indexer.cuh"
+
+#include <algorithm>
 
 namespace mla {
 namespace {
 
 constexpr int warps = 8;
+static_assert(16 % warps == 0, "the rows of a block are heads of one token");
 
-// Values of a row: lane l holds l, l + 32, ...
-template <int values>
-struct Row {
-    float v[values];
+template <typename T, int count>
+struct alignas(sizeof(T) * count < 16 ? sizeof(T) * count : 16) Packed {
+    T v[count];
 };
 
+// Values of a row: lane l holds l * values + i.
 template <int values>
-__device__ void normalize(const IndexAppend& append, int32_t size, Row<values>& row, int lane) {
+using Row = Packed<float, values>;
+
+// `count` values and zeros after them. `whole`: all of them or none, at an address for all at once.
+template <int values, typename T>
+__device__ Row<values> load_values(const T* data, int count, bool whole) {
+    Row<values> row{};
+    if (whole) {
+        if (count <= 0) return row;
+        auto const packed = *reinterpret_cast<const Packed<T, values>*>(data);
+        for (int i = 0; i < values; ++i) row.v[i] = static_cast<float>(packed.v[i]);
+    } else {
+        for (int i = 0; i < values; ++i) {
+            if (i < count) row.v[i] = static_cast<float>(data[i]);
+        }
+    }
+    return row;
+}
+
+// A lane's values of the `size` from `start` on, which is a multiple of what the tensor has in a row.
+template <int values>
+__device__ Row<values> load_row(const void* data, int32_t type, int64_t start, int32_t size, bool whole, int lane) {
+    start += lane * values;
+    int const count = size - lane * values;
+    switch (type) {
+        case MLA_FLOAT: return load_values<values>(static_cast<const float*>(data) + start, count, whole);
+        case MLA_FLOAT16: return load_values<values>(static_cast<const __half*>(data) + start, count, whole);
+        default: return load_values<values>(static_cast<const __nv_bfloat16*>(data) + start, count, whole);
+    }
+}
+
+template <int values>
+__device__ void normalize(const IndexAppend& append, int32_t size, bool whole, Row<values>& row, int lane) {
+    int const count = size - lane * values;
     double sum = 0.0;
-    for (int i = 0; i < values; ++i) sum += lane + 32 * i < size ? row.v[i] : 0.0f;
+    for (int i = 0; i < values; ++i) sum += row.v[i];
     double const mean = warp_sum(sum) / size;
     sum = 0.0;
     for (int i = 0; i < values; ++i) {
         double const centred = row.v[i] - mean;
-        if (lane + 32 * i < size) sum += centred * centred;
+        if (i < count) sum += centred * centred;
     }
-    double const spread = sqrt(warp_sum(sum) / size + append.epsilon);
+    double const inverse = 1.0 / sqrt(warp_sum(sum) / size + append.epsilon);
+    Row<values> const weight = load_row<values>(append.norm_weight, append.norm_type, 0, size, whole, lane);
+    Row<values> bias{};
+    if (append.norm_bias != nullptr) bias = load_row<values>(append.norm_bias, append.bias_type, 0, size, whole, lane);
     for (int i = 0; i < values; ++i) {
-        int const d = lane + 32 * i;
-        if (d >= size) continue;
-        double value = (row.v[i] - mean) / spread * load_float(append.norm_weight, append.norm_type, d);
-        if (append.norm_bias != nullptr) value += load_float(append.norm_bias, append.bias_type, d);
+        if (i >= count) continue;
+        double value = (row.v[i] - mean) * inverse * weight.v[i];
+        if (append.norm_bias != nullptr) value += bias.v[i];
         row.v[i] = static_cast<float>(value);
     }
 }
 
+// A value of a pair: a cos - b sin of the first, b cos + a sin of the second.
+__device__ inline float turn(float value, float other, float cos, float sin, bool second) {
+    return __fadd_rn(__fmul_rn(value, cos), __fmul_rn(other, second ? sin : -sin));
+}
+
 // `shared` holds the row for the lanes of the warp.
 template <int values>
-__device__ void rotate(const IndexAppend& append, int64_t token, Row<values>& row, float* shared, int lane) {
-    int64_t table_row = append.rope_rows != nullptr ? append.rope_rows[token] : token;
-    table_row = max(int64_t{0}, min(table_row, append.table_rows - 1));
-    int32_t const half = append.rope / 2;
-    const float* cos = append.cos + table_row * half;
-    const float* sin = append.sin + table_row * half;
-    for (int i = 0; i < values; ++i) shared[lane + 32 * i] = row.v[i];
-    __syncwarp();
-    for (int i = 0; i < values; ++i) {
-        int const d = lane + 32 * i;
-        if (d >= append.rope) continue;
-        bool const second = append.rope_interleaved ? d & 1 : d >= half;
-        int const pair = append.rope_interleaved ? d >> 1 : second ? d - half : d;
-        float const a = shared[append.rope_interleaved ? d & ~1 : pair];
-        float const b = shared[append.rope_interleaved ? d | 1 : pair + half];
-        row.v[i] = second ? __fadd_rn(__fmul_rn(a, sin[pair]), __fmul_rn(b, cos[pair]))
-                          : __fsub_rn(__fmul_rn(a, cos[pair]), __fmul_rn(b, sin[pair]));
+__device__ void rotate(const IndexAppend& append, int32_t table_row, Row<values>& row, Row<values>* shared, int lane) {
+    int32_t const half = append.rope / 2, first = lane * values;
+    const float* const cos = append.cos + int64_t{table_row} * half;
+    const float* const sin = append.sin + int64_t{table_row} * half;
+    if (append.rope_interleaved) {
+#pragma unroll
+        for (int i = 0; i < values; i += 2) {
+            if (first + i >= append.rope) continue;
+            float const c = cos[(first + i) / 2], s = sin[(first + i) / 2];
+            float const a = row.v[i], b = row.v[i + 1];
+            row.v[i] = turn(a, b, c, s, false);
+            row.v[i + 1] = turn(b, a, c, s, true);
+        }
+        return;
     }
+    shared[lane] = row;
     __syncwarp();
+    if (append.aligned && half % values == 0) {
+        bool const second = first >= half;
+        int const pair = second ? first - half : first;
+        if (first < append.rope) {
+            Row<values> const c = *reinterpret_cast<const Row<values>*>(cos + pair);
+            Row<values> const s = *reinterpret_cast<const Row<values>*>(sin + pair);
+            Row<values> const other = shared[(second ? pair : first + half) / values];
+            for (int i = 0; i < values; ++i) row.v[i] = turn(row.v[i], other.v[i], c.v[i], s.v[i], second);
+        }
+    } else {
+        for (int i = 0; i < values; ++i) {
+            int const d = first + i;
+            if (d >= append.rope) continue;
+            bool const second = d >= half;
+            int const pair = second ? d - half : d;
+            float const other = reinterpret_cast<const float*>(shared)[second ? pair : d + half];
+            row.v[i] = turn(row.v[i], other, cos[pair], sin[pair], second);
+        }
+    }
 }
 
 // Walsh-Hadamard transform in natural order, times size^-1/2.
 template <int values>
 __device__ void transform(int32_t size, Row<values>& row, int lane) {
+    if (values > 2) size = values * warp_size;  // the only power of two that this many values a lane are for
     double u[values];
     for (int i = 0; i < values; ++i) u[i] = row.v[i];
-    for (int stride = 1; stride < size && stride < warp_size; stride *= 2) {
-        for (int i = 0; i < values; ++i) {
-            double const other = __shfl_xor_sync(0xffffffffu, u[i], stride);
-            u[i] = lane & stride ? other - u[i] : u[i] + other;
-        }
-    }
 #pragma unroll
     for (int stride = 1; stride < values; stride *= 2) {
-        if (stride * warp_size >= size) break;
+        if (stride >= size) break;
 #pragma unroll
         for (int i = 0; i < values; ++i) {
             if (i & stride) continue;
             double const low = u[i], high = u[i | stride];
             u[i] = low + high;
             u[i | stride] = low - high;
+        }
+    }
+    for (int stride = 1; stride * values < size; stride *= 2) {
+        for (int i = 0; i < values; ++i) {
+            double const other = __shfl_xor_sync(0xffffffffu, u[i], stride);
+            u[i] = lane & stride ? other - u[i] : u[i] + other;
         }
     }
     double const factor = 1.0 / sqrt(static_cast<double>(size));
@@ -88,9 +151,41 @@ template <int values>
 __device__ float scale_of(const IndexLayout& layout, const Row<values>& row) {
     float amax = 0.0f;
     for (int i = 0; i < values; ++i) amax = fmaxf(amax, fabsf(row.v[i]));
-    float const scale = fmaxf(divide(warp_max(amax), e4m3_max), index_scale_floor);
+    amax = __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(amax)));
+    // amax / e4m3_max, rounded once: 448 = 7 * 64, and no float lies as near to a tie as the 48 bits of 1 / 448 leave open
+    constexpr float high = 0x1.249248p-9f, low = 0x1.249248p-33f;
+    float const scale = fmaxf(__fmaf_rn(amax, high, __fmul_rn(amax, low)), index_scale_floor);
     if (!layout.scale_ue8m0) return scale;
     return __uint_as_float((__float_as_uint(scale) + 0x7fffffu) & 0xff800000u);
+}
+
+// Codes of value / scale, two a word. One step from the product with 1 / scale gives the rounded quotient wherever a code ends
+// or begins (all mantissas of scales were tried there), and keeps the sign of zeros.
+template <int values>
+__device__ Packed<__nv_fp8x2_storage_t, values / 2> encode(const Row<values>& row, float scale) {
+    float const inverse = __frcp_rn(scale);
+    float const divisor = scale < INFINITY ? scale : 0.0f;  // not infinity times zero
+    float quotient[values];
+    for (int i = 0; i < values; ++i) {
+        float const near = __fmul_rn(row.v[i], inverse);
+        quotient[i] = __fmaf_rn(__fmaf_rn(divisor, near, -row.v[i]), -inverse, near);
+    }
+    Packed<__nv_fp8x2_storage_t, values / 2> codes;
+    for (int i = 0; i < values / 2; ++i) {
+        float2 const pair = make_float2(quotient[2 * i], quotient[2 * i + 1]);
+        codes.v[i] = __nv_cvt_float2_to_fp8x2(pair, __NV_SATFINITE, __NV_E4M3);
+    }
+    return codes;
+}
+
+// As many values as there are up to `end`, a multiple of 4.
+template <int values>
+__device__ void store_floats(float* data, int end, const Row<values>& row, int lane) {
+    constexpr int step = values < 4 ? values : 4;
+    for (int i = 0; i < values; i += step) {
+        int const d = lane * values + i;
+        if (d < end) *reinterpret_cast<Packed<float, step>*>(data + d) = reinterpret_cast<const Packed<float, step>&>(row.v[i]);
+    }
 }
 
 template <int values>
@@ -104,39 +199,38 @@ __device__ void store_key(const IndexWindow& window, char* pool, int64_t token, 
     int32_t const slot = position % layout.page_size;
     char* const bytes = page_data + int64_t{slot} * layout.row_bytes;
     if (layout.format == index_format::f32) {
-        for (int i = 0; i < values; ++i) {
-            int const d = lane + 32 * i;
-            if (4 * d < layout.row_bytes) reinterpret_cast<float*>(bytes)[d] = row.v[i];
-        }
+        store_floats(reinterpret_cast<float*>(bytes), layout.row_bytes / 4, row, lane);
         return;
     }
     float const scale = scale_of(layout, row);
-    for (int i = 0; i < values; ++i) {
-        int const d = lane + 32 * i;
-        if (d < layout.row_bytes) bytes[d] = static_cast<char>(d < layout.head ? encode_e4m3(divide(row.v[i], scale)) : 0);
-    }
+    auto const codes = encode(row, scale);
+    if (lane * values < layout.row_bytes) reinterpret_cast<Packed<__nv_fp8x2_storage_t, values / 2>*>(bytes)[lane] = codes;
     if (lane == 0) reinterpret_cast<float*>(page_data + layout.scales_offset)[slot] = scale;
 }
 
+// All lanes together have `width` values, but for f32.
 template <int values>
 __device__ void store_query(const IndexWindow& window, int64_t place, float weight, const Row<values>& row, int lane) {
     int64_t const start = place * window.width;
     if (window.layout.format == index_format::f32) {
-        for (int i = 0; i < values; ++i) {
-            int const d = lane + 32 * i;
-            if (d < window.width) static_cast<float*>(window.queries)[start + d] = row.v[i];
-        }
+        store_floats(static_cast<float*>(window.queries) + start, window.width, row, lane);
     } else {
         float const scale = scale_of(window.layout, row);
         weight *= scale;
-        __half* const codes = static_cast<__half*>(window.queries) + start;
-        for (int d = lane; d < window.width; d += warp_size) {
-            int const i = d / warp_size;
-            float value = 0.0f;
-#pragma unroll
-            for (int j = 0; j < values; ++j) value = i == j ? row.v[j] : value;
-            // exact: every e4m3 value is an f16 value
-            codes[fragment_place(d)] = __float2half_rn(decode_e4m3(encode_e4m3(divide(value, scale))));
+        auto const codes = encode(row, scale);
+        if (window.query_codes) {
+            constexpr int step = values < 4 ? values : 4;
+            using Word = Packed<__nv_fp8x2_storage_t, step / 2>;
+            uint8_t* const bytes = static_cast<uint8_t*>(window.queries) + start;
+            for (int i = 0; i < values; i += step) {
+                *reinterpret_cast<Word*>(bytes + code_place(lane * values + i)) = reinterpret_cast<const Word&>(codes.v[i / 2]);
+            }
+        } else {
+            __half* const halves = static_cast<__half*>(window.queries) + start;
+            for (int i = 0; i < values; i += 2) {  // exact: every e4m3 value is an f16 value
+                *reinterpret_cast<__half2_raw*>(halves + fragment_place(lane * values + i)) =
+                    __nv_cvt_fp8x2_to_halfraw2(codes.v[i / 2], __NV_E4M3);
+            }
         }
     }
     if (lane == 0) window.weights[place] = weight;
@@ -145,45 +239,52 @@ __device__ void store_query(const IndexWindow& window, int64_t place, float weig
 // One warp for each (row, padded head) of the window and then, with append.keys, for each token's key.
 template <int values>
 __global__ void __launch_bounds__(warps* warp_size) append_kernel(IndexWindow window, IndexAppend append) {
-    __shared__ float shared[warps][values * warp_size];
+    __shared__ Row<values> shared[warps][warp_size];
     int const warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
-    int64_t const item = int64_t{blockIdx.x} * warps + warp;
-    int64_t const queries = int64_t{window.rows} * window.padded_heads;
-    bool const is_key = item >= queries;
-    int64_t const token = is_key ? item - queries : window.first + item / window.padded_heads;
-    int32_t const head = is_key ? 0 : static_cast<int32_t>(item % window.padded_heads);
+    uint32_t const blocks_per_row = window.padded_heads / warps, query_blocks = window.rows * blocks_per_row;
+    bool const is_key = blockIdx.x >= query_blocks;
+    int32_t const window_row = is_key ? 0 : blockIdx.x / blocks_per_row;
+    int32_t const head = is_key ? 0 : blockIdx.x % blocks_per_row * warps + warp;
+    int64_t const token = is_key ? int64_t{blockIdx.x - query_blocks} * warps + warp : window.first + window_row;
     if (is_key && (!append.keys || token >= window.step.tokens)) return;
-    if (!is_key && window.scored_keys(static_cast<int32_t>(token - window.first)) == 0) return;
+    if (!is_key && window.scored_keys(window_row) == 0) return;
 
     int32_t const size = window.layout.head;
-    bool const given = is_key || head < window.heads;
-    int64_t const start = (is_key ? token : token * window.heads + head) * size;
-    Row<values> row;
-    for (int i = 0; i < values; ++i) {
-        int const d = lane + 32 * i;
-        row.v[i] = given && d < size ? load_float(is_key ? append.key : append.query, append.type, start + d) : 0.0f;
+    bool const given = is_key || head < window.heads, whole = append.aligned && size % values == 0;
+    int64_t const source = is_key ? token : token * window.heads + head;
+    int32_t table_row = 0;
+    if (append.rope > 0) {
+        int32_t const last = static_cast<int32_t>(append.table_rows) - 1;
+        table_row = append.rope_rows != nullptr ? append.rope_rows[token] : static_cast<int32_t>(min(token, int64_t{last}));
+        table_row = max(0, min(table_row, last));
     }
-    if (is_key && append.norm_weight != nullptr) normalize(append, size, row, lane);
-    if (append.rope > 0 && append.table_rows > 0) rotate(append, token, row, shared[warp], lane);
+    Row<values> row =
+        load_row<values>(is_key ? append.key : append.query, append.type, source * size, given ? size : 0, whole, lane);
+    if (is_key && append.norm_weight != nullptr) normalize(append, size, whole, row, lane);
+    if (append.rope > 0) rotate(append, table_row, row, shared[warp], lane);
     if (append.hadamard) transform(size, row, lane);
     if (is_key) {
         store_key(window, append.pool, token, row, lane);
     } else {
-        store_query(window, item, given ? append.weights[token * window.heads + head] : 0.0f, row, lane);
+        int64_t const place = int64_t{blockIdx.x} * warps + warp;
+        store_query(window, place, given ? append.weights[source] : 0.0f, row, lane);
     }
 }
 
+bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
+
 }  // namespace
 
-int append_index_keys(const Call& call, const IndexWindow& window, const IndexAppend& append) {
+int append_index_keys(const Call& call, const IndexWindow& window, IndexAppend append) {
     int64_t const items = int64_t{window.rows} * window.padded_heads + (append.keys ? window.step.tokens : 0);
     int64_t const blocks = ceil_div<int64_t>(items, warps);
     if (blocks > 0x7fffffff) return fail(MLA_UNSUPPORTED, "MlaIndexer: too many tokens for one call");
+    append.aligned = aligned(append.query) && aligned(append.key) && aligned(append.norm_weight) &&
+                     aligned(append.norm_bias) && aligned(append.cos) && aligned(append.sin);
+    if (append.table_rows <= 0) append.rope = 0;
+    append.table_rows = std::min<int64_t>(append.table_rows, 0x7fffffff);  // what rope_rows can name
     int32_t const size = window.layout.head;
-    auto const kernel = size <= 32    ? append_kernel<1>
-                        : size <= 64  ? append_kernel<2>
-                        : size <= 128 ? append_kernel<4>
-                                      : append_kernel<8>;
+    auto const kernel = size <= 64 ? append_kernel<2> : size <= 128 ? append_kernel<4> : append_kernel<8>;
     kernel<<<static_cast<unsigned>(blocks), warps * warp_size, 0, call.stream>>>(window, append);
     return check_launch("MlaIndexer: keys and queries");
 }

@@ -11,7 +11,7 @@
 namespace mla {
 namespace {
 
-constexpr int64_t scratch_bound = int64_t{64} << 20;
+constexpr int64_t scratch_bound = int64_t{80} << 20;
 
 IndexWindow shapes_of(const Call& call) {
     using namespace indexer;
@@ -49,7 +49,8 @@ IndexAppend append_of(const Call& call) {
                        attributes.index_hadamard,
                        attributes.index_norm_epsilon,
                        call.output<char>(out::indexer_cache_out),
-                       true};
+                       true,
+                       false};
 }
 
 int check(const Call& call) {
@@ -105,7 +106,10 @@ int run_indexer(Call& call) {
 
     Device device;
     if (int status = current_device(&device)) return status;
-    int64_t const rows = std::min<int64_t>(bytes / row_bytes, max_window_rows);
+    window.query_codes = index_takes_hopper(window, device);
+    int64_t const most_rows = std::min<int64_t>(bytes / row_bytes, max_window_rows);
+    int64_t const windows = ceil_div(tokens, most_rows);
+    int64_t const rows = std::min(most_rows, round_up<int64_t>(ceil_div(tokens, windows), 8));
     window.ranks = reinterpret_cast<uint32_t*>(scratch);
     window.queries = scratch + rows * rank_bytes;
     window.weights = reinterpret_cast<float*>(scratch + rows * (rank_bytes + query_bytes));

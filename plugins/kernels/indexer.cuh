@@ -22,7 +22,8 @@ struct IndexWindow {
     int64_t stride;               // keys from one row of `ranks` to the next, a multiple of 64
 
     uint32_t* ranks;  // [rows, stride], see rank_of(); written for the keys of scored tokens only
-    void* queries;    // [rows, padded_heads, width]: f32, or e4m3 codes as f16 in the order of fragment_place()
+    bool query_codes;  // for index_score_hopper.cu
+    void* queries;    // [rows, padded_heads, width]: f32; e4m3 codes in the order of code_place(); or as f16 in that of fragment_place()
     float* weights;   // [rows, padded_heads], times the query's scale
 
     // Keys that the token of a row can see, were all its pages in the pool.
@@ -48,9 +49,9 @@ struct IndexWindow {
 // Order of scores as unsigned numbers: 0 stands for a key that is not visible, 1 for NaN, which loses against every number.
 // -0 and 0 are equal.
 __device__ inline uint32_t rank_of(float score) {
-    if (score != score) return 1;
     uint32_t const bits = __float_as_uint(score + 0.0f);
-    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+    uint32_t const flip = static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u;
+    return score != score ? 1 : bits ^ flip;
 }
 
 // Where value d of a head lies in `queries` of the tensor path: a lane then finds the key's values of four fragments in 16
@@ -58,6 +59,12 @@ __device__ inline uint32_t rank_of(float score) {
 MLA_BOTH constexpr int fragment_place(int d) {
     int const lane = d >> 4 & 3, step = d >> 2 & 3, byte = d & 3;
     return (d & ~63) + 16 * step + 8 * (byte >> 1) + 2 * lane + (byte & 1);
+}
+
+// The same for products of codes: lane t finds four bytes of each half of a step of 32 values in 16 consecutive bytes of the row.
+MLA_BOTH constexpr int code_place(int d) {
+    int const lane = d >> 4 & 3, word = d >> 2 & 3, byte = d & 3;
+    return (d & ~63) + 16 * word + 4 * lane + byte;
 }
 
 // Inclusive sum over the threads of a block (a multiple of 32, at most 1024), and the sum of all. `scratch` holds 32 words;
@@ -93,10 +100,14 @@ struct IndexAppend {
     float epsilon;
     char* pool;
     bool keys;
+    bool aligned;  // several values may be read at once; `append_index_keys` finds out
 };
 
-int append_index_keys(const Call& call, const IndexWindow& window, const IndexAppend& append);
+int append_index_keys(const Call& call, const IndexWindow& window, IndexAppend append);
 int score_index_keys(const Call& call, const IndexWindow& window, const Device& device);
+// By warpgroup products of codes, where `index_takes_hopper`.
+bool index_takes_hopper(const IndexWindow& window, const Device& device);
+int score_index_keys_hopper(const Call& call, const IndexWindow& window, const Device& device);
 int select_index_keys(const Call& call, const IndexWindow& window, const Device& device, int32_t* indices);
 
 }  // namespace mla

@@ -52,6 +52,11 @@ __device__ inline void copy_async_16(uint32_t shared, const void* global, bool v
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
 }
 
+__device__ inline void copy_async_4(uint32_t shared, const void* global, bool valid) {
+    int const bytes = valid ? 4 : 0;
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
+}
+
 __device__ inline void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits for all copies of this thread, those that no commit has made a group of included.

@@ -20,6 +20,7 @@ from mla_trt.formats import INDEX_FORMATS
 
 OP = "MlaIndexer"
 SCORE_TOLERANCE = 1e-5  # of the sum of a score's absolute terms
+SHORT_SUMS = 2.0**-11  # the same where Hopper multiplies codes: its sums of e4m3 products keep 14 bits
 HALF_TYPES = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
 
 P = 64
@@ -86,7 +87,17 @@ def case(
     }
 
 
-def check_lists(found: Array, scores: Scores, top_k: int) -> None:
+def tolerance_of(inputs: Mapping[str, Any], attributes: Mapping[str, Any]) -> float:
+    """Of scores: `index_takes_hopper` in plugins/kernels/index_score_hopper.cu says which heads are multiplied as codes."""
+    heads, size = inputs["index_query"].shape[1:]
+    padded = -(-heads // 16) * 16
+    pages = attributes["page_size"]
+    codes = attributes["index_format"] == "fp8" and size in (64, 128) and padded % 32 == 0 and pages >= 16
+    codes = codes and pages & (pages - 1) == 0
+    return SHORT_SUMS if codes else SCORE_TOLERANCE
+
+
+def check_lists(found: Array, scores: Scores, top_k: int, tolerance: float = SCORE_TOLERANCE) -> None:
     """Ascending lists of the right length whose keys are among the best, within rounding."""
     worst = 0.0
     for token, indices in enumerate(found):
@@ -104,11 +115,11 @@ def check_lists(found: Array, scores: Scores, top_k: int) -> None:
         missed = float(values[~chosen].max() - values[last]) / scale
         false = float(values[last] - values[chosen].min()) / scale
         worst = max(worst, missed, false)
-        assert max(missed, false) <= SCORE_TOLERANCE, (
+        assert max(missed, false) <= tolerance, (
             f"token {token}, {len(keys)} keys: misses key {keys[~chosen][values[~chosen].argmax()]} (above the k-th score by "
             f"{missed:.2e} of it), lists key {keys[chosen][values[chosen].argmin()]} (below by {false:.2e})"
         )
-    compare("scores around the last one listed", np.array([worst]), np.zeros(1), SCORE_TOLERANCE, absolute=True)
+    compare("scores around the last one listed", np.array([worst]), np.zeros(1), tolerance, absolute=True)
 
 
 def check(
@@ -127,7 +138,7 @@ def check(
         lists = [best(*scores.of(token)[:2], top_k) for token in range(len(found["indices"]))]
         compare_exactly("indices", found["indices"], np.array(lists, np.int32).reshape(-1, top_k))
     else:
-        check_lists(found["indices"], scores, top_k)
+        check_lists(found["indices"], scores, top_k, tolerance_of(inputs, attributes))
     return found
 
 
@@ -160,14 +171,15 @@ def test_reference_equals_the_op_sets(interleaved: int, hadamard: int, index_for
 @pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS.keys())
 @pytest.mark.parametrize("index_format", INDEX_FORMATS)
 @pytest.mark.parametrize("top_k", [1, 40, 1000])
-def test_steps(top_k: int, index_format: str, steps: tuple[list[int], list[int], int]) -> None:
+@pytest.mark.parametrize("heads", [8, 64])
+def test_steps(heads: int, top_k: int, index_format: str, steps: tuple[list[int], list[int], int]) -> None:
     rng = np.random.default_rng(2)
     step = make_step(rng, *steps[:2], page_size=P, padding=steps[2])
     attributes = attributes_of(index_format, top_k=top_k)
-    check(case(rng, step, attributes), attributes, repeat=3)
+    check(case(rng, step, attributes, heads), attributes, repeat=3)
 
 
-@pytest.mark.parametrize("heads", [1, 2, 8, 15, 16, 17, 32, 64, 128, 300])
+@pytest.mark.parametrize("heads", [1, 2, 8, 15, 16, 17, 32, 64, 96, 128, 192, 300])
 @pytest.mark.parametrize("index_format", INDEX_FORMATS)
 def test_heads(index_format: str, heads: int) -> None:
     rng = np.random.default_rng(3)
@@ -202,7 +214,8 @@ def test_page_sizes(index_format: str, page_size: int) -> None:
     lengths = [0, 1, page_size - 1, page_size, page_size + 1, 600]
     step = make_step(rng, [1, 2, 1, 1, 1, 4], lengths, page_size=page_size)
     attributes = attributes_of(index_format, page_size=page_size)
-    check(case(rng, step, attributes), attributes)
+    for heads in (8, 64):
+        check(case(rng, step, attributes, heads), attributes)
 
 
 @pytest.mark.parametrize("size", [16, 24, 128])
@@ -310,11 +323,12 @@ def test_ties_go_to_the_smaller_index(weight: float, index_format: str) -> None:
 
 @pytest.mark.parametrize("index_format", INDEX_FORMATS)
 @pytest.mark.parametrize("top_k", [20, 5000])
-def test_keys_on_pages_outside_the_pool_are_not_visible(top_k: int, index_format: str) -> None:
+@pytest.mark.parametrize("heads", [8, 64])
+def test_keys_on_pages_outside_the_pool_are_not_visible(heads: int, top_k: int, index_format: str) -> None:
     rng = np.random.default_rng(15)
     step = make_step(rng, [1, 1, 2, 1], [900, 40, 200, 2000], page_size=16)
     attributes = attributes_of(index_format, top_k=top_k, page_size=16)
-    inputs = case(rng, step, attributes)
+    inputs = case(rng, step, attributes, heads)
     table = step.inputs["block_table"]
     table[0, 1::3] = np.resize(np.array((-1, step.pages, 2**31 - 1, -(2**31)), np.int32), table[0, 1::3].shape)
     table[1] = -7
@@ -328,7 +342,7 @@ def test_no_visible_keys_where_the_table_is_too_narrow() -> None:
     rng = np.random.default_rng(16)
     step = make_step(rng, [2, 1], [900, 400], page_size=P)
     attributes = attributes_of(top_k=50)
-    inputs = case(rng, step, attributes)
+    inputs = case(rng, step, attributes, 64)
     inputs["block_table"] = np.ascontiguousarray(inputs["block_table"][:, :5])
     check(inputs, attributes)
 

@@ -1,0 +1,330 @@
+// The indexer's second stage on SM90: as index_score.cu, with products of codes by warpgroups (64 or 128 values a head, heads by 32).
+//
+// A warpgroup has 64 keys in registers as they lie in the pool, and the keys of its next two tiles on their way; queries lie in shared
+// memory, a head a row of codes in the order that the keys' fragments have. A thread sums over the heads that its products are of.
+// Sums of e4m3 products keep 14 bits (docs/kernels.md); they begin at zero for each head and token.
+#include <algorithm>
+#include <type_traits>
+
+#include "hopper.cuh"
+#include "index_items.cuh"
+#include "mma.cuh"
+
+namespace mla {
+namespace {
+
+constexpr int warps = 8, threads = warps * warp_size, warp_keys = 16, group_keys = 4 * warp_keys, block_keys = warps * warp_keys;
+constexpr int line_bytes = 128;  // of a head's query in shared memory
+constexpr int ahead = 2;         // items whose keys are on their way
+
+// What is known of a run, in shared memory, at its first row.
+struct RunFacts {
+    int32_t sequence, count, keys, least;  // the most and the least keys that a token scores
+};
+
+// A block's place among the items: a run, by its first row, and a tile of its keys.
+struct Cursor {
+    const int32_t* ends;
+    int32_t item, last, row, tile;
+
+    __device__ Cursor(Part part, const int32_t* ends) : ends(ends), item(part.item), last(part.last), row(0), tile(0) {
+        if (there()) tile = part.tile(ends), row = part.row;
+    }
+
+    __device__ bool there() const { return item < last; }
+
+    // Whether the run is another one.
+    __device__ bool advance() {
+        ++tile;
+        ++item;
+        if (!there() || item < ends[row]) return false;
+        while (ends[row] <= item) ++row;
+        tile = 0;
+        return true;
+    }
+};
+
+// Where a lane's keys lie on their way: no other lane reads them. `chunks`: 64 values of a head each.
+template <int chunks>
+struct Stage {
+    uint4 rows[2 * chunks][threads];
+    float scales[threads];
+};
+
+// Orders the keys of rows `slot` and `slot` + 8 of a page, which a lane shares with three others, and the scale of the key whose
+// score the lane writes; zeros where there is no page.
+template <int chunks>
+__device__ void order_keys(const IndexWindow& window, int32_t page, bool there, int32_t slot, Stage<chunks>& stage) {
+    int const quarter = threadIdx.x % 4;
+    const char* const data = window.page_data(there ? page : 0);
+    const char* const row = data + slot * window.layout.row_bytes + 16 * quarter;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int chunk = 0; chunk < chunks; ++chunk) {
+            copy_async_16(shared_address(&stage.rows[2 * chunk + half][threadIdx.x]), row + 8 * half * 64 * chunks + 64 * chunk, there);
+        }
+    }
+    copy_async_4(shared_address(&stage.scales[threadIdx.x]), data + window.layout.scales_offset + 4 * (slot + 8 * (quarter % 2)), there);
+}
+
+// A warpgroup's tile of keys against a run's queries. A unit is `columns` heads of a token; units follow each other in shared memory.
+// Products of one are made while another's are summed. `whole`: a unit is all heads.
+template <int chunks, int columns, bool whole>
+struct TileScores {
+    const IndexWindow& window;
+    const Rows& rows;
+    uint32_t queries;      // descriptor of unit 0
+    const float* weights;  // of unit 0, from the thread's first head on
+    uint32_t (&fragments)[2 * chunks][4];
+    int32_t row, count, blocks;  // first token, tokens, units of a token
+    int32_t key;
+    float scale;
+    bool visible, all;  // all: every token scores every key of the tile
+    float sums[2][2] = {};  // of two tokens, each for a key in the upper and one in the lower half
+
+    using Products = float[columns / 2];
+
+    __device__ void order(Products& products, int32_t unit) {
+        using namespace hopper;
+        uint32_t const tile = queries + unit * (columns * line_bytes / 16);
+        pin(products);
+        product_fence();
+        product_e4m3<0>(products, fragments[0], tile);
+        product_e4m3<1>(products, fragments[1], tile);
+        if constexpr (chunks == 2) {
+            product_e4m3<2>(products, fragments[2], tile);
+            product_e4m3<3>(products, fragments[3], tile);
+        }
+        product_commit();
+    }
+
+    // A thread's products are of its keys with heads 8 j + 2 quarter and the next.
+    __device__ void add(Products& products, int32_t unit, float (&sum)[2]) {
+        hopper::pin(products);
+        const float* const weight = weights + unit * columns;
+#pragma unroll
+        for (int eight = 0; eight < columns / 8; ++eight) {
+            float2 const w = *reinterpret_cast<const float2*>(weight + 8 * eight);
+            const float* const p = products + 4 * eight;
+            sum[0] = fmaf(w.x, relu(p[0]), fmaf(w.y, relu(p[1]), sum[0]));
+            sum[1] = fmaf(w.x, relu(p[2]), fmaf(w.y, relu(p[3]), sum[1]));
+        }
+    }
+
+    // Of four lanes the first writes the first token's key in the upper half, then come the lower half, and the second token's.
+    __device__ void write(int32_t token, int32_t tokens) {
+        int const quarter = threadIdx.x % 4;
+        bool const low = quarter % 2 == 0, second = quarter >= 2;
+        float halves[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            halves[i] = (low ? sums[i][0] : sums[i][1]) + __shfl_xor_sync(0xffffffffu, low ? sums[i][1] : sums[i][0], 1);
+            sums[i][0] = sums[i][1] = 0.0f;
+        }
+        float const score = (second ? halves[1] : halves[0]) + __shfl_xor_sync(0xffffffffu, second ? halves[0] : halves[1], 2);
+        int32_t const own = row + token + second;
+        if (quarter < 2 * tokens && (all || key < rows.keys[own])) {
+            window.ranks[own * window.stride + key] = visible ? rank_of(score * scale) : 0;
+        }
+    }
+
+    template <bool odd>
+    __device__ void finish(Products& products, int32_t unit) {
+        if constexpr (whole) {
+            add(products, unit, sums[odd]);
+            if (odd) write(unit - 1, 2);
+        } else {
+            add(products, unit, sums[0]);
+            if (unit % blocks == blocks - 1) write(unit / blocks, 1);
+        }
+    }
+
+    __device__ void run() {
+        using namespace hopper;
+        Products even, odd;
+        int32_t const units = count * blocks;
+        int32_t unit = 0;
+        order(even, 0);
+        for (; unit + 2 < units; unit += 2) {
+            order(odd, unit + 1);
+            product_wait<1>();
+            finish<false>(even, unit);
+            order(even, unit + 2);
+            product_wait<1>();
+            finish<true>(odd, unit + 1);
+        }
+        if (unit + 1 < units) {
+            order(odd, unit + 1);
+            product_wait<1>();
+            finish<false>(even, unit);
+            product_wait();
+            finish<true>(odd, unit + 1);
+        } else {
+            product_wait();
+            finish<false>(even, unit);
+            if (whole) write(unit, 1);
+        }
+    }
+};
+
+// `columns`: heads of one product, all where `whole`.
+template <int chunks, int columns, bool whole>
+__global__ void __launch_bounds__(threads, 2) score_codes_kernel(IndexWindow window, QueryTile shape) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    using namespace hopper;
+    constexpr int width = 64 * chunks;
+    extern __shared__ __align__(1024) char codes_shared[];
+    __shared__ int32_t scan[warp_size];
+    int32_t const lines = shape.slots * shape.heads;
+    auto* const stages = reinterpret_cast<Stage<chunks>*>(codes_shared + int64_t{lines} * line_bytes);
+    float* const weights = reinterpret_cast<float*>(stages + ahead);
+    auto* const runs = reinterpret_cast<RunFacts*>(weights + lines);
+    int32_t* const tables = reinterpret_cast<int32_t*>(runs + window.rows);
+    Rows const rows{tables, tables + window.rows};
+
+    int32_t const total = list_items(window, shape.slots, block_keys, rows, scan);
+    for (int32_t row = threadIdx.x; row < window.rows; row += threads) {
+        Run const run = run_at(window, rows, row, shape.slots);
+        int32_t least = run.keys;
+        for (int32_t i = 0; i < run.count; ++i) least = min(least, rows.keys[row + i]);
+        runs[row] = RunFacts{run.sequence, run.count, run.keys, least};
+    }
+    __syncthreads();
+    int const warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
+    int const group = lane / 4, quarter = lane % 4, page_shift = __ffs(window.layout.page_size) - 1;
+    // from a lane, so that the compiler knows it to be uniform
+    uint32_t const queries = __shfl_sync(0xffffffffu, tile_descriptor(shared_address(codes_shared)), 0);
+
+    auto load_queries = [&](int32_t row, int32_t count) {
+        __syncthreads();
+        const uint8_t* const source = static_cast<const uint8_t*>(window.queries) + int64_t{row} * shape.heads * width;
+        for (int32_t unit = threadIdx.x; unit < count * shape.heads * (width / 16); unit += threads) {
+            int32_t const line = unit / (width / 16), column = unit % (width / 16);
+            *reinterpret_cast<uint4*>(codes_shared + line * line_bytes + ((column ^ (line & 7)) << 4)) =
+                __ldg(reinterpret_cast<const uint4*>(source) + unit);
+        }
+        const float* const source_weights = window.weights + int64_t{row} * shape.heads;
+        for (int32_t i = threadIdx.x; i < count * shape.heads; i += threads) weights[i] = source_weights[i];
+        fence_async();
+        __syncthreads();
+    };
+
+    // Pages of the warp's keys in 32 tiles of a run, a lane a tile; those of the next 32 are asked for in time.
+    int32_t const own_row = warp * warp_keys + group, pages = static_cast<int32_t>(window.step.pages);
+    auto look_up = [&](int32_t row, int32_t tile) {
+        RunFacts const run = runs[row];
+        int32_t const key = (tile & ~31) * block_keys + lane * block_keys + warp * warp_keys;
+        return key < run.keys ? window.step.block_table[run.sequence * window.step.max_pages + (key >> page_shift)] : -1;
+    };
+    Cursor ordered(Part(total, rows.ends, window.rows), rows.ends), cursor = ordered;
+    int32_t table = -1, next_table = -1;
+    if (ordered.there()) table = look_up(ordered.row, ordered.tile), next_table = look_up(ordered.row, ordered.tile + 32);
+    uint32_t visible = 0;  // bit i: the tile ordered i tiles ago
+    auto order = [&](Stage<chunks>& stage) {
+        visible *= 2;
+        if (ordered.there()) {
+            int32_t const page = __shfl_sync(0xffffffffu, table, ordered.tile & 31);
+            bool const there = page >= 0 && page < pages;
+            visible |= there;
+            order_keys(window, page, there, (ordered.tile * block_keys + own_row) & (window.layout.page_size - 1), stage);
+            if (ordered.advance()) {
+                table = look_up(ordered.row, 0);
+                next_table = look_up(ordered.row, 32);
+            } else if (ordered.there() && ordered.tile % 32 == 0) {
+                table = next_table;
+                next_table = look_up(ordered.row, ordered.tile + 32);
+            }
+        }
+        copy_async_commit();
+    };
+    for (int i = 0; i < ahead; ++i) order(stages[i]);
+
+    RunFacts run{};
+    bool fresh = true;
+    for (int turn = 0; cursor.there(); turn ^= 1, fresh = cursor.advance()) {
+        copy_async_wait<ahead - 1>();
+        uint32_t fragments[2 * chunks][4];
+#pragma unroll
+        for (int chunk = 0; chunk < chunks; ++chunk) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                uint4 const words = stages[turn].rows[2 * chunk + half][threadIdx.x];
+                fragments[2 * chunk][half] = words.x;
+                fragments[2 * chunk][half + 2] = words.y;
+                fragments[2 * chunk + 1][half] = words.z;
+                fragments[2 * chunk + 1][half + 2] = words.w;
+            }
+        }
+        float const scale = stages[turn].scales[threadIdx.x];
+        bool const there = visible >> (ahead - 1) & 1;
+        order(stages[turn]);
+        int32_t const base = cursor.tile * block_keys;
+        if (fresh) {
+            run = runs[cursor.row];
+            load_queries(cursor.row, run.count);
+        }
+        if (__any_sync(0xffffffffu, run.keys > base + warp / 4 * group_keys)) {
+#pragma unroll
+            for (int step = 0; step < 2 * chunks; ++step) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(fragments[step][i])::"memory");
+            }
+            TileScores<chunks, columns, whole>{window, rows, queries, weights + 2 * quarter, fragments, cursor.row,
+                                               __shfl_sync(0xffffffffu, run.count, 0), shape.heads / columns,
+                                               base + own_row + 8 * (quarter % 2), scale, there, run.least >= base + block_keys}
+                .run();
+        }
+    }
+    copy_async_wait_all();
+#endif
+}
+
+constexpr int row_bytes = Rows::bytes + sizeof(RunFacts);
+
+// Tokens whose queries fit into half of a multiprocessor's shared memory.
+int slots_of(const IndexWindow& window, const Device& device, int64_t rows) {
+    constexpr int64_t most_slots = 8, reserved = 2048, line = line_bytes + 4;
+    int64_t const stage = window.width == 64 ? sizeof(Stage<1>) : sizeof(Stage<2>);
+    int64_t const budget = device.shared_bytes / 2 - reserved - ahead * stage - row_bytes * rows;
+    return static_cast<int>(std::min(most_slots, budget / (line * window.padded_heads)));
+}
+
+template <int chunks, int columns, bool whole>
+int launch(const Call& call, const IndexWindow& window, const Device& device) {
+    auto const kernel = score_codes_kernel<chunks, columns, whole>;
+    QueryTile const shape{slots_of(window, device, window.rows), window.padded_heads};
+    int const stages = ahead * static_cast<int>(sizeof(Stage<chunks>));
+    int const shared = stages + shape.slots * shape.heads * (line_bytes + 4) + row_bytes * window.rows;
+    if (int status = check_cuda("MlaIndexer: shared memory",
+                                cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared))) {
+        return status;
+    }
+    kernel<<<2 * device.multiprocessors, threads, shared, call.stream>>>(window, shape);
+    return check_launch("MlaIndexer: scores");
+}
+
+}  // namespace
+
+bool index_takes_hopper(const IndexWindow& window, const Device& device) {
+    const IndexLayout& layout = window.layout;
+    if (device.major != 9 || layout.format != index_format::fp8 || layout.head != window.width || window.width > 128 ||
+        window.padded_heads % 32 != 0 || layout.page_size < warp_keys || (layout.page_size & (layout.page_size - 1)) != 0 || slots_of(window, device, max_window_rows) < 1) {
+        return false;
+    }
+    // code for sm_90a alone has the kernel's body, and with it its static shared memory
+    cudaFuncAttributes attributes;
+    return cudaFuncGetAttributes(&attributes, score_codes_kernel<2, 64, true>) == cudaSuccess && attributes.sharedSizeBytes > 0;
+}
+
+int score_index_keys_hopper(const Call& call, const IndexWindow& window, const Device& device) {
+    auto const take = [&](auto chunks) {
+        constexpr int c = decltype(chunks)::value;
+        if (window.padded_heads == 64) return launch<c, 64, true>(call, window, device);
+        if (window.padded_heads == 32) return launch<c, 32, true>(call, window, device);
+        return window.padded_heads % 64 == 0 ? launch<c, 64, false>(call, window, device) : launch<c, 32, false>(call, window, device);
+    };
+    return window.width == 64 ? take(std::integral_constant<int, 1>{}) : take(std::integral_constant<int, 2>{});
+}
+
+}  // namespace mla
