@@ -17,6 +17,7 @@ variant is built alone, to fill the timing cache that all of them share.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -30,6 +31,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import onnx
 import pytest
 from engine_results import Case, Result, Results, failure, interleaved, kernels_commit, table
 from engine_sessions import ROOT, VARIANTS, records_folder
@@ -163,6 +165,12 @@ def _run(cases: Sequence[Case], workers: int, scratch: Path, deadline: float, re
         thread.join()
 
 
+@functools.cache
+def _nodes(export: str) -> int:
+    """Of its model: the more there are, the longer TensorRT builds, and the longest build should not begin last."""
+    return len(onnx.load(RECORDS / export / "model.onnx", load_external_data=False).graph.node)
+
+
 @pytest.fixture(scope="module")
 def results(request: pytest.FixtureRequest) -> dict[Case, Result]:
     """What became of every case."""
@@ -181,6 +189,7 @@ def results(request: pytest.FixtureRequest) -> dict[Case, Result]:
             first = list({variant: (export, variant) for export, variant in reversed(cases)}.values())
             _run(first, 1, Path(scratch), deadline, found)
             cases = [case for case in cases if case not in first]
+        cases = sorted(cases, key=lambda case: -_nodes(case[0]))
         _run(cases, WORKERS, Path(scratch), deadline, found)
     found.write()
     return found.found
