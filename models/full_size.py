@@ -3,6 +3,7 @@
 The weights are sparse files, so that a model of 1.3 TB takes a few hundred megabytes of disk:
 
     python -m mla_trt.models.full_size deepseek-v3.2 -o MODEL.onnx --layers 4
+    python -m mla_trt.models.full_size deepseek-v3 -o MODEL.onnx --layers 1 --random
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ def write_full_size(
     size: Size = "full",
     routing: Routing = "gather",
     seed: int = 0,
+    random: bool = False,
 ) -> FullSizeModel:
     """Writes one decoder step with latent caches.
 
@@ -62,9 +64,10 @@ def write_full_size(
         layers: number of layers; None for all.
         experts: number of routed experts in a layer; None for all.
         dtype: `"float32"`, `"float16"` or `"bfloat16"`.
-        size: `"full"` with sparse weights, which are zeros but for norms; `"small"` with random ones, to be run.
+        size: `"full"` with weights in sparse files, which are zeros but for norms; `"small"` with random ones in the model, to be run.
         routing: how experts get their tokens, `"gather"` or `"mask"`.
-        seed: of the random weights.
+        seed: of a small model's random weights.
+        random: random weights in the files of a full-size model too, which then take their space.
 
     Raises:
         UsageError: the arguments do not go together.
@@ -82,7 +85,7 @@ def write_full_size(
         onnx.save(model, output)
         weight_bytes = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
         return FullSizeModel(output, len(model.graph.node), weight_bytes, ())
-    weights = SparseWeights(output.parent, output.name)
+    weights = SparseWeights(output.parent, output.name, random)
     model = build_decoder(settings, weights)
     onnx.save(model, output)
     return FullSizeModel(output, len(model.graph.node), weights.total, tuple(weights.write()))
@@ -118,6 +121,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--routing", choices=("gather", "mask"), default="gather", help="each expert on its own tokens, or on all"
     )
+    parser.add_argument(
+        "--random", action="store_true", help="random weights in full size, to be run: the files then take their space"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the random weights of a small model")
     options = parser.parse_args(arguments)
     try:
@@ -130,11 +136,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             size=options.size,
             routing=options.routing,
             seed=options.seed,
+            random=options.random,
         )
     except MlaTrtError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
-    files = f" in {len(written.weight_files)} sparse file(s)" if written.weight_files else ""
+    kind = "" if options.random else "sparse "
+    files = f" in {len(written.weight_files)} {kind}file(s)" if written.weight_files else ""
     print(f"{written.path}: {written.nodes} nodes, {written.weight_bytes / 1e9:.3f} GB of weights{files}")
     return 0
 

@@ -8,7 +8,7 @@ import os
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -18,6 +18,7 @@ from onnx import TensorProto, numpy_helper
 from mla_trt.errors import UsageError
 
 ALIGNMENT = 4096  # of each tensor in a file, so that it can be mapped
+RANDOM_PART = 1 << 24  # values that are made at a time
 NUMPY_TYPES: dict[int, np.dtype] = {
     TensorProto.FLOAT: np.dtype(np.float32),
     TensorProto.FLOAT16: np.dtype(np.float16),
@@ -54,24 +55,27 @@ def norm_weight(random: np.random.Generator, shape: tuple[int, ...], dtype: int)
 
 @dataclass
 class SparseWeights:
-    """Weights as external data in sparse files: they have their full sizes, read as zeros and take no space on disk. Only norms have
-    values, because a norm by zeros leaves nothing of what comes before it.
+    """Weights as external data in files of their full sizes. They are sparse, read as zeros and take no space on disk; only norms have
+    values, because a norm by zeros leaves nothing of what comes before it. Or all weights get random values.
 
     One file is used where the file system allows one of that size, else as many as it takes.
 
     Attributes:
         directory: where the files lie, beside the model.
         stem: start of their names.
+        random: whether all weights get random values.
         largest_file: bytes that one file may have; found out when 0.
         total: bytes of all weights so far.
     """
 
     directory: Path
     stem: str
+    random: bool = False
     largest_file: int = 0
     total: int = 0
     _sizes: list[int] = field(default_factory=lambda: [0])
     _norms: list[tuple[int, int, np.ndarray]] = field(default_factory=list)  # file, offset, values
+    _others: list[tuple[int, int, tuple[int, ...], int]] = field(default_factory=list)  # file, offset, shape, type
 
     def __post_init__(self) -> None:
         self._random = np.random.default_rng(0)
@@ -92,6 +96,8 @@ class SparseWeights:
         self.total += length
         if norm:
             self._norms.append((len(self._sizes) - 1, offset, norm_weight(self._random, shape, dtype)))
+        else:
+            self._others.append((len(self._sizes) - 1, offset, shape, dtype))
         tensor = TensorProto(name=name, data_type=dtype, dims=shape, data_location=TensorProto.EXTERNAL)
         place = {"location": self._file_name(len(self._sizes) - 1), "offset": str(offset), "length": str(length)}
         tensor.external_data.extend(onnx.StringStringEntryProto(key=key, value=value) for key, value in place.items())
@@ -108,7 +114,20 @@ class SparseWeights:
             with paths[index].open("r+b") as file:
                 file.seek(offset)
                 file.write(values.tobytes())
+        if self.random:
+            for index, offset, shape, dtype in self._others:
+                with paths[index].open("r+b") as file:
+                    file.seek(offset)
+                    self._write_random(file, shape, dtype)
         return paths
+
+    def _write_random(self, file: BinaryIO, shape: tuple[int, ...], dtype: int) -> None:
+        """Random values of a size that keeps activations near 1, a part at a time."""
+        scale = np.float32(1.0 if len(shape) == 1 else math.sqrt(1.0 / shape[-2]))
+        count = math.prod(shape)
+        for start in range(0, count, RANDOM_PART):
+            values = self._random.standard_normal(min(RANDOM_PART, count - start), np.float32) * scale
+            file.write(values.astype(NUMPY_TYPES[dtype]).tobytes())
 
     def _file_name(self, index: int) -> str:
         return f"{self.stem}.data" if index == 0 else f"{self.stem}.data.{index}"

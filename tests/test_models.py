@@ -289,6 +289,22 @@ def test_full_size_weights_take_no_space(tmp_path: Path) -> None:
     assert total == written.weight_bytes
 
 
+def test_large_files_can_have_random_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mla_trt.models.weights.RANDOM_PART", 1000)
+    store = SparseWeights(tmp_path, "model", random=True)
+    tensors = [store.weight(name, (64, 70), onnx.TensorProto.BFLOAT16, norm=False) for name in "ab"]
+    store.weight("norm", (64,), onnx.TensorProto.FLOAT, norm=True)
+    (path,) = store.write()
+    assert path.stat().st_size == store._sizes[0]
+    values = []
+    for tensor in tensors:
+        onnx.external_data_helper.load_external_data_for_tensor(tensor, str(tmp_path))
+        values.append(onnx.numpy_helper.to_array(tensor).astype(np.float64))
+    for one in values:
+        assert 0.9 < one.std() * 8 < 1.1
+    assert abs(np.corrcoef(values[0].ravel(), values[1].ravel())[0, 1]) < 0.1
+
+
 def test_a_full_size_graph_reads_from_its_sparse_file(tmp_path: Path) -> None:
     written = write_full_size("deepseek-v3", tmp_path / "model.onnx", layers=1)
     model = onnx.load(written.path, load_external_data=False)

@@ -8,24 +8,11 @@ then answers instead of the lowered model on ONNX Runtime, as on a GPU:
     MLA_TRT_SOAK_ENGINE=build/soak.engine MLA_TRT_SOAK_SECONDS=120 python -m pytest -n 0 tests/test_soak.py
 
 It may have pages and a vocabulary of any size, but must take a pool of 160 pages, steps of 16 sequences, and a sequence that fills the
-pool. A layer of DeepSeek-V3 of full size, whose sparse file of weights gets random values before it is lowered:
+pool. A layer of DeepSeek-V3 of full size:
 
-    python -m mla_trt.models.full_size deepseek-v3 --layers 1 -o build/v3.onnx
-    python - <<END
-    import ml_dtypes, numpy, onnx
-    from onnx.external_data_helper import ExternalDataInfo
-    random = numpy.random.default_rng(0)
-    for weight in onnx.load("build/v3.onnx", load_external_data=False).graph.initializer:
-        if weight.external_data and len(weight.dims) == 2:  # norms have values
-            place, (rows, columns) = ExternalDataInfo(weight), weight.dims
-            with open(f"build/{place.location}", "r+b") as file:
-                file.seek(place.offset)
-                for _ in range(rows):
-                    values = random.standard_normal(columns, "f4") / rows**0.5
-                    file.write(values.astype(ml_dtypes.bfloat16).tobytes())
-    END
+    python -m mla_trt.models.full_size deepseek-v3 --layers 1 --random -o build/v3.onnx
     mla-trt lower build/v3.onnx -o build/v3 --logits last --no-verify
-    mla-trt build build/v3 -o build/v3.engine --max-batch 64 --max-tokens 2048 --max-length 36864 --pages 160
+    mla-trt build build/v3 -o build/v3.engine --max-batch 64 --max-tokens 2048 --max-length 36864
     MLA_TRT_SOAK_ENGINE=build/v3.engine MLA_TRT_SOAK_TIE=0.1 MLA_TRT_SOAK_DIFFERENT=1 MLA_TRT_SOAK_SECONDS=120 \\
       python -m pytest -n 0 tests/test_soak.py
 

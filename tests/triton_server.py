@@ -22,7 +22,7 @@ from tritonclient.utils import InferenceServerException
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = Path(os.environ.get("MLA_TRT_TRITON_ENVIRONMENT", ROOT / ".venv-triton"))
 START_SECONDS = 60
-LOAD_SECONDS = 60
+LOAD_SECONDS = 180
 ANSWER_SECONDS = 60
 
 
