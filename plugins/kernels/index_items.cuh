@@ -78,6 +78,28 @@ struct Part {
     }
 };
 
+// A block's place among the items: a run, by its first row, and a tile of its keys.
+struct Cursor {
+    const int32_t* ends;
+    int32_t item, last, row, tile;
+
+    __device__ Cursor(Part part, const int32_t* ends) : ends(ends), item(part.item), last(part.last), row(0), tile(0) {
+        if (there()) tile = part.tile(ends), row = part.row;
+    }
+
+    __device__ bool there() const { return item < last; }
+
+    // Whether the run is another one.
+    __device__ bool advance() {
+        ++tile;
+        ++item;
+        if (!there() || item < ends[row]) return false;
+        while (ends[row] <= item) ++row;
+        tile = 0;
+        return true;
+    }
+};
+
 __device__ inline void write_rank(const IndexWindow& window, const Rows& rows, int32_t row, int32_t key, bool visible,
                                   float score) {
     if (key < rows.keys[row]) window.ranks[row * window.stride + key] = visible ? rank_of(score) : 0;

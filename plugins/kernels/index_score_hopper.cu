@@ -13,35 +13,14 @@
 namespace mla {
 namespace {
 
-constexpr int warps = 8, threads = warps * warp_size, warp_keys = 16, group_keys = 4 * warp_keys, block_keys = warps * warp_keys;
+constexpr int warps = 8, threads = warps * warp_size, warp_keys = 16;
+[[maybe_unused]] constexpr int group_keys = 4 * warp_keys, block_keys = warps * warp_keys;  // of a warpgroup; of a block
 constexpr int line_bytes = 128;  // of a head's query in shared memory
 constexpr int ahead = 2;         // items whose keys are on their way
 
 // What is known of a run, in shared memory, at its first row.
 struct RunFacts {
     int32_t sequence, count, keys, least;  // the most and the least keys that a token scores
-};
-
-// A block's place among the items: a run, by its first row, and a tile of its keys.
-struct Cursor {
-    const int32_t* ends;
-    int32_t item, last, row, tile;
-
-    __device__ Cursor(Part part, const int32_t* ends) : ends(ends), item(part.item), last(part.last), row(0), tile(0) {
-        if (there()) tile = part.tile(ends), row = part.row;
-    }
-
-    __device__ bool there() const { return item < last; }
-
-    // Whether the run is another one.
-    __device__ bool advance() {
-        ++tile;
-        ++item;
-        if (!there() || item < ends[row]) return false;
-        while (ends[row] <= item) ++row;
-        tile = 0;
-        return true;
-    }
 };
 
 // Where a lane's keys lie on their way: no other lane reads them. `chunks`: 64 values of a head each.
