@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -98,6 +99,8 @@ SMALL = {
     "sparse decoding": lambda: bench_cases.sparse_decoding("fp8_ds_mla", 2, 4, keys=128),
     "sparse prefill": lambda: bench_cases.sparse_prefill(2, 6, 128),
     "prefill": lambda: bench_cases.prefill(2, 4, 2),
+    "uneven decode": lambda: bench_cases.uneven_decoding("fp8", 3, [130, 1, 65], 2, "decode-fp8-b128-h128-4k"),
+    "uneven prefill": lambda: bench_cases.uneven_prefill([5, 1, 3], 2, "prefill-b4-2k"),
     "index decode": lambda: bench_cases.indexer(2, 1, 128),
     "index prompt": lambda: bench_cases.indexer(1, 6, 128),
     "append": lambda: bench_cases.append("fp8", 2, 3, 4),
@@ -177,6 +180,18 @@ def test_the_ratio_and_the_ceiling() -> None:
     assert result.of_ceiling == pytest.approx(0.5)
     assert result.ratio == pytest.approx(1.5)
     assert result.spread == pytest.approx(0.16)
+
+
+def test_uneven_cases_are_compared_with_even_ones_by_their_share_of_the_ceiling() -> None:
+    for name, make in bench_cases.CASES.items():
+        if name.startswith("uneven"):
+            assert make().neighbour in bench_cases.CASES, name
+    case = bench_cases.Case("MlaDecoding", {}, {}, flops=7.5e14 * 1e-4, bytes=1.0)
+    beside = object.__new__(bench._Neighbour)
+    beside.name, beside.case = "even", replace(case, flops=2 * case.flops)
+    result = bench._beside("x", case, beside, CEILINGS, 0.0, [200.0], [250.0])
+    assert (result.peer, result.peer_us) == ("even", 250.0)
+    assert result.ratio == pytest.approx(0.5 / 0.8)
 
 
 def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,8 +8,8 @@ those of the cache rows that are read and of the other inputs and outputs, each 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -58,6 +58,7 @@ class Case:
         precision: whose matrix units bound it, "bf16" or "fp8".
         tolerance: of the relative error (Frobenius) of sampled tokens; of a selection, the share of other keys.
         peer: name and arguments of a function of :mod:`mla_trt.bench.peers`.
+        neighbour: instead of a peer, the case of an even shape whose rate this one should have.
     """
 
     op_type: str
@@ -68,18 +69,24 @@ class Case:
     precision: str = "bf16"
     tolerance: float = 1e-2
     peer: tuple[str, Mapping[str, Any]] | None = None
+    neighbour: str | None = None
     checked: tuple[str, ...] = field(default=("output",))
 
 
 def _step(rng: np.random.Generator, batch: int, new: int, keys: int) -> tuple[dict[str, Array], int]:
     """The step of ``batch`` sequences of ``keys`` tokens each, ``new`` of them new; and the pages that they lie on."""
-    columns = ceil_div(keys, PAGE)
+    return _ragged_step(rng, [new] * batch, [keys] * batch)
+
+
+def _ragged_step(rng: np.random.Generator, new: Sequence[int], keys: Sequence[int]) -> tuple[dict[str, Array], int]:
+    """The same where each sequence has its own numbers."""
+    batch, columns = len(keys), ceil_div(max(keys), PAGE)
     inputs: dict[str, Array] = {
-        "query_offsets": np.arange(0, batch * new + 1, new, dtype=np.int32),
-        "cache_lengths": np.full(batch, keys - new, np.int32),
+        "query_offsets": np.concatenate([[0], np.cumsum(new)]).astype(np.int32),
+        "cache_lengths": (np.array(keys) - np.array(new)).astype(np.int32),
     }
     plan = OPS["MlaPlan"]
-    tokens = {"tokens": np.zeros(batch * new, np.int64)}
+    tokens = {"tokens": np.zeros(sum(new), np.int64)}
     inputs |= plan.reference(plan.complete({"page_size": PAGE}, ""), {**tokens, **inputs})
     inputs["block_table"] = rng.permutation(batch * columns).reshape(batch, columns).astype(np.int32)
     return inputs, batch * columns
@@ -118,6 +125,22 @@ def decoding(row_format: str, batch: int, heads: int, keys: int, new: int = 1, t
         precision="fp8" if terms else "bf16",
         tolerance=TOLERANCES[terms],
         peer=(peer, {"batch": batch, "heads": heads, "keys": keys, "new": new}),
+    )
+
+
+def uneven_decoding(row_format: str, heads: int, keys: Sequence[int], terms: int, neighbour: str) -> Case:
+    """Dense decode of sequences of any lengths and any number of heads."""
+    step, pages = _ragged_step(np.random.default_rng(0), [1] * len(keys), keys)
+    layout, tokens, total = _layout(row_format), len(keys), sum(keys)
+    return Case(
+        "MlaDecoding",
+        {**_kv_attributes(layout), "softmax_scale": SCALE, "query_terms": terms},
+        {"query": Random((tokens, heads, RANK + ROPE)), **step, "kv_cache": Pool(layout, pages)},
+        flops=2.0 * heads * total * (2 * RANK + ROPE),
+        bytes=total * _row_bytes(layout) + 2.0 * tokens * heads * (2 * RANK + ROPE),
+        precision="fp8" if terms else "bf16",
+        tolerance=TOLERANCES[terms],
+        neighbour=neighbour,
     )
 
 
@@ -172,9 +195,16 @@ def sparse_prefill(heads: int, tokens: int = 4096, keys: int = 32768) -> Case:
 
 def prefill(batch: int, tokens: int, heads: int = 128) -> Case:
     """Causal attention of whole prompts, with the expansion. Peer: cuDNN over keys and values that are already expanded."""
-    step, pages = _step(np.random.default_rng(0), batch, tokens, tokens)
-    layout, count = _layout("bf16"), batch * tokens
+    case = uneven_prefill([tokens] * batch, heads)
+    return replace(case, peer=("cudnn_prefill", {"batch": batch, "heads": heads, "tokens": tokens}))
+
+
+def uneven_prefill(prompts: Sequence[int], heads: int, neighbour: str | None = None) -> Case:
+    """The same of prompts of any lengths."""
+    step, pages = _ragged_step(np.random.default_rng(0), prompts, prompts)
+    layout, count = _layout("bf16"), sum(prompts)
     weights = 2 * heads * RANK * NOPE
+    pairs = sum(tokens * (tokens + 1) / 2 for tokens in prompts)
     return Case(
         "MlaPrefill",
         {**_kv_attributes(layout), "softmax_scale": SCALE},
@@ -185,11 +215,9 @@ def prefill(batch: int, tokens: int, heads: int = 128) -> Case:
             "w_uk": Random((heads, RANK, NOPE), spread=RANK**-0.5),
             "w_uv": Random((heads, VALUE, RANK), spread=RANK**-0.5),
         },
-        flops=2.0
-        * heads
-        * (batch * (tokens * (tokens + 1) / 2) * (NOPE + ROPE + VALUE) + count * RANK * (NOPE + VALUE)),
+        flops=2.0 * heads * (pairs * (NOPE + ROPE + VALUE) + count * RANK * (NOPE + VALUE)),
         bytes=count * _row_bytes(layout) + 2.0 * (weights + count * heads * (NOPE + ROPE + VALUE)),
-        peer=("cudnn_prefill", {"batch": batch, "heads": heads, "tokens": tokens}),
+        neighbour=neighbour,
     )
 
 
@@ -303,6 +331,31 @@ def _cases() -> dict[str, Callable[[], Case]]:
             cases[f"append-{row_format}-{128 * new}"] = functools.partial(append, row_format, 128, new)
     for tokens in (1, 8, 128):
         cases[f"branch-fp8-{tokens}"] = functools.partial(decode_branch, tokens)
+    return cases | _uneven_cases()
+
+
+def _uneven_cases() -> dict[str, Callable[[], Case]]:
+    """Shapes that are multiples of nothing, beside even ones."""
+    ragged = [int(keys) for keys in np.random.default_rng(1).integers(1, 8192, 128)]
+    cases: dict[str, Callable[[], Case]] = {}
+    for kind, row_format, terms in (("bf16", "bf16", 0), ("fp8-1term", "fp8", 1), ("fp8", "fp8", 2)):
+        for name, heads, keys, even in (
+            ("b127-h128-4099", 128, [4099] * 127, 128),
+            ("ragged-h128", 128, ragged, 128),
+            ("ragged-h64", 64, ragged, 64),
+            ("b128-h127-4k", 127, [4096] * 128, 128),
+            ("b128-h96-4k", 96, [4096] * 128, 128),
+            ("b128-h72-4k", 72, [4096] * 128, 128),
+            ("b128-h48-4k", 48, [4096] * 128, 64),
+        ):
+            neighbour = f"decode-{kind}-b128-h{even}-4k"
+            cases[f"uneven-{kind}-{name}"] = functools.partial(
+                uneven_decoding, row_format, heads, keys, terms, neighbour
+            )
+    cases["uneven-prefill-8111"] = functools.partial(uneven_prefill, [8111], 128, "prefill-8k")
+    prompts = [1531, 2999, 97, 3571]
+    cases["uneven-prefill-ragged"] = functools.partial(uneven_prefill, prompts, 128, "prefill-b4-2k")
+    cases["uneven-prefill-b4-2k-h100"] = functools.partial(uneven_prefill, [2048] * 4, 100, "prefill-b4-2k")
     return cases
 
 

@@ -17,7 +17,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -417,11 +417,10 @@ def _matrix_products() -> tuple[float | None, float | None]:
 def bench_case(name: str, library: KernelLibrary, ceilings: Ceilings, with_peer: bool = True) -> Result:
     """Measures one case. A case that the library refuses, or whose result is wrong, has a note in place of figures."""
     case = CASES[name]()
-    gpu = properties()
-    one = sum(_bytes(_kind(content)) for content in case.inputs.values())
-    count = max(1, min(16, math.ceil(4 * gpu.l2CacheSize / max(one, 1))))
+    count = _sets_of(case)
     sets: list[_Set] = []
     ours: _Ours | None = None
+    beside: _Neighbour | None = None
     try:
         for seed in range(count):
             sets.append(_Set(library, case, seed))
@@ -432,6 +431,10 @@ def bench_case(name: str, library: KernelLibrary, ceilings: Ceilings, with_peer:
         error = max(checker.error(token) for token in {0, tokens // 2, tokens - 1})
         if error > case.tolerance:
             return Result(name, error, note=f"wrong: error {error:.1e} > {case.tolerance:.0e}")
+        if case.neighbour is not None:
+            beside = _Neighbour(library, case.neighbour)
+            times, even_times = _alternate(ours, beside.ours)
+            return _beside(name, case, beside, ceilings, error, times, even_times)
         theirs, peer_note = _make_peer(case, count) if with_peer else (None, "")
         times, peer_times = _alternate(ours, theirs)
         peer = theirs.peer.name if theirs else ""
@@ -442,6 +445,23 @@ def bench_case(name: str, library: KernelLibrary, ceilings: Ceilings, with_peer:
         return Result(name, note=" ".join(str(problem).split()))
     finally:
         _release(sets, ours)
+        if beside is not None:
+            _release(beside.sets, beside.ours)
+
+
+def _sets_of(case: Case) -> int:
+    """Sets of data that are larger than the L2 cache together."""
+    one = sum(_bytes(_kind(content)) for content in case.inputs.values())
+    return max(1, min(16, math.ceil(4 * properties().l2CacheSize / max(one, 1))))
+
+
+class _Neighbour:
+    """Our kernel on the even shape that a case is compared with."""
+
+    def __init__(self, library: KernelLibrary, name: str) -> None:
+        self.name, self.case = name, CASES[name]()
+        self.sets = [_Set(library, self.case, seed) for seed in range(_sets_of(self.case))]
+        self.ours = _Ours(self.sets)
 
 
 def _release(sets: Sequence[_Set], ours: _Ours | None) -> None:
@@ -468,7 +488,7 @@ def _make_peer(case: Case, sets: int) -> tuple[_Theirs | None, str]:
         return None, " ".join(str(problem).split())[:200]
 
 
-def _alternate(ours: _Ours, theirs: _Theirs | None) -> tuple[list[float], list[float]]:
+def _alternate(ours: _Ours, theirs: _Ours | _Theirs | None) -> tuple[list[float], list[float]]:
     times: list[float] = []
     peer_times: list[float] = []
     until = time.monotonic() + SECONDS
@@ -507,6 +527,23 @@ def _result(
     )
 
 
+def _beside(
+    name: str,
+    case: Case,
+    beside: _Neighbour,
+    ceilings: Ceilings,
+    error: float,
+    times: Sequence[float],
+    even_times: Sequence[float],
+) -> Result:
+    """The result of a case whose peer is a case of ours: the ratio is that of the shares of the ceiling."""
+    result = _result(name, case, ceilings, error, times, beside.name, even_times, "")
+    even = _result(beside.name, beside.case, ceilings, 0.0, even_times, "", [], "")
+    assert result.of_ceiling is not None
+    assert even.of_ceiling is not None
+    return replace(result, ratio=result.of_ceiling / even.of_ceiling)
+
+
 # what is written
 
 
@@ -519,7 +556,8 @@ def markdown(build: str, ceilings: Ceilings, results: Sequence[Result]) -> str:
     lines = [
         f"{ceilings.gpu}: copy {ceilings.copy / 1e12:.2f} TB/s, matrix product bf16 {rate(ceilings.bf16)}, fp8 {rate(ceilings.fp8)}. "
         f"Kernels: {build}. Times are medians of a launch in a CUDA graph; spread is slowest minus fastest round. Of the ceiling: the time that "
-        "the least bytes or operations take at these rates, over the time taken.",
+        "the least bytes or operations take at these rates, over the time taken. The peer of an uneven case is a case of ours of an even "
+        "shape: how many times as fast then compares their shares of the ceiling.",
         "",
         "| case | us | spread | TFLOP/s | TB/s | of the ceiling | error | peer | peer us | times as fast |",
         "|---|---|---|---|---|---|---|---|---|---|",
