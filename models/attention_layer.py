@@ -4,6 +4,7 @@ output), which attends in the latent space."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,8 @@ Axis = str | int
 
 @dataclass(frozen=True)
 class LayerDimensions:
-    """Sizes of the layer, under the names of docs/op-set.md; the defaults are DeepSeek-V3's."""
+    """Sizes of the layer, under the names of docs/op-set.md; the defaults are DeepSeek-V3's. With index heads it is DeepSeek-V3.2's, which
+    has 64: a token attends to the `top_k` keys that an indexer chooses."""
 
     hidden: int = 7168
     heads: int = 128
@@ -35,6 +37,9 @@ class LayerDimensions:
     nope: int = 128
     rope: int = 64
     value: int = 128
+    index_heads: int = 0
+    index_dim: int = 128
+    top_k: int = 2048
 
     @property
     def softmax_scale(self) -> float:
@@ -51,6 +56,16 @@ class LayerDimensions:
             "kv_a_layernorm": (self.rank,),
             "kv_b_proj": (self.rank, self.heads * (self.nope + self.value)),
             "o_proj": (self.heads * self.value, self.hidden),
+            **(self._index_shapes() if self.index_heads else {}),
+        }
+
+    def _index_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {
+            "index_q_proj": (self.query_rank, self.index_heads * self.index_dim),
+            "index_k_proj": (self.hidden, self.index_dim),
+            "index_k_norm": (self.index_dim,),
+            "index_k_bias": (self.index_dim,),
+            "index_weights_proj": (self.hidden, self.index_heads),
         }
 
 
@@ -114,8 +129,8 @@ def exported_layer(
     """The layer as exported: eager attention over keys and values that are expanded from the latents of all tokens.
 
     Inputs: `hidden_states` [batch, new, hidden], `cos` and `sin` [batch, new, Dr], `attention_mask` [batch, 1, new, past + new],
-    `past_latent` [batch, 1, past, R] (normed), `past_rope` [batch, 1, past, Dr] (rotated, both halves of the pairs apart). Outputs: `attn_out` and
-    `present_latent`, `present_rope`.
+    `past_latent` [batch, 1, past, R] (normed), `past_rope` [batch, 1, past, Dr] (rotated, both halves of the pairs apart), and with an
+    indexer `past_index` [batch, past, Di]. Outputs: `attn_out` and `present_latent`, `present_rope`, `present_index`.
     """
     return _Layer(dimensions, weights).exported(batch, new, past)
 
@@ -154,7 +169,8 @@ class _Layer:
         def heads_first(values: str, width: int) -> str:
             return g.node("Transpose", self._reshape(values, 0, 0, d.heads, width), perm=[0, 2, 1, 3])
 
-        query = heads_first(self._query(x), d.nope + d.rope)
+        q_latent = self._query_latent(x)
+        query = heads_first(g.node("MatMul", q_latent, self._weight("q_b_proj")), d.nope + d.rope)
         q_nope, q_rope = g.node("Split", query, g.constant([d.nope, d.rope]), outputs=2, axis=3)
         latent, rope_key = self._compressed(x, 2)
         latent, rope_key = (g.node("Unsqueeze", part, g.constant([1])) for part in (latent, rope_key))
@@ -168,6 +184,10 @@ class _Layer:
         )
         rope_keys = g.node("Expand", rope_keys, g.constant([1, d.heads, 1, 1]))
         query, keys = g.node("Concat", q_nope, q_rope, axis=-1), g.node("Concat", k_nope, rope_keys, axis=-1)
+        if d.index_heads:
+            past_index = g.input("past_index", g.dtype, [batch, past, d.index_dim])
+            mask = self._selection(q_latent, x, tables, past_index, mask)
+            g.output("present_index", g.dtype, [batch, total, d.index_dim])
         scores = g.node("MatMul", query, g.node("Transpose", keys, perm=[0, 1, 3, 2]))
         scores = g.node("Add", g.node("Mul", scores, g.constant(d.softmax_scale, self.numpy_type)), mask)
         shares = g.from_float(g.node("Softmax", g.to_float(scores), axis=-1))
@@ -178,6 +198,45 @@ class _Layer:
         g.output("present_latent", g.dtype, [batch, 1, total, d.rank])
         g.output("present_rope", g.dtype, [batch, 1, total, d.rope])
         return g.model(OPSET)
+
+    def _selection(self, q_latent: str, x: str, tables: list[str], past: str, mask: str) -> str:
+        """The mask without the keys that the indexer does not choose."""
+        d, g = self.d, self.g
+        widths = g.constant([d.rope, d.index_dim - d.rope])
+        query = self._reshape(
+            g.node("MatMul", q_latent, self._weight("index_q_proj")), 0, 0, d.index_heads, d.index_dim
+        )
+        q_rope, q_rest = g.node("Split", query, widths, outputs=2, axis=3)
+        key = g.node("MatMul", x, self._weight("index_k_proj"))
+        norm = self._weight("index_k_norm"), self._weight("index_k_bias")
+        key = g.node("LayerNormalization", key, *norm, axis=-1, epsilon=EPSILON, stash_type=1)
+        k_rope, k_rest = g.node("Split", g.node("Unsqueeze", key, g.constant([2])), widths, outputs=2, axis=3)
+        cos, sin = (g.node("Unsqueeze", table, g.constant([2])) for table in tables)
+        q_rope, k_rope = (self._rotate_halves(part, cos, sin) for part in (q_rope, k_rope))
+        query = g.node("Concat", q_rope, q_rest, axis=-1)
+        key = g.node("Squeeze", g.node("Concat", k_rope, k_rest, axis=-1), g.constant([2]))
+        keys = g.node("Concat", past, key, output="present_index", axis=1)
+        keys = g.node("Unsqueeze", g.to_float(g.node("Transpose", keys, perm=[0, 2, 1])), g.constant([1]))
+        scores = g.node("Mul", g.node("MatMul", g.to_float(query), keys), g.constant(d.index_dim**-0.5, np.float32))
+        weights = g.to_float(g.node("MatMul", x, self._weight("index_weights_proj")))
+        weights = g.node("Mul", weights, g.constant(d.index_heads**-0.5, np.float32))
+        weights = g.node("Unsqueeze", weights, g.constant([-2]))
+        scores = g.node("Squeeze", g.node("MatMul", weights, g.node("Relu", scores)), g.constant([-2]))
+        scores = g.node("Add", scores, g.to_float(g.node("Squeeze", mask, g.constant([1]))))
+        total = g.node("Gather", g.node("Shape", scores), g.constant([2]), axis=0)
+        count = g.node("Min", g.constant([d.top_k]), total)
+        _, chosen = g.node("TopK", scores, count, outputs=2, axis=-1, largest=1, sorted=1)
+        lowest = g.constant(float(np.finfo(np.float32).min), np.float32)
+        hidden = g.node("Expand", lowest, g.node("Shape", scores))
+        shown = g.node("Expand", g.constant(0.0, np.float32), g.node("Shape", chosen))
+        chosen_mask = g.node("Unsqueeze", g.node("ScatterElements", hidden, chosen, shown, axis=-1), g.constant([1]))
+        return g.node("Add", g.from_float(chosen_mask), mask)
+
+    def _rotate_halves(self, x: str, cos: str, sin: str) -> str:
+        """Rotates pairs (j, j + Dr / 2) of the last of four axes."""
+        g, half = self.g, self.d.rope // 2
+        turned = g.node("Concat", g.node("Neg", self._slice(x, half, _TO_END, 3)), self._slice(x, 0, half, 3), axis=-1)
+        return g.node("Add", g.node("Mul", x, cos), g.node("Mul", turned, sin))
 
     def absorbed(self, batch: Axis, total: int, grows: bool) -> onnx.ModelProto:
         d, g = self.d, self.g
@@ -195,7 +254,8 @@ class _Layer:
             cache = g.input("cache", g.dtype, [batch, total, width])
             g.node("Concat", *row, output="row", axis=-1)
             g.output("row", g.dtype, [batch, width])
-        query = self._reshape(self._query(x), 0, d.heads, d.nope + d.rope)
+        query = g.node("MatMul", self._query_latent(x), self._weight("q_b_proj"))
+        query = self._reshape(query, 0, d.heads, d.nope + d.rope)
         q_nope, q_rope = g.node("Split", query, g.constant([d.nope, d.rope]), outputs=2, axis=2)
         cos_of_heads, sin_of_heads = (g.node("Unsqueeze", table, g.constant([1])) for table in (cos, sin))
         q_rope = self._rotate(q_rope, cos_of_heads, sin_of_heads, 2)
@@ -216,10 +276,8 @@ class _Layer:
         g.initializers.append(g.weights.weight(name, g.weights.arrays[name].shape, g.dtype))  # type: ignore[attr-defined]
         return name
 
-    def _query(self, x: str) -> str:
-        g = self.g
-        latent = self._norm(g.node("MatMul", x, self._weight("q_a_proj")), "q_a_layernorm")
-        return g.node("MatMul", latent, self._weight("q_b_proj"))
+    def _query_latent(self, x: str) -> str:
+        return self._norm(self.g.node("MatMul", x, self._weight("q_a_proj")), "q_a_layernorm")
 
     def _compressed(self, x: str, axis: int) -> tuple[str, str]:
         """The normed latent and the rope key before its rotation."""
@@ -259,6 +317,7 @@ def layer_reference(
     cos: np.ndarray,
     sin: np.ndarray,
     rows: np.ndarray,
+    selected: np.ndarray | None = None,
 ) -> np.ndarray:
     """What the layer gives for the next token of one sequence, in f32 apart from its softmax in f64.
 
@@ -268,6 +327,7 @@ def layer_reference(
         hidden: the token, [hidden].
         cos, sin: its angles, [Dr / 2].
         rows: cached rows, [past, R + Dr], as `absorbed_layer` has them.
+        selected: the keys that it attends to; None: all.
 
     Returns:
         f32 [hidden].
@@ -285,6 +345,8 @@ def layer_reference(
     compressed = hidden @ arrays["kv_a_proj"]
     row = np.concatenate([norm(compressed[: d.rank], "kv_a_layernorm"), rotate(compressed[d.rank :])])
     keys = np.concatenate([rows, row[None]]).astype(np.float32)
+    if selected is not None:
+        keys = keys[selected]
     q_latent = np.einsum("hn,hnr->hr", query[:, : d.nope], arrays["w_uk"])
     scores = np.concatenate([q_latent, rotate(query[:, d.nope :])], axis=1) @ keys.T * np.float32(d.softmax_scale)
     shares = np.exp(scores.astype(np.float64) - scores.max(axis=1, keepdims=True))
@@ -292,6 +354,44 @@ def layer_reference(
     output = np.einsum("hr,hrv->hv", shares @ keys[:, : d.rank], arrays["w_uv"])
     result: np.ndarray = output.reshape(-1) @ arrays["o_proj"]
     return result
+
+
+def index_scores(
+    dimensions: LayerDimensions,
+    arrays: dict[str, np.ndarray],
+    hidden: np.ndarray,
+    cos: np.ndarray,
+    sin: np.ndarray,
+    rows: np.ndarray,
+    quantize: Callable[[np.ndarray], np.ndarray] = lambda values: values,
+) -> np.ndarray:
+    """The indexer's scores of all keys of one sequence for its next token (DeepSeek-V3.2, section 2.1).
+
+    Args:
+        dimensions, arrays, hidden, cos, sin: as for `layer_reference`.
+        rows: cached index keys, [past, Di].
+        quantize: what rows of the query and the new key go through, [n, Di].
+
+    Returns:
+        f32 [past + 1].
+    """
+    d = dimensions
+
+    def rotate(x: np.ndarray) -> np.ndarray:
+        first, second = x[:, : d.rope // 2], x[:, d.rope // 2 : d.rope]
+        return np.concatenate([first * cos - second * sin, second * cos + first * sin, x[:, d.rope :]], axis=1)
+
+    latent = hidden @ arrays["q_a_proj"]
+    latent = latent / np.sqrt(np.mean(np.square(latent)) + np.float32(EPSILON)) * arrays["q_a_layernorm"]
+    query = quantize(rotate((latent @ arrays["index_q_proj"]).reshape(d.index_heads, d.index_dim)))
+    key = hidden @ arrays["index_k_proj"]
+    key = (key - key.mean()) / np.sqrt(key.var() + np.float32(EPSILON)) * arrays["index_k_norm"] + arrays[
+        "index_k_bias"
+    ]
+    keys = np.concatenate([rows, quantize(rotate(key[None]))])
+    weights = hidden @ arrays["index_weights_proj"] * np.float32((d.index_heads * d.index_dim) ** -0.5)
+    scores: np.ndarray = weights @ np.maximum(query @ keys.T, 0)
+    return scores
 
 
 def save_layer(model: onnx.ModelProto, path: Path) -> Path:

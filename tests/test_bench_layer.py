@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,9 @@ from mla_trt.bench.layer import (
     CASES,
     EXPORTED,
     GROWING,
+    INDEX_CACHE,
     KV_CACHE,
+    SPARSE,
     FormResult,
     LayerCase,
     LayerStep,
@@ -28,6 +31,8 @@ from mla_trt.bench.layer import (
     markdown,
     measure_case,
     references,
+    row_format_of,
+    sparse_errors,
     write_results,
 )
 from mla_trt.cli import main
@@ -48,6 +53,7 @@ from mla_trt.pipeline import lower_file
 
 SMALL = LayerDimensions(hidden=48, heads=4, query_rank=40, rank=32, nope=24, rope=16, value=20)
 CASE = LayerCase(batch=3, keys=150)
+INDEXED = replace(SMALL, index_heads=4, index_dim=32, top_k=24)
 NO_COPIES = np.zeros((0, 2), np.int32)
 
 
@@ -100,13 +106,15 @@ class Forms:
             inputs = step.for_growing() if grows else step.for_absorbed()
             run = self._on_onnxruntime(absorbed_layer(SMALL, self.weights, batch=batch, total=keys, grows=grows))
         else:
-            row_format = form.split()[1]
-            inputs = step.for_lowered(row_format)
-            path = lowered_layer(self.folder, row_format, SMALL, self.weights) / "model.onnx"
+            row_format, sparse = row_format_of(form), form.startswith(SPARSE)
+            inputs = step.for_sparse(row_format) if sparse else step.for_lowered(row_format)
+            dimensions = INDEXED if sparse else SMALL
+            path = lowered_layer(self.folder, row_format, dimensions, self.weights) / "model.onnx"
             engine = OnnxRuntimeEngine(path, pages=step.pages)
 
             def run(values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-                engine.write_pages(KV_CACHE, values[KV_CACHE])
+                for cache in (KV_CACHE, INDEX_CACHE) if sparse else (KV_CACHE,):
+                    engine.write_pages(cache, values[cache])
                 names = ("hidden_states", "cos", "sin", "query_offsets", "cache_lengths", "block_table")
                 return engine.run({name: values[name] for name in names}, NO_COPIES)
 
@@ -145,6 +153,37 @@ def test_all_forms_compute_the_same(forms: Forms, row_formats: tuple[str, ...]) 
     assert first.error < (1e-5 if row_formats[0] == "f32" else 5e-3)
     assert first.us == 8.0
     assert all(engine.closed for engine in forms.made)
+
+
+def measured_with_an_indexer(
+    folder: Path, row_format: str, spoil: Callable[[np.ndarray], None] | None = None
+) -> FormResult:
+    forms = Forms(folder, random_weights(INDEXED, TensorProto.FLOAT))
+    if spoil is not None:
+        forms.spoil = lambda form, inputs: spoil(inputs[INDEX_CACHE]) if form.startswith(SPARSE) else None
+    step = LayerStep(INDEXED, replace(CASE, sparse=True), TensorProto.FLOAT, row_format)
+    errors = sparse_errors(step, forms.weights.arrays)
+    reference = references(step, forms.weights.arrays)
+    names = [f"ours {row_format}", f"{SPARSE} {row_format}"]
+    dense, sparse = measure_case("small", step, names, forms.build, reference, 1e12, sparse_error=errors)
+    assert dense.us == 8.0
+    assert dense.of_copy is not None
+    return sparse
+
+
+@pytest.mark.parametrize("row_format", ["f32", "fp8"])
+def test_the_layer_with_an_indexer_attends_to_what_the_reference_selects(row_format: str, tmp_path: Path) -> None:
+    result = measured_with_an_indexer(tmp_path, row_format)
+    assert result.error is not None
+    assert result.error < (1e-5 if row_format == "f32" else 2e-2)
+    assert result.us == 8.0
+
+
+def test_another_selection_has_no_figure(tmp_path: Path) -> None:
+    def spoil(pool: np.ndarray) -> None:
+        pool[:] = np.roll(pool, 1, axis=0)
+
+    assert measured_with_an_indexer(tmp_path, "f32", spoil).note.startswith("wrong: error inf")
 
 
 @pytest.mark.parametrize(
@@ -186,12 +225,14 @@ def test_the_exported_form_fits_where_it_is_compared() -> None:
         name: case.batch * case.keys * full.heads * (full.nope + full.value) <= bench_layer.TENSOR_LIMIT
         for name, case in CASES.items()
     }
-    assert fits == {"b16-4k": True, "b128-4k": False, "b4-32k": False, "b1-32k": True}
+    assert fits == {"b16-4k": True, "b128-4k": False, "b4-32k": False, "b1-32k": True, "b64-128k": False}
     assert sum(int(np.prod(shape)) for shape in full.weight_shapes().values()) == 187_107_328
 
 
-def test_the_exported_form_is_lowered_and_verified(tmp_path: Path) -> None:
-    export = save_layer(exported_layer(SMALL, random_weights(SMALL, TensorProto.FLOAT)), tmp_path / "export.onnx")
+@pytest.mark.parametrize("dimensions", [SMALL, INDEXED], ids=["dense", "with an indexer"])
+def test_the_exported_form_is_lowered_and_verified(dimensions: LayerDimensions, tmp_path: Path) -> None:
+    weights = random_weights(dimensions, TensorProto.FLOAT)
+    export = save_layer(exported_layer(dimensions, weights), tmp_path / "export.onnx")
     report = lower_file(export, tmp_path / "lowered", LowerOptions(kv_format="fp8"))
     assert report.matched == 1
     assert report.verification is not None

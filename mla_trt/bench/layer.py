@@ -4,7 +4,8 @@ Four forms of the layer have the same weights and cached rows: lowered, with our
 and values; absorbed by hand, with a cache from past to present as exporters write it, and with one that is read where it
 lies. The last three have fixed sizes, which is the best that TensorRT can be given. Their steps run
 as CUDA graphs, alternating in one process. Every result is checked against a float32 reference in the same run, ours against the
-absorbed form's over all sequences too: a wrong engine has no figure.
+absorbed form's over all sequences too: a wrong engine has no figure. Cases with an indexer have DeepSeek-V3.2's layer beside: its
+selection is compared with the reference's, and its output with what the selection gives.
 """
 
 from __future__ import annotations
@@ -23,17 +24,19 @@ from statistics import median
 from typing import Any, Protocol
 
 import numpy as np
-from onnx import TensorProto
+import onnx
+from onnx import TensorProto, helper
 
 from mla_trt.bench.options import choose_cases
 from mla_trt.engines.profiles import TENSOR_LIMIT
 from mla_trt.errors import MlaTrtError, UsageError
-from mla_trt.formats import ROW_FORMATS, KvLayout, ceil_div
+from mla_trt.formats import ROW_FORMATS, IndexLayout, KvLayout, ceil_div
 from mla_trt.models.attention_layer import (
     LayerDimensions,
     LayerWeights,
     absorbed_layer,
     exported_layer,
+    index_scores,
     layer_reference,
     random_weights,
     rope_tables,
@@ -51,17 +54,26 @@ ROUND_MILLISECONDS = 4.0  # of a form
 MOST_LAUNCHES = 50
 WRONG = 4  # exit status
 EXPORTED, ABSORBED, OURS = "as exported", "absorbed by hand", "ours"
+SPARSE = f"{OURS} with an indexer"
 GROWING = "absorbed by hand, cache from past to present"
 KV_CACHE = "kv_cache.0"
 KV_CACHE_OUT = "kv_cache_out.0"
+INDEX_CACHE = "indexer_cache.0"
+INDEX_CACHE_OUT = "indexer_cache_out.0"
+SELECTION = "selection"
+INDEX_HEADS = 64
+LEAST_ALIKE = 0.95
+"""Of the keys that the reference selects; near the last one rounding decides."""
 
 
 @dataclass(frozen=True)
 class LayerCase:
-    """Sequences that decode a token each, and the keys that each attends to, the new token's among them."""
+    """Sequences that decode a token each, and the keys of each, the new token's among them; whether the layer is measured with an indexer
+    too."""
 
     batch: int
     keys: int
+    sparse: bool = False
 
 
 CASES = {
@@ -70,7 +82,13 @@ CASES = {
     "b128-4k": LayerCase(128, 4096),
     "b4-32k": LayerCase(4, 32768),
     "b1-32k": LayerCase(1, 32768),
+    "b64-128k": LayerCase(64, 131072, sparse=True),
 }
+
+
+def row_format_of(form: str) -> str:
+    """Of a form of ours."""
+    return form.split()[-1]
 
 
 @dataclass(frozen=True)
@@ -155,6 +173,11 @@ class LayerStep:
         layout.write(pages, *places, self._drawn[:, : d.rank], self._drawn[:, d.rank :])
         values = np.concatenate(layout.read(pages, *places), axis=1).astype(self.numpy_type)
         self._values = values.reshape(DISTINCT_PAGES, PAGE, d.rank + d.rope)
+        if case.sparse:
+            drawn = rng.standard_normal((len(self._drawn), d.index_dim), np.float32)
+            self._index_pages = self.index_layout.empty(DISTINCT_PAGES)
+            self.index_layout.write(self._index_pages, *places, drawn)
+            self._index_values = self.index_layout.read(self._index_pages, *places).astype(np.float32)
 
     @property
     def pages(self) -> int:
@@ -164,6 +187,16 @@ class LayerStep:
     def layout(self, row_format: str) -> KvLayout:
         """The layout of the pool's pages."""
         return KvLayout(PAGE, row_format, self.dimensions.rank, self.dimensions.rope)
+
+    @property
+    def index_layout(self) -> IndexLayout:
+        """The layout of the pages of index keys."""
+        return IndexLayout(PAGE, "fp8", self.dimensions.index_dim)
+
+    def index_rows(self, sequence: int) -> np.ndarray:
+        """The cached index keys of a sequence, f32 [keys - 1, Di]."""
+        pages = self._index_values.reshape(DISTINCT_PAGES, PAGE, -1)
+        return pages[self.contents[sequence]].reshape(-1, pages.shape[2])[: self.case.keys - 1]
 
     def rows(self, sequence: int) -> np.ndarray:
         """The cached rows of a sequence, [keys - 1, R + Dr], the halves of the rope apart."""
@@ -221,13 +254,25 @@ class LayerStep:
             KV_CACHE: pool,
         }
 
+    def for_sparse(self, row_format: str) -> dict[str, np.ndarray]:
+        """Inputs of the lowered layer with an indexer."""
+        pool = self.index_layout.empty(self.pages)
+        pool[self.block_table.reshape(-1)] = self._index_pages[self.contents.reshape(-1)]
+        return {**self.for_lowered(row_format), INDEX_CACHE: pool}
+
     def least_bytes(self, form: str) -> int:
         """Bytes that a step has to move: weights, and the rows of the cache (ours: in its format)."""
-        row_format = form.removeprefix(OURS).strip() if form.startswith(OURS) else "bf16"
-        layout = self.layout(row_format)
+        row_format = row_format_of(form) if form.startswith(OURS) else "bf16"
+        layout, d, keys = self.layout(row_format), self.dimensions, self.case.keys
         row = layout.content_bytes + (4 if layout.has_page_scales else 0)
-        weights = sum(math.prod(shape) for shape in self.dimensions.weight_shapes().values())
-        return weights * self.numpy_type.itemsize + self.case.batch * self.case.keys * row
+        if not form.startswith(SPARSE):
+            return self._weight_bytes(replace(d, index_heads=0)) + self.case.batch * keys * row
+        index = self.index_layout
+        index_row = index.content_bytes + (4 if index.has_page_scales else 0)
+        return self._weight_bytes(d) + self.case.batch * (min(d.top_k, keys) * row + keys * index_row)
+
+    def _weight_bytes(self, dimensions: LayerDimensions) -> int:
+        return sum(math.prod(shape) for shape in dimensions.weight_shapes().values()) * self.numpy_type.itemsize
 
     def _angles(self, half: np.ndarray) -> np.ndarray:
         """cos or sin of the new tokens, [batch, Dr]."""
@@ -246,6 +291,7 @@ def measure_case(
     reference: Mapping[int, np.ndarray],
     copy: float,
     say: Callable[[str], None] = lambda _: None,
+    sparse_error: Callable[[np.ndarray, np.ndarray], float] | None = None,
 ) -> list[FormResult]:
     """Builds the forms of one case, checks them and measures them in turn.
 
@@ -257,6 +303,7 @@ def measure_case(
         reference: expected outputs, [hidden], of some sequences.
         copy: bytes/s of a device copy.
         say: told what is done.
+        sparse_error: of the output and the selection of the layer with an indexer.
     """
     results: dict[str, FormResult] = {}
     engines: dict[str, Runnable] = {}
@@ -271,10 +318,14 @@ def measure_case(
                 engine, seconds = build(form, name, step)
                 stack.callback(_close, engine)
                 output = _first_output(engine, form, step)
-                error = max(_relative_error(output[sequence], wanted) for sequence, wanted in reference.items())
+                if form.startswith(SPARSE):
+                    assert sparse_error is not None
+                    error = sparse_error(output, engine.read(SELECTION))
+                else:
+                    error = max(_relative_error(output[sequence], wanted) for sequence, wanted in reference.items())
                 if form == ABSORBED and error <= TOLERANCE:
                     absorbed = output
-                elif form.startswith(OURS) and absorbed is not None:
+                elif form.startswith(OURS) and not form.startswith(SPARSE) and absorbed is not None:
                     error = max(error, _relative_error(output, absorbed))
                 result = replace(result, error=error, build_seconds=seconds)
                 say(f"{name}: {form}: built in {seconds:.1f} s, error {error:.1e}")
@@ -302,6 +353,8 @@ def measure_case(
 def _check_size(form: str, step: LayerStep) -> None:
     d, case = step.dimensions, step.case
     elements = case.batch * case.keys * (d.heads * (d.nope + d.value) if form == EXPORTED else d.rank + d.rope)
+    if form.startswith(OURS):
+        elements = step.pages * step.layout(row_format_of(form)).page_words
     if elements > TENSOR_LIMIT:
         raise UsageError(f"not run: a tensor of {elements} elements, and TensorRT takes {TENSOR_LIMIT}")
 
@@ -382,17 +435,20 @@ class TensorRtForms:
         inputs: dict[str, np.ndarray]
         aliases: dict[str, str] = {}
         if form.startswith(OURS):
-            row_format = form.removeprefix(OURS).strip()
-            self._build_ours(row_format, step, plan)
-            inputs, aliases = step.for_lowered(row_format), {KV_CACHE_OUT: KV_CACHE}
+            row_format = row_format_of(form)
+            dimensions = self._dimensions if form.startswith(SPARSE) else replace(self._dimensions, index_heads=0)
+            self._build_ours(row_format, dimensions, step, plan)
+            inputs = step.for_sparse(row_format) if form.startswith(SPARSE) else step.for_lowered(row_format)
+            aliases = {KV_CACHE_OUT: KV_CACHE} | ({INDEX_CACHE_OUT: INDEX_CACHE} if form.startswith(SPARSE) else {})
         else:
             batch, keys = step.case.batch, step.case.keys
+            dimensions = replace(self._dimensions, index_heads=0)
             if form == EXPORTED:
-                model = exported_layer(self._dimensions, self._weights, batch=batch, new=1, past=keys - 1)
+                model = exported_layer(dimensions, self._weights, batch=batch, new=1, past=keys - 1)
                 inputs = step.for_exported()
             else:
                 grows = form == GROWING
-                model = absorbed_layer(self._dimensions, self._weights, batch=batch, total=keys, grows=grows)
+                model = absorbed_layer(dimensions, self._weights, batch=batch, total=keys, grows=grows)
                 inputs = step.for_growing() if grows else step.for_absorbed()
             path = save_layer(model, self._folder / "peer.onnx")
             build_static(self._trt, path, plan, optimization_level=self._level, timing_cache=self._cache)
@@ -401,7 +457,7 @@ class TensorRtForms:
         plan.unlink()
         return engine, seconds
 
-    def _build_ours(self, row_format: str, step: LayerStep, plan: Path) -> None:
+    def _build_ours(self, row_format: str, dimensions: LayerDimensions, step: LayerStep, plan: Path) -> None:
         from mla_trt.engines.building import BuildOptions, build_file
 
         options = BuildOptions(
@@ -413,22 +469,33 @@ class TensorRtForms:
             timing_cache=self._cache,
             plugins=self._plugins,
         )
-        description, _ = build_file(
-            lowered_layer(self._folder, row_format, self._dimensions, self._weights), plan, options
-        )
+        description, _ = build_file(lowered_layer(self._folder, row_format, dimensions, self._weights), plan, options)
         self.plugin_build = description.plugins
 
 
 def lowered_layer(folder: Path, row_format: str, dimensions: LayerDimensions, weights: LayerWeights) -> Path:
-    """The layer as `mla-trt lower` writes it, in a folder that holds its weights; made when it is asked for first."""
+    """The layer as `mla-trt lower` writes it, in a folder that holds its weights; made when it is asked for first. With an indexer its
+    selection is an output too."""
     from mla_trt.lowering import LowerOptions
     from mla_trt.pipeline import lower_file
 
-    output = folder / f"lowered-{row_format}"
+    output = folder / f"lowered-{'sparse-' if dimensions.index_heads else ''}{row_format}"
     if not output.exists():
         export = save_layer(exported_layer(dimensions, weights), folder / "export.onnx")
         lower_file(export, output, LowerOptions(kv_format=row_format, page_size=PAGE), verify=False)
+        if dimensions.index_heads:
+            _show_selection(output / "model.onnx", dimensions.top_k)
     return output
+
+
+def _show_selection(path: Path, top_k: int) -> None:
+    model = onnx.load(path, load_external_data=False)
+    (node,) = (node for node in model.graph.node if node.op_type == "MlaSparseAttention")
+    place = list(node.output).index(next(name for name in node.output if name.endswith("indices")))
+    node.output[place] = SELECTION
+    tokens = next(value for value in model.graph.input if value.name == "hidden_states").type.tensor_type.shape.dim[1]
+    model.graph.output.append(helper.make_tensor_value_info(SELECTION, TensorProto.INT32, [tokens.dim_param, top_k]))
+    path.write_bytes(model.SerializeToString())
 
 
 def references(step: LayerStep, arrays: dict[str, np.ndarray]) -> dict[int, np.ndarray]:
@@ -450,6 +517,37 @@ def references(step: LayerStep, arrays: dict[str, np.ndarray]) -> dict[int, np.n
         )
         for sequence in sorted({0, step.case.batch - 1})
     }
+
+
+def sparse_errors(step: LayerStep, arrays: dict[str, np.ndarray]) -> Callable[[np.ndarray, np.ndarray], float]:
+    """What says the error of the layer with an indexer, of its outputs [batch, hidden] and selections [batch, top_k].
+
+    Args:
+        step: the step.
+        arrays: weights in f32.
+    """
+    d, layout = step.dimensions, step.index_layout
+    cos, sin = step.cos.astype(np.float32), step.sin.astype(np.float32)
+
+    def quantize(rows: np.ndarray) -> np.ndarray:
+        pages, places = layout.empty(len(rows)), (np.arange(len(rows)), np.zeros(len(rows), np.int64))
+        layout.write(pages, *places, rows.astype(step.numpy_type).astype(np.float32))
+        return layout.read(pages, *places).astype(np.float32)
+
+    def error(output: np.ndarray, selections: np.ndarray) -> float:
+        worst = 0.0
+        for sequence in sorted({0, step.case.batch - 1}):
+            hidden, rows = step.hidden[sequence].astype(np.float32), step.index_rows(sequence)
+            scores = index_scores(d, arrays, hidden, cos, sin, rows, quantize)
+            chosen = selections[sequence][selections[sequence] >= 0]
+            wanted = np.argsort(-scores, kind="stable")[: d.top_k]
+            if len(chosen) != len(wanted) or len(np.intersect1d(chosen, wanted)) < LEAST_ALIKE * len(wanted):
+                return math.inf
+            expected = layer_reference(d, arrays, hidden, cos, sin, step.rows(sequence).astype(np.float32), chosen)
+            worst = max(worst, _relative_error(output[sequence], expected))
+        return worst
+
+    return error
 
 
 # what is written
@@ -483,7 +581,8 @@ def markdown(machine: Machine, results: Sequence[FormResult]) -> str:
         "",
         f"{machine.gpu}, copy {machine.copy / 1e12:.2f} TB/s, TensorRT {machine.tensorrt}. One attention layer of DeepSeek-V3 (hidden 7168, "
         "128 heads, random weights, bf16), a step that decodes a token for each sequence, in a CUDA graph; medians of alternating rounds. "
-        "Of the copy speed: the time that weights and cache rows take at it, over the time taken.",
+        "Of the copy speed: the time that weights and cache rows take at it, over the time taken. With an indexer it is a layer of DeepSeek-V3.2 "
+        "(64 index heads, 2048 keys selected), and its column says how many times as fast as the dense layer it is.",
         "",
         f"| {' | '.join((*headings, *ratios))} |",
         "|---" * (len(headings) + len(ratios)) + "|",
@@ -497,7 +596,10 @@ def markdown(machine: Machine, results: Sequence[FormResult]) -> str:
             cells += [f"{result.error:.1e}", f"{result.build_seconds:.1f}"]
             for form in formats:
                 us = ours.get((result.case, form))
-                cells.append(f"{result.us / us:.2f}" if us and not result.form.startswith(OURS) else "")
+                other = not result.form.startswith(OURS) or (
+                    form.startswith(SPARSE) and not result.form.startswith(SPARSE)
+                )
+                cells.append(f"{result.us / us:.2f}" if us and other else "")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -540,7 +642,7 @@ def _measure(options: argparse.Namespace, names: Sequence[str], formats: Sequenc
     find_library(options.plugins)  # before the long work
     peers = [EXPORTED, GROWING, ABSORBED] if options.peers else []
     forms = [*peers, *(f"{OURS} {row_format}" for row_format in formats)]
-    dimensions, dtype = LayerDimensions(), TensorProto.BFLOAT16
+    dimensions, dtype = LayerDimensions(index_heads=INDEX_HEADS), TensorProto.BFLOAT16
     results: list[FormResult] = []
     started = time.monotonic()
 
@@ -554,7 +656,7 @@ def _measure(options: argparse.Namespace, names: Sequence[str], formats: Sequenc
         weights = random_weights(dimensions, dtype, folder / "layer.data")
         exact = {name: array.astype(np.float32) for name, array in weights.arrays.items() if name != "kv_b_proj"}
         for row_format in formats:
-            lowered_layer(folder, row_format, dimensions, weights)
+            lowered_layer(folder, row_format, replace(dimensions, index_heads=0), weights)
         builder = TensorRtForms(
             folder,
             trt,
@@ -567,7 +669,12 @@ def _measure(options: argparse.Namespace, names: Sequence[str], formats: Sequenc
         for name in names:
             case = CASES[name]
             step = LayerStep(dimensions, case, dtype, formats[0])
-            results += measure_case(name, step, forms, builder.build, references(step, exact), machine.copy, say)
+            chosen, sparse_error = forms, None
+            if case.sparse:
+                chosen = [*forms, *(f"{SPARSE} {row_format}" for row_format in formats)]
+                sparse_error = sparse_errors(step, exact)
+            reference = references(step, exact)
+            results += measure_case(name, step, chosen, builder.build, reference, machine.copy, say, sparse_error)
             lost = False
             try:
                 synchronize()
