@@ -301,6 +301,36 @@ def test_131072_keys() -> None:
     check(case(rng, step, attributes, 64, exact=False), attributes, exact=False, repeat=2)
 
 
+@pytest.mark.parametrize("heads", [2, 64])
+def test_many_tokens_with_many_keys(heads: int) -> None:
+    """More tokens than half of the multiprocessors: a block has all keys of a token."""
+    rng = np.random.default_rng(22)
+    step = make_step(rng, [70], [40000], page_size=P)
+    attributes = attributes_of(size=64, top_k=700)
+    check(case(rng, step, attributes, heads), attributes, repeat=2)
+
+
+@pytest.mark.parametrize("index_format", INDEX_FORMATS)
+@pytest.mark.parametrize("tokens", [1, 70])
+def test_lists_that_do_not_fit_into_shared_memory(tokens: int, index_format: str) -> None:
+    rng = np.random.default_rng(23)
+    step = make_step(rng, [tokens], [61000], page_size=P)
+    attributes = attributes_of(index_format, 16, top_k=60000)
+    check(case(rng, step, attributes, heads=2), attributes)
+
+
+def test_one_key_far_above_all_others() -> None:
+    rng = np.random.default_rng(24)
+    step = make_step(rng, [1, 1], [9000, 300], page_size=P)
+    attributes = attributes_of(top_k=100)
+    inputs = case(rng, step, attributes, 64)
+    layout = layout_of(attributes)
+    inputs["index_weights"] = np.abs(inputs["index_weights"])
+    far = 2.0**30 * np.abs(inputs["index_query"][0]).max(axis=0, keepdims=True)
+    layout.write(inputs["indexer_cache"], *step.places(0, [4567]), far.astype(np.float32))
+    check(inputs, attributes)
+
+
 @pytest.mark.parametrize("index_format", INDEX_FORMATS)
 @pytest.mark.parametrize("weight", [1.0, -1.0, 0.0])
 def test_ties_go_to_the_smaller_index(weight: float, index_format: str) -> None:
