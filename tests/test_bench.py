@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 
 from mla_trt.bench import cases as bench_cases
 from mla_trt.bench import kernels as bench
-from mla_trt.bench.kernels import Ceilings, Result
+from mla_trt.bench.kernels_report import Ceilings, Result, markdown, write_results
 from mla_trt.cli import main
 from mla_trt.ops import OPS
 from mla_trt.ops.schema import Attributes
@@ -157,7 +157,7 @@ RESULTS = [
 
 
 def test_a_wrong_kernel_has_no_figure() -> None:
-    rows = bench.markdown(BUILD, CEILINGS, RESULTS).splitlines()
+    rows = markdown(BUILD, CEILINGS, RESULTS).splitlines()
     assert rows[0].startswith("NVIDIA H200: copy 4.29 TB/s, matrix product bf16 750 TFLOP/s, fp8 not measured.")
     assert rows[4] == "| decode-a | 100.0 | 1.0% | 650 | 2.70 | 90% | 1.0e-03 | FlashMLA | 110.0 | 1.10 |"
     assert rows[5].endswith("| flash_mla: No module named 'flash_mla' |  |  |")
@@ -166,11 +166,11 @@ def test_a_wrong_kernel_has_no_figure() -> None:
 
 
 def test_results_are_written(tmp_path: Any) -> None:
-    bench.write_results(tmp_path / "results", BUILD, CEILINGS, RESULTS)
+    write_results(tmp_path / "results", BUILD, CEILINGS, RESULTS)
     content = json.loads((tmp_path / "results" / "bench.json").read_text())
     assert content["build"] == BUILD
     assert [result["ratio"] for result in content["results"]] == [1.1, None, None]
-    assert (tmp_path / "results" / "bench.md").read_text() == bench.markdown(BUILD, CEILINGS, RESULTS)
+    assert (tmp_path / "results" / "bench.md").read_text() == markdown(BUILD, CEILINGS, RESULTS)
 
 
 def test_the_ratio_and_the_ceiling() -> None:

@@ -16,24 +16,26 @@ from onnx import TensorProto
 
 from mla_trt.bench import layer as bench_layer
 from mla_trt.bench.layer import (
-    ABSORBED,
     CASES,
+    FormResult,
+    Machine,
+    lowered_layer,
+    markdown,
+    measure_case,
+    write_results,
+)
+from mla_trt.bench.layer_step import (
+    ABSORBED,
     EXPORTED,
     GROWING,
     INDEX_CACHE,
     KV_CACHE,
     SPARSE,
-    FormResult,
     LayerCase,
     LayerStep,
-    Machine,
-    lowered_layer,
-    markdown,
-    measure_case,
     references,
     row_format_of,
     sparse_errors,
-    write_results,
 )
 from mla_trt.cli import main
 from mla_trt.engines.engine_onnxruntime import OnnxRuntimeEngine

@@ -12,13 +12,11 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib
-import json
 import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -28,6 +26,7 @@ from onnx import TensorProto, helper
 
 from mla_trt.bench import peers
 from mla_trt.bench.cases import CASES, Case, Content, Pool, Random
+from mla_trt.bench.kernels_report import Ceilings, Result, markdown, write_results
 from mla_trt.bench.options import add_bench_arguments, choose_cases
 from mla_trt.cuda import CudaError, Memory, Stream, check_usable, milliseconds, properties, synchronize
 from mla_trt.errors import MlaTrtError, UsageError
@@ -50,43 +49,6 @@ SAMPLED_HEADS = 3
 WRONG = 4  # exit status
 
 PLACES = {"kv_cache", "indexer_cache"}
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """What this machine reaches. Matrix products are None without torch.
-
-    Attributes:
-        gpu: its name.
-        copy: bytes/s of a device copy, read and written.
-        bf16, fp8: FLOP/s of a matrix product of 8192.
-    """
-
-    gpu: str
-    copy: float
-    bf16: float | None
-    fp8: float | None
-
-
-@dataclass(frozen=True)
-class Result:
-    """One case. Times are medians of a launch in us; ``spread`` is (slowest - fastest) / median of the rounds.
-
-    ``note`` says why there is no figure, ``peer_note`` why there is no peer.
-    """
-
-    name: str
-    error: float | None = None
-    us: float | None = None
-    spread: float | None = None
-    tflops: float | None = None
-    terabytes: float | None = None
-    of_ceiling: float | None = None
-    peer: str = ""
-    peer_us: float | None = None
-    ratio: float | None = None
-    peer_note: str = ""
-    note: str = ""
 
 
 class _Set:
@@ -542,77 +504,6 @@ def _beside(
     assert result.of_ceiling is not None
     assert even.of_ceiling is not None
     return replace(result, ratio=result.of_ceiling / even.of_ceiling)
-
-
-# what is written
-
-
-def markdown(build: str, ceilings: Ceilings, results: Sequence[Result]) -> str:
-    """The results as a Markdown table under a line about the machine and the library: `build` is what it says of itself."""
-
-    def rate(value: float | None) -> str:
-        return "not measured" if value is None else f"{value / 1e12:.0f} TFLOP/s"
-
-    lines = [
-        f"{ceilings.gpu}: copy {ceilings.copy / 1e12:.2f} TB/s, matrix product bf16 {rate(ceilings.bf16)}, fp8 {rate(ceilings.fp8)}. "
-        f"Kernels: {build}. Times are medians of a launch in a CUDA graph; spread is slowest minus fastest round. Of the ceiling: the time that "
-        "the least bytes or operations take at these rates, over the time taken. The peer of an uneven case is a case of ours of an even "
-        "shape: how many times as fast then compares their shares of the ceiling.",
-        "",
-        "| case | us | spread | TFLOP/s | TB/s | of the ceiling | error | peer | peer us | times as fast |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for result in results:
-        if result.us is None:
-            lines.append(f"| {result.name} | {result.note} |" + " |" * 8)
-            continue
-        cells = (
-            result.name,
-            f"{result.us:.1f}",
-            f"{result.spread or 0:.1%}",
-            f"{result.tflops:.0f}",
-            f"{result.terabytes:.2f}",
-            f"{result.of_ceiling:.0%}",
-            f"{result.error:.1e}",
-            result.peer or result.peer_note.replace("|", "\\|"),
-            "" if result.peer_us is None else f"{result.peer_us:.1f}",
-            "" if result.ratio is None else f"{result.ratio:.2f}",
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def write_results(folder: Path, build: str, ceilings: Ceilings, results: Sequence[Result]) -> None:
-    """``bench.json`` and ``bench.md``, and ``bench.png`` where matplotlib is installed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {"build": build, "ceilings": asdict(ceilings), "results": [asdict(result) for result in results]}
-    (folder / "bench.json").write_text(json.dumps(content, indent=1) + "\n")
-    (folder / "bench.md").write_text(markdown(build, ceilings, results))
-    try:
-        pyplot = importlib.import_module("matplotlib.pyplot")
-    except ImportError:
-        return
-    plot(pyplot, folder / "bench.png", results)
-
-
-def plot(pyplot: Any, path: Path, results: Sequence[Result]) -> None:
-    """Bars: how many times as fast as its peer each case is, and the share of the machine's ceiling that it reaches."""
-    measured = [result for result in results if result.us is not None]
-    figure, axes = pyplot.subplots(1, 2, figsize=(12, 1.5 + 0.28 * max(len(measured), 1)), sharey=True)
-    names = [result.name for result in measured]
-    columns = (
-        ("times as fast as the peer", [result.ratio or 0.0 for result in measured]),
-        ("share of the machine's ceiling", [result.of_ceiling or 0.0 for result in measured]),
-    )
-    for axis, (title, values) in zip(axes, columns, strict=True):
-        bars = axis.barh(names, values)
-        axis.bar_label(bars, [f"{value:.2f}" if value else "" for value in values], padding=3, fontsize=8)
-        axis.axvline(1.0, color="black", linewidth=0.8)
-        axis.set_title(title)
-    axes[0].invert_yaxis()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def run(options: argparse.Namespace) -> int:
