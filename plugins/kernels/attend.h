@@ -22,40 +22,84 @@ struct Attend {
     int32_t query_terms;  // e4m3 terms that the query may be made of; 0: products of bf16 only
 };
 
-// One part of a token's keys, before the merge: rows [T * H][splits].
+// What a block works on: `count` consecutive (token, head) pairs of one sequence, and of the tiles of their keys those from
+// begin / of to end / of.
+struct Item {
+    int64_t first_token;
+    int32_t sequence;  // -1: none
+    int32_t first_head;
+    int32_t count;
+    int32_t begin, end, of;
+    int32_t slot;  // of the part's result among the partial ones; -1: there is no other part
+
+    MLA_BOTH int32_t tile_at(int32_t tiles, int32_t share) const {
+        return static_cast<int32_t>(static_cast<int64_t>(tiles) * share / of);
+    }
+};
+
+// Rows whose results are in parts: in `count` slots from `slot` on, `stride` apart, then in `tail_count` more.
+struct Merge {
+    int64_t first_token;
+    int32_t first_head, rows;
+    int32_t slot, stride, count;
+    int32_t tail_slot, tail_stride, tail_pieces, tail_count;
+
+    MLA_BOTH int32_t parts() const { return count + tail_count; }
+    MLA_BOTH int32_t slot_of(int32_t part) const {
+        if (part < count) return slot + part * stride;
+        int32_t const later = part - count;
+        return tail_slot + later / tail_pieces * tail_stride + later % tail_pieces;
+    }
+};
+
+// The parts of a step's keys and what is to be merged of them, in device memory; null where the host cuts.
+struct Plan {
+    struct Counts {
+        int32_t parts, merges;
+    };
+    Counts* counts;
+    Item* items;
+    Merge* merges;
+    void* scratch;
+};
+
+// Results of parts of the keys, before the merge, each in a slot of a block's rows.
 struct Partials {
-    float* output;  // [T * H, splits, R], divided by the part's own sum
-    float* lse;  // [T * H, splits], base 2, -inf where the part has no key
-    int splits;
+    float* output;  // [slots, rows, R], divided by the part's own sum
+    float* lse;  // [slots, rows], base 2, -inf where the part has no key
+    int rows;  // of a block
+    int32_t slots, multiprocessors;
+    bool by_token;  // items are heads of one token
+    bool output_aligned;  // four outputs that follow each other may be written at once
+    int32_t splits;  // parts of every item, where there is no plan
+    Plan plan;
+
+    MLA_BOTH int64_t row(int32_t slot, int row) const { return static_cast<int64_t>(slot) * rows + row; }
 };
 
 // Attends; takes its scratch memory from the call's workspace.
 int attend(Call& call, const Attend& work);
 
-// Rows (query tokens x heads of one sequence, or heads of one token with lists) of a block of the tensor-core kernel: 16 where
-// more would stay empty.
-inline int rows_per_block(const Attend& work) {
-    bool const few = work.indices != nullptr || work.step.tokens <= work.step.sequences;
-    return work.heads <= 16 && few ? 16 : 64;
-}
-
-// The kernels behind it: SM90's own with products in e4m3 (fp8 rows) and in bf16 (bf16, fp8 and fp8_ds_mla rows; both R 512,
+// The kernels behind it, and the rows (query tokens x heads of one sequence, or heads of one token with lists) of a block of each:
+// SM90's own with products in e4m3 (fp8 rows) and in bf16 (bf16, fp8 and fp8_ds_mla rows; both R 512,
 // Dr 64), tensor cores (any format but f32, R up to 512, Dr up to 64), and plain cores in f32 (everything).
 bool attend_takes_hopper_fp8(const Attend& work, const Device& device);
-int hopper_fp8_rows(const Attend& work);  // of a block
+int hopper_fp8_rows(const Attend& work);
 int attend_hopper_fp8(const Attend& work, const Partials& partials, cudaStream_t stream);
-bool attend_takes_hopper_bf16(const Attend& work, const Device& device);  // 64 rows, tiles of 64 keys
+bool attend_takes_hopper_bf16(const Attend& work, const Device& device);
+constexpr int hopper_bf16_rows = 64;
 int attend_hopper_bf16(const Attend& work, const Partials& partials, cudaStream_t stream);
 bool attend_takes_tensor_cores(const Attend& work, const Device& device);
+int tensor_core_rows(const Attend& work, const Device& device);
 int attend_tensor_cores(const Attend& work, const Partials& partials, const Device& device, cudaStream_t stream);
+constexpr int exact_rows = 8;
 int attend_exact(const Attend& work, const Partials& partials, cudaStream_t stream);
 
-#if defined(__CUDACC__)
+// The plan of a step of several sequences, and its kernel, for an attention kernel whose tiles have `tile` keys.
+Plan take_plan(Workspace& workspace, const Attend& work, const Partials& partials);
+int plan_attention(const Attend& work, const Partials& partials, int tile, cudaStream_t stream);
 
-// The grid is one line: the parts of an item follow each other, and blocks without an item are last, so that none of them
-// holds a place for which a part waits.
-__device__ inline int part_of_block(const Partials& partials) { return static_cast<int>(blockIdx.x % partials.splits); }
-__device__ inline int item_of_block(const Partials& partials) { return static_cast<int>(blockIdx.x / partials.splits); }
+#if defined(__CUDACC__)
 
 // The last key that a token may see: its position, held inside the block table.
 __device__ inline int32_t last_key(const Attend& work, int64_t token) {

@@ -2,7 +2,7 @@
 // shared memory.
 #pragma once
 
-#include "attend.h"
+#include "attend_items.cuh"
 #include "mma.cuh"
 
 namespace mla {
@@ -21,131 +21,24 @@ inline bool queries_aligned(const Attend& work) {
            aligned_for_eight(work.query.data, work.query.token_stride, work.query.head_stride, work.query.type);
 }
 
-// Blocks for `rows` rows each and the parts of their keys; room for one item more than there can be, for what belongs to no
-// sequence.
-inline int64_t block_count(const Attend& work, const Partials& partials, int rows) {
-    int64_t const items = work.indices != nullptr ? work.step.tokens * ceil_div(work.heads, rows)
-                                                  : work.step.sequences + work.step.tokens * work.heads / rows + 1;
-    return items * partials.splits;
-}
-
-// Launches an attention kernel whose blocks have up to `rows` rows each and `bytes` of shared memory.
+// Launches an attention kernel whose blocks have `bytes` of shared memory.
 template <typename... Parameters, typename... Arguments>
-int launch_blocks(void (*kernel)(Parameters...), const Attend& work, const Partials& partials, int rows, int threads, int bytes,
+int launch_blocks(void (*kernel)(Parameters...), const Attend& work, const Partials& partials, int threads, int bytes,
                   cudaStream_t stream, const Arguments&... arguments) {
     if (int status = check_cuda("attention", cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, bytes))) {
         return status;
     }
-    int64_t const blocks = block_count(work, partials, rows);
+    int64_t const blocks = block_count(work, partials);
     if (blocks > 0x7fffffff) return fail(MLA_UNSUPPORTED, "%lld query tokens are too many for one step",
                                          static_cast<long long>(work.step.tokens));
+    if (partials.plan.items != nullptr) {
+        Device device;
+        if (int status = current_device(&device)) return status;
+        return launch_early(kernel, static_cast<unsigned>(blocks), threads, bytes, device, stream, arguments...);
+    }
     kernel<<<static_cast<unsigned>(blocks), threads, bytes, stream>>>(arguments...);
     return check_launch("attention");
-}
-
-// The rows of a block: `count` consecutive (token, head) pairs of one sequence.
-struct Item {
-    int32_t sequence;  // -1: none
-    int64_t first_token;
-    int32_t first_head;
-    int32_t count;
-    int32_t surplus;  // blocks without an item are numbered, and there are `surplus_blocks` of them
-    int32_t surplus_blocks;
-};
-
-__device__ inline int32_t new_tokens(const Attend& work, int64_t start, int64_t end) {
-    if (start < 0 || end > work.step.tokens || end <= start) return 0;
-    return static_cast<int32_t>(end - start);
-}
-
-constexpr int find_batch = 4;
-
-// The block's item without lists. Called by one warp; every lane gets the result. Each lane counts the items of a run of
-// sequences; the lane in whose run the item falls walks it again.
-__device__ inline Item find_item(const Attend& work, const Partials& partials, int rows) {
-    int const lane = threadIdx.x % warp_size;
-    int64_t const run = ceil_div<int64_t>(work.step.sequences, warp_size);
-    auto items_between = [&](int64_t start, int64_t end) {
-        return ceil_div<int64_t>(static_cast<int64_t>(new_tokens(work, start, end)) * work.heads, rows);
-    };
-    auto items = [&](int64_t sequence) {
-        return items_between(work.step.query_offsets[sequence], work.step.query_offsets[sequence + 1]);
-    };
-    int64_t own = 0;
-    for (int64_t i = 0; i < run; i += find_batch) {
-        int32_t offsets[find_batch + 1];  // read together; beyond the last sequence there are no tokens
-#pragma unroll
-        for (int j = 0; j <= find_batch; ++j) {
-            offsets[j] = work.step.query_offsets[min(min(lane * run + i + j, (lane + 1) * run), work.step.sequences)];
-        }
-#pragma unroll
-        for (int j = 0; j < find_batch; ++j) own += items_between(offsets[j], offsets[j + 1]);
-    }
-    int64_t before = own;
-    for (int offset = 1; offset < warp_size; offset *= 2) {
-        int64_t const lower = __shfl_up_sync(0xffffffffu, before, offset);
-        if (lane >= offset) before += lower;
-    }
-    int64_t const total = __shfl_sync(0xffffffffu, before, warp_size - 1);
-    before -= own;
-    int64_t const wanted = item_of_block(partials);
-    Item item{-1, 0, 0, 0, static_cast<int32_t>(wanted - total), static_cast<int32_t>(gridDim.x / partials.splits - total)};
-    bool const mine = wanted >= before && wanted < before + own;
-    if (mine) {
-        int64_t sequence = lane * run;
-        for (int64_t there = items(sequence); before + there <= wanted; there = items(sequence)) {
-            before += there;
-            ++sequence;
-        }
-        int64_t const first_row = (wanted - before) * rows;
-        int64_t const token_end = work.step.query_offsets[sequence + 1];
-        int64_t const all_rows =
-            static_cast<int64_t>(new_tokens(work, work.step.query_offsets[sequence], token_end)) * work.heads;
-        item.sequence = static_cast<int32_t>(sequence);
-        item.first_token = work.step.query_offsets[sequence] + first_row / work.heads;
-        item.first_head = static_cast<int32_t>(first_row % work.heads);
-        item.count = static_cast<int32_t>(min(all_rows - first_row, static_cast<int64_t>(rows)));
-    }
-    unsigned const owners = __ballot_sync(0xffffffffu, mine);
-    if (owners != 0) {
-        int const owner = __ffs(static_cast<int>(owners)) - 1;
-        item.sequence = __shfl_sync(0xffffffffu, item.sequence, owner);
-        item.first_token = __shfl_sync(0xffffffffu, item.first_token, owner);
-        item.first_head = __shfl_sync(0xffffffffu, item.first_head, owner);
-        item.count = __shfl_sync(0xffffffffu, item.count, owner);
-    }
-    return item;
-}
-
-__device__ inline Item list_item(const Attend& work, const Partials& partials, int rows) {
-    int const tiles = ceil_div(work.heads, rows);
-    int64_t const token = item_of_block(partials) / tiles;
-    int const first_head = item_of_block(partials) % tiles * rows;
-    int32_t const sequence = work.step.sequence_of(token);
-    return {sequence, token, first_head, min(rows, work.heads - first_head), 0, 0};
-}
-
-__device__ inline void zero_row(const Attend& work, int64_t token, int head, int lane, int lanes) {
-    int64_t const base = token * work.output.token_stride + head * work.output.head_stride;
-    for (int i = lane; i < work.layout.rank; i += lanes) store_float(work.output.data, work.output.type, base + i, 0.0f);
-    if (lane == 0 && work.lse != nullptr) work.lse[token * work.heads + head] = -INFINITY;
-}
-
-// Blocks without an item zero the tokens that belong to no sequence.
-__device__ inline void zero_padding(const Attend& work, const Item& item) {
-    if (work.indices != nullptr) {
-        for (int row = threadIdx.x / warp_size; row < item.count; row += blockDim.x / warp_size) {
-            zero_row(work, item.first_token, item.first_head + row, threadIdx.x % warp_size, warp_size);
-        }
-        return;
-    }
-    int64_t const end = max(work.step.query_offsets[work.step.sequences], 0);
-    for (int64_t token = end + item.surplus; token < work.step.tokens; token += item.surplus_blocks) {
-        for (int head = threadIdx.x / warp_size; head < work.heads; head += blockDim.x / warp_size) {
-            zero_row(work, token, head, threadIdx.x % warp_size, warp_size);
-        }
-    }
 }
 
 // Copied rows to the tile of keys, by `threads` threads of which this is number `thread`, value by value.

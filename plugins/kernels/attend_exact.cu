@@ -6,7 +6,7 @@ namespace mla {
 namespace {
 
 constexpr int threads = 256;
-constexpr int tile_heads = 8;
+constexpr int tile_heads = exact_rows;
 constexpr int tile_keys = threads / tile_heads;
 
 // Value `column` of a row, latent first. `scale` as in Row.
@@ -43,6 +43,7 @@ __global__ void __launch_bounds__(threads) attend_exact_kernel(Attend work, Part
     float* sums = keys + tile_keys * (width + 1);
 
     int64_t const token = blockIdx.x;
+    int32_t const slot_of_part = static_cast<int32_t>((token * gridDim.y + blockIdx.y) * gridDim.z + blockIdx.z);
     int const first_head = blockIdx.y * tile_heads, split = blockIdx.z;
     int const heads = min(tile_heads, work.heads - first_head);
     int32_t const sequence = work.step.sequence_of(token);
@@ -112,9 +113,8 @@ __global__ void __launch_bounds__(threads) attend_exact_kernel(Attend work, Part
     __syncthreads();
     for (int i = threadIdx.x; i < heads * rank; i += threads) {
         int const line = i / rank, column = i % rank;
-        int64_t const row = token * work.heads + first_head + line;
         if (partials.splits > 1) {
-            partials.output[(row * partials.splits + split) * rank + column] =
+            partials.output[partials.row(slot_of_part, line) * rank + column] =
                 total[line] > 0.0f || total[line] != total[line] ? sums[i] / total[line] : 0.0f;
             continue;
         }
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(threads) attend_exact_kernel(Attend work, Part
         int64_t const row = token * work.heads + first_head + threadIdx.x;
         float const lse = total[threadIdx.x] == 0.0f ? -INFINITY : top[threadIdx.x] + logf(total[threadIdx.x]);
         if (partials.splits > 1) {
-            partials.lse[row * partials.splits + split] = lse * log2e;
+            partials.lse[partials.row(slot_of_part, threadIdx.x)] = lse * log2e;
         } else if (work.lse != nullptr) {
             work.lse[row] = lse;
         }

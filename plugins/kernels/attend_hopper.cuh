@@ -37,8 +37,8 @@ __device__ inline void write_rows(const Attend& work, const Partials& partials, 
         int64_t const token = item.first_token + flat / work.heads;
         int const head = flat % work.heads;
         const auto* values = reinterpret_cast<const float4*>(memory) + row * (staged_row / 4);
-        bool const part = partials.splits > 1;
-        int64_t const at = part ? ((token * work.heads + head) * partials.splits + part_of_block(partials)) * rank
+        bool const part = item.slot >= 0;
+        int64_t const at = part ? partials.row(item.slot, row) * rank
                                 : token * work.output.token_stride + head * work.output.head_stride;
         if (part || work.output.type == MLA_FLOAT) {
             auto* target = reinterpret_cast<float4*>((part ? partials.output : static_cast<float*>(work.output.data)) + at);

@@ -184,8 +184,8 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
         int const head = flat % work.heads;
         int64_t const out_row = token * work.heads + head;
         float const lse = sum == 0.0f ? -INFINITY : top[r] + log2f(sum);
-        if (partials.splits > 1) {
-            partials.lse[out_row * partials.splits + part_of_block(partials)] = lse;
+        if (item.slot >= 0) {
+            partials.lse[partials.row(item.slot, row)] = lse;
         } else {
             if (work.lse != nullptr) work.lse[out_row] = lse * ln2;
             if (work.sinks != nullptr && sum != 0.0f) sum += exp2f(work.sinks[head] * log2e - top[r]);
@@ -274,11 +274,7 @@ __global__ void __launch_bounds__(format == row_format::bf16 ? block_threads : d
     constexpr bool codes = format != row_format::bf16;
     extern __shared__ __align__(1024) uint8_t memory[];
     __shared__ Item shared_item;
-    int const warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
-    if (warp == 0) {
-        Item const found = lists ? list_item(work, partials, 64) : find_item(work, partials, 64);
-        if (lane == 0) shared_item = found;
-    }
+    int const warp = threadIdx.x / warp_size;
     if (threadIdx.x == 32) {
         for (int i = 0; i < 2; ++i) {
             barrier_init(shared_address(memory + place::ready) + 8 * i, group / warp_size);
@@ -289,18 +285,17 @@ __global__ void __launch_bounds__(format == row_format::bf16 ? block_threads : d
         }
         fence_barrier_init();
     }
+    if (warp == 0) take_item(work, partials, &shared_item);
     __syncthreads();
     Item const& item = shared_item;
     if (item.sequence < 0) {
-        if (partials.splits == 1) zero_padding(work, item);
+        zero_padding(work, partials, item);
         return;
     }
     int64_t const last_token = item.first_token + (item.first_head + item.count - 1) / work.heads;
     int32_t const end = lists ? list_length(work, item.first_token) : max(last_key(work, last_token) + 1, 0);
     int32_t const tile_count = ceil_div(end, tile);
-    int const part = part_of_block(partials);
-    auto const first = static_cast<int32_t>(static_cast<int64_t>(tile_count) * part / partials.splits);
-    auto const last = static_cast<int32_t>(static_cast<int64_t>(tile_count) * (part + 1) / partials.splits);
+    int32_t const first = item.tile_at(tile_count, item.begin), last = item.tile_at(tile_count, item.end);
     Span const span{first, last - first, min(end - (last - 1) * tile, tile)};
 
     if (codes && warp >= block_threads / warp_size) {
@@ -333,7 +328,7 @@ int launch(const Attend& work, const Partials& partials, cudaStream_t stream) {
     if (!lists && format == row_format::bf16) {
         if (int status = make_map(&map, work, pieces, 1)) return status;
     }
-    return launch_blocks(attend_hopper_bf16_kernel<lists, format>, work, partials, 64,
+    return launch_blocks(attend_hopper_bf16_kernel<lists, format>, work, partials,
                          format == row_format::bf16 ? block_threads : decoding_threads, place::total, stream, map, work, partials);
 }
 

@@ -30,10 +30,6 @@ __global__ void __launch_bounds__(threads, 1)
     extern __shared__ __align__(1024) uint8_t memory[];
     __shared__ Item shared_item;
     int const warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
-    if (warp == 0) {
-        Item const found = F::lists ? list_item(work, partials, F::rows) : find_item(work, partials, F::rows);
-        if (lane == 0) shared_item = found;
-    }
     if (threadIdx.x == 32) {
 #pragma unroll 1
         for (int i = 0; i < F::ring + 8; ++i) {
@@ -41,18 +37,17 @@ __global__ void __launch_bounds__(threads, 1)
         }
         fence_barrier_init();
     }
+    if (warp == 0) take_item(work, partials, &shared_item);
     __syncthreads();
     const Item& item = shared_item;  // read again where it is needed: registers are scarce
     if (item.sequence < 0) {
-        if (partials.splits == 1) zero_padding(work, item);
+        zero_padding(work, partials, item);
         return;
     }
     int64_t const last_token = item.first_token + (item.first_head + item.count - 1) / work.heads;
     int32_t const end = F::lists ? list_length(work, item.first_token) : max(last_key(work, last_token) + 1, 0);
     int32_t const tile_count = ceil_div(end, tile);
-    int const part = part_of_block(partials);
-    auto const first = static_cast<int32_t>(static_cast<int64_t>(tile_count) * part / partials.splits);
-    auto const last = static_cast<int32_t>(static_cast<int64_t>(tile_count) * (part + 1) / partials.splits);
+    int32_t const first = item.tile_at(tile_count, item.begin), last = item.tile_at(tile_count, item.end);
     Ring<F> const ring{memory, &map, last - first};
 
     if (warp == 0) {  // pages of four tiles: the score groups go on from there
@@ -92,12 +87,12 @@ template <typename F>
 int launch(const Attend& work, const Partials& partials, cudaStream_t stream) {
     CUtensorMap map;
     if (int status = make_map(&map, work, pieces, 1)) return status;
-    return launch_blocks(attend_hopper_fp8_kernel<F>, work, partials, F::rows, threads, Places<F>::total, stream, map, work, partials);
+    return launch_blocks(attend_hopper_fp8_kernel<F>, work, partials, threads, Places<F>::total, stream, map, work, partials);
 }
 
 template <bool lists>
 int launch_rows(const Attend& work, const Partials& partials, cudaStream_t stream) {
-    switch (hopper_fp8_rows(work)) {
+    switch (partials.rows) {
         case 16: return launch<Form<16, 2, lists>>(work, partials, stream);
         case 32: return launch<Form<32, 2, lists>>(work, partials, stream);
         default: break;

@@ -312,8 +312,8 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
         int const head = flat % work.heads;
         int64_t const out_row = token * work.heads + head;
         float const lse = sum == 0.0f ? -INFINITY : top[r] + log2f(sum) - weight_bits;
-        if (partials.splits > 1) {
-            partials.lse[out_row * partials.splits + part_of_block(partials)] = lse;
+        if (item.slot >= 0) {
+            partials.lse[partials.row(item.slot, row)] = lse;
         } else {
             if (work.lse != nullptr) work.lse[out_row] = lse * ln2;
             if (work.sinks != nullptr && sum != 0.0f) sum += exp2f(work.sinks[head] * log2e - top[r] + weight_bits);

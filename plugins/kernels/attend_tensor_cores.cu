@@ -54,7 +54,7 @@ __device__ inline void pair_sync(int pair) { asm volatile("bar.sync %0, 64;" ::"
 
 template <int rows, int rank_padded, keys_as keys_mode>
 __global__ void __launch_bounds__(threads, rows == 16 ? 2 : 1)
-    attend_kernel(Attend work, Partials partials, Shared shared, bool query_aligned, bool output_aligned) {
+    attend_kernel(Attend work, Partials partials, Shared shared, bool query_aligned) {
     constexpr bool codes = are_codes(keys_mode), grouped = keys_mode == keys_as::grouped_codes;
     constexpr int parts = column_parts(rows, keys_mode);
     constexpr int row_warps = rows / 16, key_warps = warps / row_warps;
@@ -66,14 +66,11 @@ __global__ void __launch_bounds__(threads, rows == 16 ? 2 : 1)
 
     int const warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
     int const g = lane / 4, t = lane % 4;
-    if (warp == 0) {
-        Item const found = work.indices == nullptr ? find_item(work, partials, rows) : list_item(work, partials, rows);
-        if (lane == 0) shared_item = found;
-    }
+    if (warp == 0) take_item(work, partials, &shared_item);
     __syncthreads();
     Item const item = shared_item;
     if (item.sequence < 0) {
-        if (partials.splits == 1) zero_padding(work, item);
+        zero_padding(work, partials, item);
         return;
     }
 
@@ -99,9 +96,7 @@ __global__ void __launch_bounds__(threads, rows == 16 ? 2 : 1)
     int32_t const end = last_key(work, last_token) + 1;
     int32_t const count = work.indices == nullptr ? end : list_length(work, item.first_token);
     int32_t const tile_count = ceil_div(max(count, 0), tile);
-    int const part = part_of_block(partials);
-    auto const first = static_cast<int32_t>(static_cast<int64_t>(tile_count) * part / partials.splits);
-    auto const last = static_cast<int32_t>(static_cast<int64_t>(tile_count) * (part + 1) / partials.splits);
+    int32_t const first = item.tile_at(tile_count, item.begin), last = item.tile_at(tile_count, item.end);
 
     // four threads copy a row
     int const line = threadIdx.x / 4, quarter = threadIdx.x % 4;
@@ -436,8 +431,8 @@ __global__ void __launch_bounds__(threads, rows == 16 ? 2 : 1)
             int const head = flat % work.heads;
             int64_t const out_row = token * work.heads + head;
             float const lse = sum == 0.0f ? -INFINITY : top[i] + log2f(sum);
-            if (partials.splits > 1) {
-                partials.lse[out_row * partials.splits + part] = lse;
+            if (item.slot >= 0) {
+                partials.lse[partials.row(item.slot, r)] = lse;
             } else {
                 if (work.lse != nullptr) work.lse[out_row] = lse * ln2;
                 if (work.sinks != nullptr && sum != 0.0f) sum += exp2f(work.sinks[head] * log2e - top[i]);
@@ -456,7 +451,7 @@ __global__ void __launch_bounds__(threads, rows == 16 ? 2 : 1)
             int64_t const token = item.first_token + flat / work.heads;
             int const head = flat % work.heads;
             float const factor = factors[r];
-            int64_t const part_row = ((token * work.heads + head) * partials.splits + part) * work.layout.rank;
+            int64_t const part_row = partials.row(item.slot, r) * work.layout.rank;
             int64_t const output_row = token * work.output.token_stride + head * work.output.head_stride;
             if constexpr (codes) {
 #pragma unroll
@@ -465,10 +460,10 @@ __global__ void __launch_bounds__(threads, rows == 16 ? 2 : 1)
                     if (column >= work.layout.rank) continue;
                     float4 const value = make_float4(sums[m][n][2 * i] * factor, sums[m][n + 1][2 * i] * factor,
                                                      sums[m][n][2 * i + 1] * factor, sums[m][n + 1][2 * i + 1] * factor);
-                    if (partials.splits > 1) {
+                    if (item.slot >= 0) {
                         *reinterpret_cast<float4*>(partials.output + part_row + column) = value;
                     } else {
-                        store_four(work.output.data, work.output.type, output_row + column, value, output_aligned);
+                        store_four(work.output.data, work.output.type, output_row + column, value, partials.output_aligned);
                     }
                 }
             } else {
@@ -479,7 +474,7 @@ __global__ void __launch_bounds__(threads, rows == 16 ? 2 : 1)
                         int const column = warp * (rank_padded / warps) + n * 8 + 2 * t + j;
                         if (column >= work.layout.rank) continue;
                         float const value = sums[m][n][2 * i + j] * factor;
-                        if (partials.splits > 1) {
+                        if (item.slot >= 0) {
                             partials.output[part_row + column] = value;
                         } else {
                             store_float(work.output.data, work.output.type, output_row + column, value);
@@ -501,12 +496,6 @@ int shared_bytes(const KvLayout& layout, int rows, int stages) {
     return Shared(rows, padded_rank(layout), layout, keys_of(layout), stages).total;
 }
 
-// Whether four outputs that follow each other may be written at once.
-bool output_in_fours(const View& output) {
-    return reinterpret_cast<uintptr_t>(output.data) % (4 * element_bytes(output.type)) == 0 && output.token_stride % 4 == 0 &&
-           output.head_stride % 4 == 0;
-}
-
 constexpr int static_shared_bytes = 1024;  // what the kernel takes beside, and what the driver keeps
 
 template <int rows, int rank_padded, keys_as keys>
@@ -514,8 +503,8 @@ int launch(const Attend& work, const Partials& partials, const Device& device, c
     int const limit = device.shared_bytes - 64;
     int const stages = Shared(rows, rank_padded, work.layout, keys, 2).total <= limit ? 2 : 1;
     Shared const shared(rows, rank_padded, work.layout, keys, stages);
-    return launch_blocks(attend_kernel<rows, rank_padded, keys>, work, partials, rows, threads, shared.total, stream, work, partials,
-                         shared, queries_aligned(work), output_in_fours(work.output));
+    return launch_blocks(attend_kernel<rows, rank_padded, keys>, work, partials, threads, shared.total, stream, work, partials,
+                         shared, queries_aligned(work));
 }
 
 template <int rows, keys_as keys>
@@ -544,10 +533,14 @@ bool attend_takes_tensor_cores(const Attend& work, const Device& device) {
            shared_bytes(work.layout, 16, 1) + static_shared_bytes <= device.shared_bytes;
 }
 
+int tensor_core_rows(const Attend& work, const Device& device) {
+    bool const few = work.indices != nullptr || work.step.tokens <= work.step.sequences;  // more rows than 16 would stay empty
+    bool const fits = shared_bytes(work.layout, 64, 1) + static_shared_bytes <= device.shared_bytes;
+    return (work.heads <= 16 && few) || !fits ? 16 : 64;
+}
+
 int attend_tensor_cores(const Attend& work, const Partials& partials, const Device& device, cudaStream_t stream) {
-    bool const wide = rows_per_block(work) == 64 &&
-                      shared_bytes(work.layout, 64, 1) + static_shared_bytes <= device.shared_bytes;
-    return wide ? launch_keys<64>(work, partials, device, stream) : launch_keys<16>(work, partials, device, stream);
+    return partials.rows == 64 ? launch_keys<64>(work, partials, device, stream) : launch_keys<16>(work, partials, device, stream);
 }
 
 }  // namespace mla

@@ -19,6 +19,12 @@ struct View {
     }
 };
 
+// Whether four values that follow each other may be read or written at once, from a multiple of four on.
+inline bool in_fours(const View& view) {
+    int64_t const bytes = view.type == MLA_FLOAT ? 4 : view.type == MLA_FLOAT8E4M3FN ? 1 : 2;
+    return reinterpret_cast<uintptr_t>(view.data) % (4 * bytes) == 0 && view.token_stride % 4 == 0 && view.head_stride % 4 == 0;
+}
+
 // A contiguous [T, H, width] tensor.
 inline View contiguous(void* data, int32_t type, int64_t heads, int64_t width) {
     return {data, type, heads * width, width};

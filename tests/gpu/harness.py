@@ -60,18 +60,21 @@ class Guarded:
         self.memory.write(values, self.margin)
 
     def read(self) -> npt.NDArray[np.uint8]:
-        """The tensor's bytes; an AssertionError names the first guard byte that changed."""
-        content = self.memory.read()
+        """The tensor's bytes, behind `check`."""
+        self.check()
+        return self.memory.read(self.margin, self.size)
+
+    def check(self) -> None:
+        """An AssertionError names the first guard byte that changed."""
         for where, guard in (
-            ("before", content[: self.margin][::-1]),
-            ("after", content[self.margin + self.size :]),
+            ("before", self.memory.read(0, self.margin)[::-1]),
+            ("after", self.memory.read(self.margin + self.size)),
         ):
             touched = np.flatnonzero(guard != self.guard)
             assert not touched.size, (
                 f"{self.name}: {touched.size} bytes {where} its {self.size} were written, "
                 f"the nearest {int(touched[0]) + 1} away"
             )
-        return content[self.margin : self.margin + self.size]
 
 
 def run_op(
@@ -179,7 +182,7 @@ class _Run:
             launch()
             self.stream.synchronize()
             found = {name: memory.read() for name, memory in self.outputs.items()}
-            self.workspace.read()
+            self.workspace.check()
             if number == 0:
                 first = found
             for name, content in found.items():

@@ -36,6 +36,17 @@ STEPS = {
 # 0 keys (no new token), 1, and around the borders of pages and tiles
 LENGTHS = (0, 1, 63, 64, 65, 127, 128, 129, 255, 257, 4096)
 
+# of sequences that decode a token each, and heads: what the cut of a step's keys (attend_items.cuh) depends on
+RAGGED = {
+    "one long, few short": ([6000, *range(1, 24)], 16),
+    "one long, many short": ([*range(1, 301), 9000, *range(1, 301)], 4),  # more sequences than a block has threads
+    "ascending": (list(range(100, 8000, 501)), 128),
+    "a few more than multiprocessors": ([700] * 70, 128),
+    "a third of a wave": ([1500] * 88, 128),
+    "empty ones between": ([0, 2000, 0, 0, 3, 1300, 0], 128),
+    "all of one key": ([1] * 150, 16),
+}
+
 
 def _lengths_step(rng: np.random.Generator) -> Any:
     return step_of(rng, [min(length, 1) for length in LENGTHS], [max(length - 1, 0) for length in LENGTHS])
@@ -46,6 +57,20 @@ def _lengths_step(rng: np.random.Generator) -> Any:
 def test_lengths(row_format: str, heads: int) -> None:
     rng = np.random.default_rng(1)
     inputs, attributes = decoding_case(rng, _lengths_step(rng), layout(row_format), heads)
+    compare_attention(run_op("MlaDecoding", inputs, **attributes), inputs, attributes)
+
+
+def ragged_step(rng: np.random.Generator, lengths: list[int]) -> Any:
+    """A token of each sequence that has keys, and two of none."""
+    return step_of(rng, [min(length, 1) for length in lengths], [max(length - 1, 0) for length in lengths], padding=2)
+
+
+@pytest.mark.parametrize("case", RAGGED.values(), ids=RAGGED.keys())
+@pytest.mark.parametrize("row_format", ["f32", "bf16", "fp8_flat"])
+def test_ragged_steps(row_format: str, case: tuple[list[int], int]) -> None:
+    rng = np.random.default_rng(23)
+    lengths, heads = case
+    inputs, attributes = decoding_case(rng, ragged_step(rng, lengths), layout(row_format, 64, 16), min(heads, 32))
     compare_attention(run_op("MlaDecoding", inputs, **attributes), inputs, attributes)
 
 

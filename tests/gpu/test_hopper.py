@@ -19,7 +19,7 @@ from cases import decoding_case, key_lists, layer_case, layout, long_pool, step_
 from harness import Array, compare, compare_exactly, run_op
 from large_reference import attention
 from op_harness import behind_a_page_of_nan
-from test_gpu_decoding import LENGTHS, STEPS
+from test_gpu_decoding import LENGTHS, RAGGED, STEPS, ragged_step
 
 Kind = int | str
 """Terms of the query over fp8 rows, or the format of rows whose products are of bfloat16."""
@@ -115,6 +115,17 @@ def test_steps(case: tuple[list[int], list[int], int], heads: int, kind: Kind, l
     if listed:
         inputs["indices"] = key_lists(rng, step, 70)
     _compare(run_op("MlaDecoding", inputs, **attributes), inputs, attributes)
+
+
+@KINDS
+@pytest.mark.parametrize("case", RAGGED.values(), ids=RAGGED.keys())
+def test_ragged_steps(case: tuple[list[int], int], kind: Kind) -> None:
+    rng = np.random.default_rng(24)
+    lengths, heads = case
+    inputs, attributes = _case(rng, ragged_step(rng, lengths), heads, kind)
+    inputs["sinks"] = rng.normal(size=heads).astype(np.float32)
+    found = run_op("MlaDecoding", inputs, repeat=3, **attributes)
+    _compare(found, inputs, attributes)
 
 
 @KINDS

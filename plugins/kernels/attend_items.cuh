@@ -1,0 +1,119 @@
+// What each block of an attention kernel works on: rows of a sequence, and a part of their keys.
+//
+// A sequence's rows (query tokens x heads) are cut into items of a block's rows; where each token has a list of keys, an item is of
+// one token. The keys of an item are cut into parts, whose results are merged:
+//
+// - into as many for all, which the host chooses, where items are of one token, and where there is one sequence;
+// - else as attend_plan.cu finds it on the device, for only there are the sequences' lengths known.
+#pragma once
+
+#include "attend.h"
+#include "early.cuh"
+
+namespace mla {
+
+constexpr int block_tiles = 6;  // what a block takes besides its tiles, in tiles' time
+constexpr float merge_bytes = 8e6f;  // of parts that are written and read in a tile's time
+constexpr int most_parts = 64;  // of an item's keys
+
+// Items of a step at most, of up to `rows` rows each.
+MLA_BOTH inline int64_t most_items(const Attend& work, int rows, bool by_token) {
+    if (by_token) return work.step.tokens * ceil_div(work.heads, rows);
+    if (work.step.sequences == 1) return ceil_div<int64_t>(work.step.tokens * work.heads, rows);
+    return work.step.tokens * work.heads / rows + (work.heads % rows != 0 ? work.step.sequences : 0);
+}
+
+// Parts of a plan at most: the cut adds three for each multiprocessor at most (attend_plan.cu).
+inline int64_t most_planned(const Attend& work, int rows, int multiprocessors) {
+    return most_items(work, rows, false) + int64_t{3} * multiprocessors;
+}
+
+// Blocks of an attention kernel. Where items are not of one token, one is left for the tokens that belong to no sequence.
+inline int64_t block_count(const Attend& work, const Partials& partials) {
+    if (partials.plan.items != nullptr) return most_planned(work, partials.rows, partials.multiprocessors) + 1;
+    return most_items(work, partials.rows, partials.by_token) * partials.splits + (partials.by_token ? 0 : 1);
+}
+
+#if defined(__CUDACC__)
+
+__device__ inline int32_t new_tokens(const Attend& work, int64_t start, int64_t end) {
+    if (start < 0 || end > work.step.tokens || end <= start) return 0;
+    return static_cast<int32_t>(end - start);
+}
+
+// The tokens of a sequence that are in the step.
+__device__ inline int32_t new_tokens_of(const Attend& work, int32_t sequence) {
+    return new_tokens(work, work.step.query_offsets[sequence], work.step.query_offsets[sequence + 1]);
+}
+
+// Item number `item` of a sequence, without its part.
+__device__ inline Item rows_of_sequence(const Attend& work, int rows, int32_t sequence, int32_t item) {
+    int32_t const row = item * rows, left = new_tokens_of(work, sequence) * work.heads - row;
+    return {work.step.query_offsets[sequence] + row / work.heads, sequence, row % work.heads, max(min(left, rows), 0)};
+}
+
+// Item number `item` where the host cuts, without its part; of no rows where there is none.
+__device__ inline Item rows_of_item(const Attend& work, const Partials& partials, int32_t item) {
+    int const rows = partials.rows, tiles = ceil_div(work.heads, rows), first_head = item % tiles * rows;
+    if (!partials.by_token) return rows_of_sequence(work, rows, 0, item);
+    return {item / tiles, work.step.sequence_of(item / tiles), first_head, min(rows, work.heads - first_head)};
+}
+
+// The block's item and part. Called by a warp; a barrier must follow.
+__device__ inline void take_item(const Attend& work, const Partials& partials, Item* shared_item) {
+    int const lane = threadIdx.x % warp_size;
+    auto const block = static_cast<int32_t>(blockIdx.x);
+    if (partials.plan.items != nullptr) {
+        let_next_kernel_begin();
+        wait_for_kernel_before();
+        constexpr int words = sizeof(Item) / 4;
+        bool const there = block < partials.plan.counts->parts;
+        if (lane < words) {
+            reinterpret_cast<int32_t*>(shared_item)[lane] =
+                there ? reinterpret_cast<const int32_t*>(partials.plan.items + block)[lane] : -1;
+        }
+        return;
+    }
+    if (lane != 0) return;
+    int32_t const splits = partials.splits;
+    Item item = rows_of_item(work, partials, block / splits);
+    item.begin = block % splits;
+    item.end = item.begin + 1;
+    item.of = splits;
+    item.slot = splits > 1 ? block : -1;
+    if (item.count == 0) item.sequence = item.slot = -1;
+    *shared_item = item;
+}
+
+__device__ inline void zero_row(const Attend& work, int64_t token, int head, int lane, int lanes) {
+    int64_t const base = token * work.output.token_stride + head * work.output.head_stride;
+    for (int i = lane; i < work.layout.rank; i += lanes) store_float(work.output.data, work.output.type, base + i, 0.0f);
+    if (lane == 0 && work.lse != nullptr) work.lse[token * work.heads + head] = -INFINITY;
+}
+
+// Blocks without an item zero the tokens that belong to no sequence; where lists are cut, the merge does.
+__device__ inline void zero_padding(const Attend& work, const Partials& partials, const Item& item) {
+    if (item.slot >= 0) return;
+    if (partials.by_token) {
+        for (int row = threadIdx.x / warp_size; row < item.count; row += blockDim.x / warp_size) {
+            zero_row(work, item.first_token, item.first_head + row, threadIdx.x % warp_size, warp_size);
+        }
+        return;
+    }
+    int64_t parts;
+    if (partials.plan.items != nullptr) {
+        parts = partials.plan.counts->parts;
+    } else {
+        parts = ceil_div(new_tokens_of(work, 0) * work.heads, partials.rows) * int64_t{partials.splits};
+    }
+    int64_t const end = max(work.step.query_offsets[work.step.sequences], 0);
+    for (int64_t token = end + blockIdx.x - parts; token < work.step.tokens; token += gridDim.x - parts) {
+        for (int head = threadIdx.x / warp_size; head < work.heads; head += blockDim.x / warp_size) {
+            zero_row(work, token, head, threadIdx.x % warp_size, warp_size);
+        }
+    }
+}
+
+#endif
+
+}  // namespace mla

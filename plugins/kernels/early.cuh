@@ -1,0 +1,40 @@
+// Kernels that begin while the one before is still at work (SM90 and later): their launch, and what they do before they need its results,
+// cost no time of their own. Elsewhere kernels follow each other as ever.
+#pragma once
+
+#include "call.h"
+
+namespace mla {
+
+// The kernel behind this one may begin, if it was launched early, as soon as all blocks of this one have said so or have ended.
+__device__ inline void let_next_kernel_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Waits until the kernel before has ended and its results can be seen.
+__device__ inline void wait_for_kernel_before() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Launches a kernel that calls `wait_for_kernel_before` ahead of everything that others read or write.
+template <typename... Parameters, typename... Arguments>
+int launch_early(void (*kernel)(Parameters...), unsigned blocks, int threads, int bytes, const Device& device, cudaStream_t stream,
+                 const Arguments&... arguments) {
+    cudaLaunchAttribute early{};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = blocks;
+    config.blockDim = static_cast<unsigned>(threads);
+    config.dynamicSmemBytes = static_cast<size_t>(bytes);
+    config.stream = stream;
+    config.attrs = &early;
+    config.numAttrs = device.major >= 9 ? 1 : 0;
+    return check_cuda("attention", cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+
+}  // namespace mla
