@@ -335,7 +335,7 @@ def _cases() -> dict[str, Callable[[], Case]]:
 
 
 def _uneven_cases() -> dict[str, Callable[[], Case]]:
-    """Shapes that are multiples of nothing, beside even ones."""
+    """Shapes that are multiples of nothing, fill no wave of blocks, or have one sequence out of the common, beside even ones."""
     ragged = [int(keys) for keys in np.random.default_rng(1).integers(1, 8192, 128)]
     cases: dict[str, Callable[[], Case]] = {}
     for kind, row_format, terms in (("bf16", "bf16", 0), ("fp8-1term", "fp8", 1), ("fp8", "fp8", 2)):
@@ -343,6 +343,8 @@ def _uneven_cases() -> dict[str, Callable[[], Case]]:
             ("b127-h128-4099", 128, [4099] * 127, 128),
             ("ragged-h128", 128, ragged, 128),
             ("ragged-h64", 64, ragged, 64),
+            ("one-128k-h128", 128, [1024] * 127 + [131072], 128),
+            ("b70-h128-4k", 128, [4096] * 70, 128),
             ("b128-h127-4k", 127, [4096] * 128, 128),
             ("b128-h96-4k", 96, [4096] * 128, 128),
             ("b128-h72-4k", 72, [4096] * 128, 128),
