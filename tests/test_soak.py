@@ -10,17 +10,17 @@ then answers instead of the lowered model on ONNX Runtime, as on a GPU:
 It may have pages and a vocabulary of any size, but must take a pool of 160 pages, steps of 16 sequences, and a sequence that fills the
 pool. A layer of DeepSeek-V3 of full size:
 
-    python -m mla_trt.models.full_size deepseek-v3 --layers 1 --random -o build/v3.onnx
-    mla-trt lower build/v3.onnx -o build/v3 --logits last --no-verify
+    python -m mla_trt.models.full_size deepseek-v3 --layers 1 --random --dtype float32 -o build/v3.onnx
+    mla-trt lower build/v3.onnx -o build/v3 --kv-format f32 --logits last --no-verify
     mla-trt build build/v3 -o build/v3.engine --max-batch 64 --max-tokens 2048 --max-length 36864
-    MLA_TRT_SOAK_ENGINE=build/v3.engine MLA_TRT_SOAK_TIE=0.15 MLA_TRT_SOAK_DIFFERENT=1 MLA_TRT_SOAK_SECONDS=120 \\
-      python -m pytest -n 0 tests/test_soak.py
+    MLA_TRT_SOAK_ENGINE=build/v3.engine MLA_TRT_SOAK_SECONDS=120 python -m pytest -n 0 tests/test_soak.py
 
-In low precision the two likeliest of 129280 tokens can be nearer to each other than what a sequence gives alone is to what it gives in a
-batch of 16. MLA_TRT_SOAK_TIE (default 0: every stream must be equal) says how far below the largest logit, in standard deviations of
-all logits at that place, that of a served token may lie. Every token of a stream that differs is judged, by the logits of the sequence
-alone with the tokens that were served before it. MLA_TRT_SOAK_DIFFERENT (default 0.05) is the largest share of streams that may differ.
-That model's logits are bfloat16, and the largest lie between 4 and 8, where neighbours are 0.03 apart: many a stream meets a tie.
+In low precision (without --dtype and --kv-format) the two likeliest of 129280 tokens can be nearer to each other than what a sequence
+gives alone is to what it gives in a batch of 16. MLA_TRT_SOAK_TIE (default 0: every stream must be equal) says how far below the largest
+logit, in standard deviations of all logits at that place, that of a served token may lie. Every token of a stream that differs is judged,
+by the logits of the sequence alone with the tokens that were served before it. MLA_TRT_SOAK_DIFFERENT (default 0.05) is the largest share
+of streams that may differ. That model's logits are then bfloat16, and the largest lie between 4 and 8, where neighbours are 0.03 apart:
+many a stream meets a tie, and MLA_TRT_SOAK_TIE=0.15 MLA_TRT_SOAK_DIFFERENT=1 is what it takes.
 """
 
 from __future__ import annotations
