@@ -1,4 +1,4 @@
-// MlaDecoding and MlaPrefillSparse: how the keys are split, and the merge of the parts.
+// MlaDecoding and MlaPrefillSparse: which kernel attends, into how many parts the host cuts the keys, and the merge of the parts.
 #include "attend_items.cuh"
 
 namespace mla {
@@ -125,12 +125,12 @@ __global__ void __launch_bounds__(merge_warps* warp_size, merge_blocks) merge_pl
 }
 
 int merge_parts(const Attend& work, const Partials& partials, int64_t items, const Device& device, cudaStream_t stream) {
+    constexpr int threads = merge_warps * warp_size;
     if (partials.plan.items != nullptr) {
-        return launch_early(merge_planned_kernel, merge_blocks * device.multiprocessors, merge_warps * warp_size, 0, device, stream, work, partials);
-    } else {
-        dim3 const grid(static_cast<unsigned>(items * partials.rows), ceil_div(work.layout.rank, merge_columns));
-        merge_kernel<<<grid, merge_warps * warp_size, 0, stream>>>(work, partials);
+        return launch_early(merge_planned_kernel, merge_blocks * device.multiprocessors, threads, 0, device, stream, work, partials);
     }
+    dim3 const grid(static_cast<unsigned>(items * partials.rows), ceil_div(work.layout.rank, merge_columns));
+    merge_kernel<<<grid, threads, 0, stream>>>(work, partials);
     return check_launch("merge of partial attention");
 }
 
