@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -87,6 +88,7 @@ def test_clients_that_share_batches_get_what_each_gets_alone(
     asked = [([draw.randrange(64) for _ in range(draw.randint(1, 40))], draw.randint(1, 40)) for _ in range(16)]
     before = server.values()
     seen_batches = set()
+    together = threading.Barrier(sum(case % 5 == 0 for case in range(len(asked))), timeout=60)
 
     def ask(case: int) -> Answer:
         time.sleep(case % 4 * 0.02)
@@ -96,6 +98,7 @@ def test_clients_that_share_batches_get_what_each_gets_alone(
             return answer.wait()
         while len(answer.tokens) < 3:
             answer.read()
+        together.wait()
         seen_batches.add(server.values()["mla_trt_batch"])
         answer.vanish()
         return answer

@@ -11,6 +11,7 @@ import subprocess
 import time
 import urllib.request
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -99,8 +100,11 @@ def _free_ports(count: int) -> list[int]:
 
 def process_tree(root: int) -> list[int]:
     """The processes that a process started, and those that they started."""
-    threads = Path(f"/proc/{root}/task").iterdir()
-    found = [int(child) for thread in threads for child in (thread / "children").read_text().split()]
+    found: list[int] = []
+    with suppress(FileNotFoundError, ProcessLookupError):  # it ends meanwhile
+        for thread in Path(f"/proc/{root}/task").iterdir():
+            with suppress(FileNotFoundError, ProcessLookupError):
+                found += map(int, (thread / "children").read_text().split())
     return found + [entry for child in found for entry in process_tree(child)]
 
 
