@@ -30,7 +30,8 @@ struct Entry {
 struct Board {
     Entry entries[threads];
     int2 order[threads];  // what ranks a sequence, and its parts
-    int32_t values[7][warps];  // of warps
+    // of warps; those of `tail` are of the last wave
+    int32_t all[warps], tail_tiles[warps], tail_parts[warps], most_parts[warps], slots[warps], merges[warps], longest[warps];
     float work[warps];
 };
 
@@ -68,7 +69,7 @@ struct Planner {
     const Partials& results;
     int32_t const sequences, tile_shift, row_shift, first;  // of the thread's sequences, which follow each other
     int32_t const last;  // behind them
-    int32_t const run;  // how many each thread has; where more than one, they are so many that their order matters little
+    int32_t const own;  // how many each thread has; where more than one, they are so many that their order matters little
     Board& board;
     Entry* const entries;
 
@@ -88,23 +89,23 @@ struct Planner {
 
     // Entries in the order of their ranks, their items cut where they have more than `most_tiles`. Returns the number of parts.
     __device__ int32_t rank(int32_t most_tiles) const {
-        int32_t own = 0;
+        int32_t parts = 0;
         for_own([&](int32_t sequence) {
             Entry entry = entry_of(sequence);
             if (entry.tiles > most_tiles) {
                 entry.parts = min(ceil_div(entry.tiles, most_tiles), most_parts);
                 entry.tiles = static_cast<int32_t>(ceilf(__fdividef(static_cast<float>(entry.tiles), static_cast<float>(entry.parts))));
             }
-            own += entry.all();
+            parts += entry.all();
             entries[sequence] = entry;
             // long parts before short ones, then as the sequences are
-            if (run == 1) board.order[sequence] = make_int2(min(entry.tiles, 0x3fffff) * threads + threads - 1 - sequence, entry.all());
+            if (own == 1) board.order[sequence] = make_int2(min(entry.tiles, 0x3fffff) * threads + threads - 1 - sequence, entry.all());
         });
-        put_sum(board.values[0], own);
+        put_sum(board.all, parts);
         __syncthreads();
-        int32_t const all = get_sum(board.values[0]);
-        if (run > 1) {
-            int32_t rank = sum_of_lanes_before(own) + get_sum(board.values[0], warp_of_thread());
+        int32_t const all = get_sum(board.all);
+        if (own > 1) {
+            int32_t rank = sum_of_lanes_before(parts) + get_sum(board.all, warp_of_thread());
             for_own([&](int32_t sequence) {
                 entries[sequence].rank = rank;
                 rank += entries[sequence].all();
@@ -142,8 +143,11 @@ struct Planner {
         return all;
     }
 
-    // Into how many pieces each part of the last wave is cut; when the step ends then, in 1 / 16 of a tile's time; the parts of any item.
-    __device__ int3 cut_tail(int32_t all, int32_t head, int32_t fair) const {
+    // Into how many pieces each part of the last wave is cut; when the step ends then, in 1 / 16 of a tile's time; the most parts of an item.
+    struct Cut {
+        int32_t pieces, end, parts;
+    };
+    __device__ Cut cut_tail(int32_t all, int32_t head, int32_t fair) const {
         int32_t const processors = results.multiprocessors, tail = all - head;
         int32_t tail_tiles = 0, tail_parts = 1, parts = 1;
         for_own([&](int32_t i) {
@@ -153,13 +157,13 @@ struct Planner {
             tail_tiles = max(tail_tiles, entry.tiles);
             tail_parts = max(tail_parts, entry.parts);
         });
-        put_max(board.values[1], tail_tiles);
-        put_max(board.values[2], tail_parts);
-        put_max(board.values[3], parts);
+        put_max(board.tail_tiles, tail_tiles);
+        put_max(board.tail_parts, tail_parts);
+        put_max(board.most_parts, parts);
         __syncthreads();
-        tail_tiles = get_max(board.values[1]);
-        tail_parts = get_max(board.values[2]);
-        parts = get_max(board.values[3]);
+        tail_tiles = get_max(board.tail_tiles);
+        tail_parts = get_max(board.tail_parts);
+        parts = get_max(board.most_parts);
 
         // A lane tries as many pieces as its number and one. No end is earlier than a fair one.
         int32_t const pieces = lane_of_thread() + 1, blocks = tail * pieces;
@@ -176,7 +180,7 @@ struct Planner {
         }
         auto const end = static_cast<int32_t>(fminf(cost, 4e6f) * 16.0f) * warp_size + lane_of_thread();
         int32_t const best = __reduce_min_sync(all_lanes, allowed ? end : endless);
-        return make_int3(best % warp_size + 1, best / warp_size, parts);
+        return {best % warp_size + 1, best / warp_size, parts};
     }
 
     // The entry of a rank.
@@ -195,18 +199,21 @@ struct Planner {
     }
 
     // Slots and merges of the entries whose items were cut first. Returns how many there are of each.
-    __device__ int2 place_results() const {
+    struct Results {
+        int32_t slots, merges;
+    };
+    __device__ Results place_results() const {
         int32_t own_slots = 0, own_merges = 0;
         for_own([&](int32_t i) {
             if (entries[i].parts == 1) return;
             own_slots += entries[i].all();
             own_merges += entries[i].items;
         });
-        put_sum(board.values[4], own_slots);
-        put_sum(board.values[5], own_merges);
+        put_sum(board.slots, own_slots);
+        put_sum(board.merges, own_merges);
         __syncthreads();
-        int32_t slot = sum_of_lanes_before(own_slots) + get_sum(board.values[4], warp_of_thread());
-        int32_t merge = sum_of_lanes_before(own_merges) + get_sum(board.values[5], warp_of_thread());
+        int32_t slot = sum_of_lanes_before(own_slots) + get_sum(board.slots, warp_of_thread());
+        int32_t merge = sum_of_lanes_before(own_merges) + get_sum(board.merges, warp_of_thread());
         for_own([&](int32_t i) {
             if (entries[i].parts == 1) return;
             entries[i].slot = slot;
@@ -215,7 +222,7 @@ struct Planner {
             merge += entries[i].items;
         });
         __syncthreads();
-        return make_int2(get_sum(board.values[4]), get_sum(board.values[5]));
+        return {get_sum(board.slots), get_sum(board.merges)};
     }
 
     // What the blocks work on and what is merged, by all threads.
@@ -254,7 +261,7 @@ struct Planner {
         }
     }
 
-    __device__ void run_all() const {
+    __device__ void run() const {
         float own_work = 0.0f;
         int32_t own_longest = 0;
         for_own([&](int32_t sequence) {
@@ -264,29 +271,29 @@ struct Planner {
         });
         own_work = warp_sum(own_work);
         if (lane_of_thread() == 0) board.work[warp_of_thread()] = own_work;
-        put_max(board.values[6], own_longest);
+        put_max(board.longest, own_longest);
         __syncthreads();
         float const all_work = warp_sum(lane_of_thread() < warps ? board.work[lane_of_thread()] : 0.0f);
-        int32_t const longest = get_max(board.values[6]), processors = results.multiprocessors;
+        int32_t const longest = get_max(board.longest), processors = results.multiprocessors;
         int32_t const fair = max(static_cast<int32_t>(fminf(ceilf(all_work / static_cast<float>(processors)), 1e9f)), 2);
 
         int32_t most_tiles = longest > fair ? fair : endless, all, head;
-        int3 cut;
+        Cut cut;
 #pragma unroll 1
         for (;;) {
             all = rank(most_tiles);
             head = all / processors * processors;
             cut = cut_tail(all, head, fair);
-            if (most_tiles == endless || cut.y < 16 * (longest + block_tiles)) break;
+            if (most_tiles == endless || cut.end < 16 * (longest + block_tiles)) break;
             most_tiles = endless;
         }
-        int32_t const tail = all - head, pieces = cut.x;
-        int2 const placed = cut.z > 1 ? place_results() : make_int2(0, 0);
+        int32_t const tail = all - head, pieces = cut.pieces;
+        Results const placed = cut.parts > 1 ? place_results() : Results{0, 0};
         // Offsets that overlap, as a builder's may, can give more than there is room for: then nothing is done.
-        bool const fits = placed.x <= 2 * processors && all <= most_items(work, results.rows, false) + processors;
+        bool const fits = placed.slots <= 2 * processors && all <= most_items(work, results.rows, false) + processors;
         int32_t const blocks = fits ? head + tail * pieces : 0;
-        if (threadIdx.x == 0) *results.plan.counts = {blocks, fits ? placed.y + (pieces > 1 ? tail : 0) : 0};
-        write(head, blocks, pieces, placed.y);
+        if (threadIdx.x == 0) *results.plan.counts = {blocks, fits ? placed.merges + (pieces > 1 ? tail : 0) : 0};
+        write(head, blocks, pieces, placed.merges);
     }
 };
 
@@ -298,7 +305,7 @@ __global__ void __launch_bounds__(threads) plan_attention_kernel(Attend work, Pa
     int32_t const run = ceil_div(sequences, threads);
     Planner{work, results, sequences, 31 - __clz(tile), 31 - __clz(results.rows), min(static_cast<int32_t>(threadIdx.x) * run, sequences),
             min(static_cast<int32_t>(threadIdx.x + 1) * run, sequences), run, board, run > 1 ? entries : board.entries}
-        .run_all();
+        .run();
 }
 
 }  // namespace

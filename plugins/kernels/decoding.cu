@@ -116,7 +116,8 @@ __global__ void __launch_bounds__(merge_warps* warp_size, merge_blocks) merge_pl
     for (auto i = static_cast<int32_t>(blockIdx.x); i >> row_shift < items; i += static_cast<int32_t>(gridDim.x)) {
         Merge const merge = partials.plan.merges[i >> row_shift];
         if ((i & row_mask) >= merge.rows) continue;
-        if (merge.parts() <= 16) {
+        constexpr int few_parts = 16;
+        if (merge.parts() <= few_parts) {
             for (int slice = warp; slice < slices; slice += merge_warps) merge_slice<1, 8>(work, partials, merge, i & row_mask, slice, 0);
         } else {
             for (int slice = 0; slice < slices; ++slice) merge_slice<merge_warps, 4>(work, partials, merge, i & row_mask, slice, warp);

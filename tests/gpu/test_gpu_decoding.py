@@ -36,7 +36,7 @@ STEPS = {
 # 0 keys (no new token), 1, and around the borders of pages and tiles
 LENGTHS = (0, 1, 63, 64, 65, 127, 128, 129, 255, 257, 4096)
 
-# of sequences that decode a token each, and heads: what the cut of a step's keys (attend_items.cuh) depends on
+# of sequences that decode a token each, and heads: what the cut of a step's keys (attend_plan.cu) depends on
 RAGGED = {
     "one long, few short": ([6000, *range(1, 24)], 16),
     "one long, many short": ([*range(1, 301), 9000, *range(1, 301)], 4),  # more sequences than a block has threads
