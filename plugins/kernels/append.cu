@@ -5,6 +5,7 @@
 // norm's sum is free.
 #include "append.h"
 
+#include "early.cuh"
 #include "pool.h"
 
 namespace mla {
@@ -139,6 +140,7 @@ __device__ float make_row(const KvLayout& layout, const float* latent, const flo
 
 // Block (token, y): y 0 makes the token's cache row, the others rotate its queries.
 __global__ void __launch_bounds__(threads) append_kernel(Append work) {
+    let_next_kernel_begin();
     extern __shared__ uint4 shared[];
     __shared__ float scratch[warp_size];
     int64_t const token = blockIdx.x;

@@ -22,19 +22,15 @@ struct Attend {
     int32_t query_terms;  // e4m3 terms that the query may be made of; 0: products of bf16 only
 };
 
-// What a block works on: `count` consecutive (token, head) pairs of one sequence, and of the tiles of their keys those from
-// begin / of to end / of.
+// What a block works on: `count` consecutive (token, head) pairs of one sequence, and a part of the tiles of their keys.
 struct Item {
     int64_t first_token;
     int32_t sequence;  // -1: none
     int32_t first_head;
     int32_t count;
-    int32_t begin, end, of;
+    int32_t keys;  // that its rows see at most, or listed ones, in all parts
+    int32_t first_tile, last_tile;  // the last one is not among the part's
     int32_t slot;  // of the part's result among the partial ones; -1: there is no other part
-
-    MLA_BOTH int32_t tile_at(int32_t tiles, int32_t share) const {
-        return static_cast<int32_t>(static_cast<int64_t>(tiles) * share / of);
-    }
 };
 
 // Rows whose results are in parts: in `count` slots from `slot` on, `stride` apart, then in `tail_count` more.
@@ -68,6 +64,7 @@ struct Partials {
     float* output;  // [slots, rows, R], divided by the part's own sum
     float* lse;  // [slots, rows], base 2, -inf where the part has no key
     int rows;  // of a block
+    int tile;  // keys of a tile, a power of two
     int32_t slots, multiprocessors;
     bool by_token;  // items are heads of one token
     bool output_aligned;  // four outputs that follow each other may be written at once
@@ -77,12 +74,23 @@ struct Partials {
     MLA_BOTH int64_t row(int32_t slot, int row) const { return static_cast<int64_t>(slot) * rows + row; }
 };
 
-// Attends; takes its scratch memory from the call's workspace.
-int attend(Call& call, const Attend& work);
+// How a step is attended to.
+struct Attention {
+    enum { hopper_fp8, hopper_bf16, tensor_cores, exact } kernel;
+    int64_t items;
+    Partials partials;
+};
+
+// Finds that, takes the scratch memory from the call's workspace, where it may be used until `attend` has been called, and launches the plan
+// where there is one. `after_append`: the kernel before is `append`, which makes nothing that the plan needs, and the plan is made
+// meanwhile.
+int begin_attention(Call& call, const Attend& work, bool after_append, Attention* attention);
+int attend(const Attend& work, const Attention& attention, cudaStream_t stream);
 
 // The kernels behind it, and the rows (query tokens x heads of one sequence, or heads of one token with lists) of a block of each:
 // SM90's own with products in e4m3 (fp8 rows) and in bf16 (bf16, fp8 and fp8_ds_mla rows; both R 512,
 // Dr 64), tensor cores (any format but f32, R up to 512, Dr up to 64), and plain cores in f32 (everything).
+constexpr int hopper_fp8_tile = 128, attend_tile = 64;  // keys of a tile: of the first, and of the next two
 bool attend_takes_hopper_fp8(const Attend& work, const Device& device);
 int hopper_fp8_rows(const Attend& work);
 int attend_hopper_fp8(const Attend& work, const Partials& partials, cudaStream_t stream);
@@ -95,9 +103,9 @@ int attend_tensor_cores(const Attend& work, const Partials& partials, const Devi
 constexpr int exact_rows = 8;
 int attend_exact(const Attend& work, const Partials& partials, cudaStream_t stream);
 
-// The plan of a step of several sequences, and its kernel, for an attention kernel whose tiles have `tile` keys.
+// The plan of a step of several sequences, and its kernel.
 Plan take_plan(Workspace& workspace, const Attend& work, const Partials& partials);
-int plan_attention(const Attend& work, const Partials& partials, int tile, cudaStream_t stream);
+int plan_attention(const Attend& work, const Partials& partials, bool after_append, cudaStream_t stream);
 
 #if defined(__CUDACC__)
 

@@ -20,7 +20,30 @@ inline int make_map(CUtensorMap* map, const Attend& work, int columns, int box_c
                            {layout.row_bytes, 128, layout.page_bytes}, {128, 64, box_columns, 1});
 }
 
+// The queries as [column of 128 bytes][row][byte], where a row is a head of a token; a box is a column of `rows`.
+constexpr int query_columns = (rank + rope) * 2 / 128;
+inline int make_query_map(CUtensorMap* map, const Attend& work, int rows) {
+    int64_t const all = work.step.tokens * work.heads, row_bytes = query_columns * 128;
+    return make_tensor_map(map, work.query.data, {128, all, query_columns, 1}, {row_bytes, 128, all * row_bytes}, {128, rows, 1, 1});
+}
+
+// Whether there is such a map.
+inline bool queries_lie_together(const Attend& work) {
+    const View& query = work.query;
+    return query.type == MLA_BFLOAT16 && query.head_stride == rank + rope && query.token_stride == work.heads * query.head_stride &&
+           reinterpret_cast<uintptr_t>(query.data) % 16 == 0 && work.step.tokens * work.heads <= 0x7fffffff;
+}
+
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+// Orders an item's queries by columns, each to where `place` says. By one thread. Rows behind the item's are those of others.
+template <typename Place>
+__device__ void order_queries(const Attend& work, const CUtensorMap* map, const Item& item, int rows, uint32_t barrier, Place&& place) {
+    auto const row = static_cast<int32_t>(item.first_token * work.heads + item.first_head);
+    barrier_expect(barrier, query_columns * rows * 128);
+#pragma unroll 1
+    for (int i = 0; i < query_columns; ++i) copy_box(place(i), map, barrier, 0, row, i, 0);
+}
 
 // The value, as if it were another one: what is made from it is made again each time, and takes no registers throughout a loop.
 __device__ inline unsigned again(unsigned value) {

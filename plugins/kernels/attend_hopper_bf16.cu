@@ -21,26 +21,6 @@ using namespace hopper_bf16;
 
 constexpr float spare_bits = 8.0f;
 
-// The rows' queries, by the groups that use them.
-__device__ void load_query(const Attend& work, const Item& item, uint8_t* memory) {
-    int const thread = static_cast<int>(threadIdx.x);
-    for (int i = thread; i < 64 * pieces * 8; i += block_threads) {
-        int const row = i / (pieces * 8), unit = i % (pieces * 8), flat = item.first_head + row;
-        int64_t const at = (item.first_token + flat / work.heads) * work.query.token_stride +
-                           (flat % work.heads) * work.query.head_stride + unit * 8;
-        bool const there = row < item.count;
-        copy_async_16(shared_address(memory) + unit / 8 * piece_bytes + row * 128 + ((unit % 8 ^ (row & 7)) << 4),
-                      static_cast<const __nv_bfloat16*>(work.query.data) + (there ? at : 0), there);
-    }
-    if (thread < 64) {
-        reinterpret_cast<int32_t*>(memory + place::limits)[thread] =
-            thread < item.count ? last_key(work, item.first_token + (item.first_head + thread) / work.heads) : -1;
-    }
-    copy_async_wait_all();
-    fence_async();
-    named_sync(queries_there, block_threads);
-}
-
 // Lane 4 g + t of warp w has rows 16 w + g and 16 w + g + 8, and of each 8 keys 2 t and 2 t + 1.
 template <bool lists, int format>
 __device__ void score_group(const Attend& work, const Partials& partials, const Item& item, const Span& span, uint8_t* memory) {
@@ -50,6 +30,12 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
     float const scale = work.softmax_scale * log2e;
     uint32_t const query = tile_descriptor(shared_address(memory));
     float top[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f};
+    if (thread < 64) {
+        reinterpret_cast<int32_t*>(memory + place::limits)[thread] =
+            thread < item.count ? last_key(work, item.first_token + (item.first_head + thread) / work.heads) : -1;
+    }
+    named_sync(limits_there, group);
+    barrier_wait(shared_address(memory + place::queries_full), 0);
 
 #pragma unroll 1
     for (int32_t n = 0; n < span.count; ++n) {
@@ -269,7 +255,8 @@ __device__ void output_group(const Attend& work, const Item& item, const Span& s
 
 template <bool lists, int format>
 __global__ void __launch_bounds__(format == row_format::bf16 ? block_threads : decoding_threads, 1)
-    attend_hopper_bf16_kernel(const __grid_constant__ CUtensorMap map, Attend work, Partials partials) {
+    attend_hopper_bf16_kernel(const __grid_constant__ CUtensorMap map, const __grid_constant__ CUtensorMap query_map, Attend work,
+                              Partials partials) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     constexpr bool codes = format != row_format::bf16;
     extern __shared__ __align__(1024) uint8_t memory[];
@@ -283,7 +270,10 @@ __global__ void __launch_bounds__(format == row_format::bf16 ? block_threads : d
                 barrier_init(barrier_of(memory, place::used, i, side), group / warp_size);
             }
         }
+        barrier_init(shared_address(memory + place::queries_full), 1);
         fence_barrier_init();
+        prefetch_map(&query_map);
+        if (!lists && !codes) prefetch_map(&map);
     }
     if (warp == 0) take_item(work, partials, &shared_item);
     __syncthreads();
@@ -292,29 +282,26 @@ __global__ void __launch_bounds__(format == row_format::bf16 ? block_threads : d
         zero_padding(work, partials, item);
         return;
     }
-    int64_t const last_token = item.first_token + (item.first_head + item.count - 1) / work.heads;
-    int32_t const end = lists ? list_length(work, item.first_token) : max(last_key(work, last_token) + 1, 0);
-    int32_t const tile_count = ceil_div(end, tile);
-    int32_t const first = item.tile_at(tile_count, item.begin), last = item.tile_at(tile_count, item.end);
-    Span const span{first, last - first, min(end - (last - 1) * tile, tile)};
+    if (threadIdx.x == 0) {
+        order_queries(work, &query_map, item, hopper_bf16_rows, shared_address(memory + place::queries_full),
+                      [&](int column) { return shared_address(memory) + column * piece_bytes; });
+    }
+    Span const span{item.first_tile, item.last_tile - item.first_tile, min(item.keys - (item.last_tile - 1) * tile, tile)};
 
     if (codes && warp >= block_threads / warp_size) {
         registers_decrease<88>();
         if constexpr (codes) TileDecoder<lists, format>{work, item, span}.run(memory);
         __syncthreads();
+    } else if (warp < group / warp_size) {
+        if constexpr (codes) registers_decrease<104>();
+        score_group<lists, format>(work, partials, item, span, memory);
+        __syncthreads();
     } else {
-        load_query(work, item, memory);
-        if (warp < group / warp_size) {
-            if constexpr (codes) registers_decrease<104>();
-            score_group<lists, format>(work, partials, item, span, memory);
-            __syncthreads();
+        if constexpr (codes) registers_increase<160>();
+        if (warp < 2 * group / warp_size) {
+            output_group<lists, codes, 0>(work, item, span, &map, memory);
         } else {
-            if constexpr (codes) registers_increase<160>();
-            if (warp < 2 * group / warp_size) {
-                output_group<lists, codes, 0>(work, item, span, &map, memory);
-            } else {
-                output_group<lists, codes, 1>(work, item, span, &map, memory);
-            }
+            output_group<lists, codes, 1>(work, item, span, &map, memory);
         }
     }
     __syncthreads();
@@ -324,12 +311,13 @@ __global__ void __launch_bounds__(format == row_format::bf16 ? block_threads : d
 
 template <bool lists, int format>
 int launch(const Attend& work, const Partials& partials, cudaStream_t stream) {
-    CUtensorMap map{};
+    CUtensorMap map{}, query_map;
+    if (int status = make_query_map(&query_map, work, hopper_bf16_rows)) return status;
     if (!lists && format == row_format::bf16) {
         if (int status = make_map(&map, work, pieces, 1)) return status;
     }
     return launch_blocks(attend_hopper_bf16_kernel<lists, format>, work, partials,
-                         format == row_format::bf16 ? block_threads : decoding_threads, place::total, stream, map, work, partials);
+                         format == row_format::bf16 ? block_threads : decoding_threads, place::total, stream, map, query_map, work, partials);
 }
 
 template <bool lists>
@@ -346,8 +334,8 @@ int launch(const Attend& work, const Partials& partials, cudaStream_t stream) {
 bool attend_takes_hopper_bf16(const Attend& work, const Device& device) {
     const KvLayout& layout = work.layout;
     bool const codes = layout.format == row_format::fp8 || layout.format == row_format::fp8_ds_mla;
-    if (device.major != 9 || (layout.format != row_format::bf16 && !codes) || work.query.type != MLA_BFLOAT16 ||
-        !queries_aligned(work) || work.step.pages <= 0 || layout.rank != rank || layout.rope != rope || layout.page_size < tile ||
+    if (device.major != 9 || (layout.format != row_format::bf16 && !codes) || !queries_lie_together(work) ||
+        work.step.pages <= 0 || layout.rank != rank || layout.rope != rope || layout.page_size < tile ||
         (layout.page_size & (layout.page_size - 1)) != 0 || reinterpret_cast<uintptr_t>(work.pool) % 16 != 0) {
         return false;
     }

@@ -13,7 +13,7 @@ using namespace hopper;
 
 constexpr int block_threads = 3 * group;  // of which one group makes the scores and two the output
 constexpr int decoding_threads = 4 * group;  // of a block with a group more that decodes keys
-constexpr int tile = 64;
+constexpr int tile = attend_tile;
 constexpr int value_pieces = rank / 64, pieces = value_pieces + 1;
 constexpr int piece_bytes = tile * 128;
 constexpr int tile_bytes = pieces * piece_bytes;
@@ -32,10 +32,11 @@ constexpr int there = offsets + 4 * tile * 4;  // [2], a bit for each key of a t
 constexpr int full = there + 2 * 2 * 4;  // [2][2 sides] barriers: that side of a tile is there
 constexpr int used = full + 4 * 8;  // [2][2 sides]: the output has it
 constexpr int ready = used + 4 * 8;  // [2]: the weights are there
-constexpr int total = ready + 2 * 8;
+constexpr int queries_full = ready + 2 * 8;  // barrier: the queries are there
+constexpr int total = queries_full + 8;
 }  // namespace place
 
-enum : int { keys_read = 1, queries_there = 2, rows_found = 3 };  // named barriers, the last one of each side
+enum : int { keys_read = 1, limits_there = 2, rows_found = 3 };  // named barriers, the last one of each side
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
@@ -217,7 +218,8 @@ __device__ void store_in_order(uint32_t to, uint4 value) {
 }
 
 // Codes of the latent as bf16 values, of whole sequences or of lists, by a group of its own. A scale of a whole row (fp8) is given to
-// the scores' group, and what the codes become is exact; else they are rounded with their scales, which are two bf16 numbers each.
+// the scores' group, and what the codes become is exact; else they are rounded with their scales, which are two bf16 numbers each. These
+// have the 2^120 of `decode_pair` in them, unless one of the scales is too large for that.
 // Rows are fetched half a tile at a time, eight by a warp, each part while that of the rows before is decoded. Four lanes have a row:
 // 16 of its columns of each piece, and two units of its rope.
 template <bool lists, int format>
@@ -236,11 +238,11 @@ struct TileDecoder {
     uint4 codes[value_pieces], rope_units[2];
     uint4 scales;  // f32
 
-    // Two scales as pairs of bf16 numbers whose sums they are, to 2^-16; and one of them, twice.
+    // Two scales in a unit as pairs of bf16 numbers whose sums they are, to 2^-16; and one of them, twice.
     struct Scales {
         uint32_t high, low;
-        __device__ Scales(uint32_t first, uint32_t second) {
-            float2 const both = make_float2(__uint_as_float(first), __uint_as_float(second));
+        __device__ Scales(uint32_t first, uint32_t second, float unit) {
+            float2 const both = make_float2(__uint_as_float(first) * unit, __uint_as_float(second) * unit);
             __nv_bfloat162 const rounded = __float22bfloat162_rn(both);
             float2 const back = __bfloat1622float2(rounded);
             __nv_bfloat162 const rest = __floats2bfloat162_rn(both.x - back.x, both.y - back.y);
@@ -274,20 +276,11 @@ struct TileDecoder {
             uint32_t const bits = rows_of(__ballot_sync(0xffffffffu, fetched));
             if (lane == 0) memory[place::there + (n & 1) * 8 + m % 2 * 4 + warp] = static_cast<uint8_t>(bits);
             fetched = present;
-            Scales const pairs[2] = {{scales.x, scales.y}, {scales.z, scales.w}};
-            scales = ask_scales();
             uint32_t const target = shared_address(memory) + place::tiles + (n & 1) * tile_bytes + line * 128;
-            uint32_t const unit = (2 * quarter ^ own_row) * 16;
-#pragma unroll
-            for (int i = 0; i < value_pieces; ++i) {
-                uint32_t const which = i % 4 < 2 ? 0x1010 : 0x3232;
-                Factor const factor{__byte_perm(pairs[i / 4].high, 0, which), __byte_perm(pairs[i / 4].low, 0, which)};
-                store_in_order(target + i * piece_bytes + unit, decode(codes[i].x, codes[i].y, factor));
-                store_in_order(target + i * piece_bytes + (unit ^ 16), decode(codes[i].z, codes[i].w, factor));
-                if (i % 4 == 0) {
-                    store_in_order(target + value_pieces * piece_bytes + ((quarter + i) * 16 ^ own_row * 16), rope_units[i / 4]);
-                }
-                fetch(i);
+            if (!page_scales && __any_sync(0xffffffffu, most(most(scales.x, scales.y), most(scales.z, scales.w)) >= large_scale)) {
+                decode_half<true>(target, own_row);
+            } else {
+                decode_half<false>(target, own_row);
             }
             find_row();
             // without a fence, which would wait for the next rows: those who use the tile have one
@@ -296,6 +289,29 @@ struct TileDecoder {
     }
 
 private:
+    static constexpr uint32_t large_scale = 0x43000000;  // 2^7 as bits
+    __device__ static uint32_t most(uint32_t a, uint32_t b) { return a > b ? a : b; }
+
+    // The lane's codes to their places, while those of the row after are fetched.
+    template <bool large>
+    __device__ void decode_half(uint32_t target, int own_row) {
+        constexpr float unit_of_codes = large || page_scales ? 1.0f : 0x1p120f;
+        Scales const pairs[2] = {{scales.x, scales.y, unit_of_codes}, {scales.z, scales.w, unit_of_codes}};
+        scales = ask_scales();
+        uint32_t const unit = (2 * quarter ^ own_row) * 16;
+#pragma unroll
+        for (int i = 0; i < value_pieces; ++i) {
+            uint32_t const which = i % 4 < 2 ? 0x1010 : 0x3232;
+            Factor const factor{__byte_perm(pairs[i / 4].high, 0, which), __byte_perm(pairs[i / 4].low, 0, which)};
+            store_in_order(target + i * piece_bytes + unit, decode<large>(codes[i].x, codes[i].y, factor));
+            store_in_order(target + i * piece_bytes + (unit ^ 16), decode<large>(codes[i].z, codes[i].w, factor));
+            if (i % 4 == 0) {
+                store_in_order(target + value_pieces * piece_bytes + ((quarter + i) * 16 ^ own_row * 16), rope_units[i / 4]);
+            }
+            fetch(i);
+        }
+    }
+
     __device__ void find_row() {
         uint32_t const offset = offsets.next(work, item, span);
         present = offset != no_row;
@@ -326,15 +342,17 @@ private:
     }
 
     // Eight codes.
+    template <bool large>
     __device__ static uint4 decode(uint32_t low, uint32_t high, Factor factor) {
-        uint2 const first = decode_e4m3x4(low), second = decode_e4m3x4(high);
-        if constexpr (page_scales) return make_uint4(first.x, first.y, second.x, second.y);
-        auto scaled = [&](uint32_t pair) {
+        auto value = [&](uint32_t pair) {
+            if (large || page_scales) pair = decode_pair(pair);
+            if (page_scales) return pair;
             const auto &codes = reinterpret_cast<const __nv_bfloat162&>(pair), &low = reinterpret_cast<const __nv_bfloat162&>(factor.low);
             __nv_bfloat162 const values = __hfma2(codes, reinterpret_cast<const __nv_bfloat162&>(factor.high), __hmul2(codes, low));
             return reinterpret_cast<const uint32_t&>(values);
         };
-        return make_uint4(scaled(first.x), scaled(first.y), scaled(second.x), scaled(second.y));
+        return make_uint4(value(code_pair<codes_01>(low)), value(code_pair<codes_23>(low)), value(code_pair<codes_01>(high)),
+                          value(code_pair<codes_23>(high)));
     }
 };
 

@@ -24,18 +24,23 @@ using namespace hopper;
 
 template <typename F>
 __global__ void __launch_bounds__(threads, 1)
-    attend_hopper_fp8_kernel(const __grid_constant__ CUtensorMap map, Attend work, Partials partials) {
+    attend_hopper_fp8_kernel(const __grid_constant__ CUtensorMap map, const __grid_constant__ CUtensorMap query_map, Attend work,
+                             Partials partials) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     using P = Places<F>;
     extern __shared__ __align__(1024) uint8_t memory[];
     __shared__ Item shared_item;
-    int const warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
+    int const warp = threadIdx.x / warp_size;
+    uint32_t const queries_full = shared_address(memory + P::queries_full);
     if (threadIdx.x == 32) {
 #pragma unroll 1
         for (int i = 0; i < F::ring + 8; ++i) {
             barrier_init(shared_address(memory + P::scales_full) + 8 * i, F::lists ? group : 1);
         }
+        barrier_init(queries_full, 1);
         fence_barrier_init();
+        prefetch_map(&query_map);
+        if (!F::lists) prefetch_map(&map);
     }
     if (warp == 0) take_item(work, partials, &shared_item);
     __syncthreads();
@@ -44,34 +49,15 @@ __global__ void __launch_bounds__(threads, 1)
         zero_padding(work, partials, item);
         return;
     }
-    int64_t const last_token = item.first_token + (item.first_head + item.count - 1) / work.heads;
-    int32_t const end = F::lists ? list_length(work, item.first_token) : max(last_key(work, last_token) + 1, 0);
-    int32_t const tile_count = ceil_div(end, tile);
-    int32_t const first = item.tile_at(tile_count, item.begin), last = item.tile_at(tile_count, item.end);
-    Ring<F> const ring{memory, &map, last - first};
-
-    if (warp == 0) {  // pages of four tiles: the score groups go on from there
-        if (lane == 0) *reinterpret_cast<int2*>(memory + P::span) = make_int2(first, min(end - (last - 1) * tile, tile));
-        __syncwarp();
+    if (threadIdx.x == 0) {
+        order_queries(work, &query_map, item, F::rows, queries_full,
+                      [&](int column) { return shared_address(memory + P::raw_query(column)); });
     }
-    if (!F::lists && warp == 0) {
-        if (lane < 8) ring.fetch_page(work, item.sequence, lane / 2, lane % 2);
-        copy_async_wait<0>();
-        __syncwarp();
-#pragma unroll 1
-        for (int number = 0; number < F::ring; ++number) ring.order(work, number / pieces, number % pieces);
-#pragma unroll 1
-        for (int i = 0; i < 6; ++i) ring.order_scales(work, i / 2, i % 2);
-    }
-    load_query<F>(work, item, memory);
-    for (int row = threadIdx.x; row < 64; row += threads) {
-        reinterpret_cast<int32_t*>(memory + P::limits)[row] =
-            row < item.count ? last_key(work, item.first_token + (item.first_head + row) / work.heads) : -1;
-    }
-    fence_async();
-    __syncthreads();
+    Ring<F> const ring{memory, &map, &item, item.last_tile - item.first_tile};
     if (threadIdx.x < 2 * group) {
         registers_decrease<64>();
+        make_query<F>(work, item, memory);
+        named_sync(queries_there, threads);
         score_group<F>(work, partials, item, ring, memory);
         __syncthreads();
     } else {
@@ -85,9 +71,10 @@ __global__ void __launch_bounds__(threads, 1)
 
 template <typename F>
 int launch(const Attend& work, const Partials& partials, cudaStream_t stream) {
-    CUtensorMap map;
+    CUtensorMap map, query_map;
+    if (int status = make_query_map(&query_map, work, F::rows)) return status;
     if (int status = make_map(&map, work, pieces, 1)) return status;
-    return launch_blocks(attend_hopper_fp8_kernel<F>, work, partials, threads, Places<F>::total, stream, map, work, partials);
+    return launch_blocks(attend_hopper_fp8_kernel<F>, work, partials, threads, Places<F>::total, stream, map, query_map, work, partials);
 }
 
 template <bool lists>
@@ -104,8 +91,7 @@ int launch_rows(const Attend& work, const Partials& partials, cudaStream_t strea
 }  // namespace
 
 bool attend_takes_hopper_fp8(const Attend& work, const Device& device) {
-    if (device.major != 9 || work.query_terms == 0 || work.query.type != MLA_BFLOAT16 || !queries_aligned(work) ||
-        work.step.pages <= 0) {
+    if (device.major != 9 || work.query_terms == 0 || !queries_lie_together(work) || work.step.pages <= 0) {
         return false;
     }
     const KvLayout& layout = work.layout;

@@ -1,7 +1,7 @@
 // The warpgroups of attend_hopper_fp8.cu that make the output.
 #pragma once
 
-#include "attend_hopper_fp8_ring.cuh"
+#include "attend_hopper_fp8_query.cuh"
 
 namespace mla {
 namespace hopper {
@@ -45,6 +45,31 @@ __device__ void output_group(const Attend& work, const Item& item, const Ring<F>
     // what `place` says again, rather than in registers of its own
     auto own_lane = [&] { return (again(place) - shared_address(memory)) / 128 % warp_size; };
     auto own_warp = [&] { return (again(place) / 16 ^ (again(place) - shared_address(memory)) / 128) % 8; };
+    auto own_thread = [&] { return static_cast<int>(own_warp() * warp_size + own_lane()); };
+    ListFinder<F> finder;
+    if constexpr (F::lists) {
+        if (own_thread() < half) finder.begin(work, item, ring, side * half + own_thread());
+        named_sync(rows_found, 2 * group);
+#pragma unroll 1
+        for (int number = side; number < F::ring; number += 2) {
+            if (number >= P::early_pieces && number - 2 < P::early_pieces) named_sync(queries_there, threads);
+            ring.gather(work, number / pieces, number % pieces, own_thread());
+        }
+    } else {
+        bool const orders = side == 0 && warp == 0;
+        if (orders) {
+            ring.begin(work, lane);
+#pragma unroll 1
+            for (int number = 0; number < P::early_pieces; ++number) ring.order(work, number / pieces, number % pieces);
+        }
+        make_query<F>(work, item, memory);
+        named_sync(queries_there, threads);
+        if (orders) {
+#pragma unroll 1
+            for (int number = P::early_pieces; number < F::ring; ++number) ring.order(work, number / pieces, number % pieces);
+        }
+    }
+    if (F::lists && P::early_pieces == F::ring) named_sync(queries_there, threads);
     float sums[4][values];
 #pragma unroll
     for (int m = 0; m < 4; ++m) {
@@ -66,23 +91,12 @@ __device__ void output_group(const Attend& work, const Item& item, const Ring<F>
             }
         }
     };
-    auto own_thread = [&] { return static_cast<int>(own_warp() * warp_size + own_lane()); };
     // The table of a tile's scales: half of it by each group.
     auto make_scales = [&](int32_t n) {
         int const key = own_thread();
         if (key < half) ring.make_scale(work, n, side * half + key, n % 3);
     };
-    ListFinder<F> finder;
-    if constexpr (F::lists) {
-        if (own_thread() < half) finder.begin(work, item, ring, side * half + own_thread());
-        named_sync(rows_found, 2 * group);
-#pragma unroll 1
-        for (int number = side; number < F::ring; number += 2) {
-            ring.gather(work, number / pieces, number % pieces, own_thread());
-        }
-    } else {
-        make_scales(0);
-    }
+    if constexpr (!F::lists) make_scales(0);
     if (ring.count > 0) named_arrive(weights_free, threads);
     if constexpr (!F::lists) make_scales(1);
     if (ring.count > 1) named_arrive(weights_free + 1, threads);

@@ -8,7 +8,7 @@
 namespace mla {
 namespace hopper {
 
-constexpr int tile = 128, half = 64;  // keys of a tile, and of a copy
+constexpr int tile = hopper_fp8_tile, half = 64;  // keys of a tile, and of a copy
 constexpr int threads = 4 * group;
 constexpr int pieces = 5;  // of a tile: four of the latent and the rope part
 constexpr int piece_bytes = tile * 128;
@@ -42,12 +42,20 @@ struct Places {
     static constexpr int factors = sums + 2 * 64 * 4;  // [64]
     static constexpr int limits = factors + 64 * 4;  // [64]
     static constexpr int pages = limits + 64 * 4;  // [8][2], as the block table has them, of the halves of a tile
-    static constexpr int span = pages + 8 * 2 * 4;  // the block's first tile, and the keys of its last one
-    static constexpr int raw_scales = span + 16;  // [4][128]
+    static constexpr int raw_scales = pages + 8 * 2 * 4;  // [4][128]
     static constexpr int offsets = raw_scales;  // of listed rows in the pool, in 16 bytes, [4][128]: in their place
     static constexpr int scales_full = raw_scales + 4 * tile * 4;  // [4][2], their barriers
     static constexpr int full = scales_full + 4 * 2 * 8;  // barriers of the ring
-    static constexpr int total = full + F::ring * 8;
+    static constexpr int queries_full = full + F::ring * 8;  // barrier of the queries as they come
+    static constexpr int total = queries_full + 8;
+
+    // A column of the queries as they come, before they are codes: where the ring's second tile will be, or else where the codes will
+    // be, row by row.
+    static constexpr int early_pieces = F::second ? F::ring : pieces;  // of the ring, which may be ordered before
+    MLA_BOTH static constexpr int raw_query(int column) {
+        if (!F::second) return early_pieces * piece_bytes + column * F::rows * 128;
+        return (column % 2 == 0 ? query : query_low) + column / 2 * row_piece_bytes;
+    }
 };
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -63,7 +71,7 @@ constexpr float weight_bits = 7.0f, spare_bits = 1.75f, low_bits = 8.0f, most_bi
 constexpr float half_code_unit = 0x1p60f;
 
 // Named barriers. Ready and free: of the weights' two buffers.
-enum : int { weights_ready = 1, weights_free = 3, maxima_ready = 5, piece_used = 6, rows_found = 10 };
+enum : int { weights_ready = 1, weights_free = 3, maxima_ready = 5, piece_used = 6, rows_found = 10, queries_there = 11 };
 
 // Of normal numbers; others give 0 or infinity.
 __device__ inline float fast_log2(float value) {
@@ -90,6 +98,7 @@ struct Ring {
     using P = Places<F>;
     uint8_t* memory;
     const CUtensorMap* map;
+    const Item* item;
     int32_t count;  // tiles of this block
 
     __device__ static constexpr int column(int i) { return i == 1 ? 2 : i == 2 ? 1 : i; }
@@ -99,6 +108,15 @@ struct Ring {
     __device__ uint32_t piece(int32_t n, int i) const { return shared_address(memory) + slot(n, i) * piece_bytes; }
     __device__ void wait(int32_t n, int i) const {
         barrier_wait(shared_address(memory + P::full) + 8 * slot(n, i), parity(n, i));
+    }
+
+    // Finds the pages of four tiles and orders the scales of three. By a warp; the score groups go on from there.
+    __device__ void begin(const Attend& work, int lane) const {
+        if (lane < 8) fetch_page(work, lane / 2, lane % 2);
+        copy_async_wait<0>();
+        __syncwarp();
+#pragma unroll 1
+        for (int i = 0; i < 6; ++i) order_scales(work, i / 2, i % 2);
     }
 
     // Orders the piece that is `ring` after piece i of tile n, when that one is used up. By a warp.
@@ -138,8 +156,8 @@ struct Ring {
     // What the softmax needs of the scale of key `key` of tile n. `third`: n % 3.
     __device__ void make_scale(const Attend& work, int32_t n, int key, int third) const {
         if (n >= count) return;
-        int32_t const page = page_of_half(work, n, key / half);
         barrier_wait(shared_address(memory + P::scales_full) + (n % 4 * 2 + key / half) * 8, n / 4 & 1);
+        int32_t const page = page_of_half(work, n, key / half);
         float const scale = reinterpret_cast<const float*>(memory + P::raw_scales)[n % 4 * tile + key];
         put_scale(key, third, page < static_cast<int32_t>(work.step.pages) ? scale : 0.0f);
     }
@@ -187,12 +205,10 @@ struct Ring {
         return ((first_tile() + n) * tile + h * half) & (work.layout.page_size - 1);
     }
 
-    __device__ int32_t first_tile() const { return reinterpret_cast<const int32_t*>(memory + P::span)[0]; }
+    __device__ int32_t first_tile() const { return item->first_tile; }
 
     // Keys of tile n that exist.
-    __device__ int keys(int32_t n) const {
-        return n + 1 < count ? tile : n + 1 == count ? reinterpret_cast<const int32_t*>(memory + P::span)[1] : 0;
-    }
+    __device__ int keys(int32_t n) const { return n < count ? min(item->keys - (first_tile() + n) * tile, tile) : 0; }
 
     __device__ int32_t page_of_half(const Attend& work, int32_t n, int h) const {
         auto const page = reinterpret_cast<const uint32_t*>(memory + P::pages)[n % 8 * 2 + h];
@@ -200,14 +216,14 @@ struct Ring {
     }
 
     // Asks for a half's entry of the block table; it is there after copy_async_wait.
-    __device__ void fetch_page(const Attend& work, int32_t sequence, int32_t n, int h) const {
+    __device__ void fetch_page(const Attend& work, int32_t n, int h) const {
         uint8_t* target = memory + P::pages + (n % 8 * 2 + h) * 4;
         if (h * half >= keys(n)) {
             *reinterpret_cast<int32_t*>(target) = -1;
             return;
         }
         int32_t const key = (first_tile() + n) * tile + h * half;
-        const int32_t* entry = work.step.block_table + sequence * work.step.max_pages + (key >> (31 - __clz(work.layout.page_size)));
+        const int32_t* entry = work.step.block_table + item->sequence * work.step.max_pages + (key >> (31 - __clz(work.layout.page_size)));
         asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(target)), "l"(entry) : "memory");
         copy_async_commit();
     }

@@ -1,89 +1,12 @@
-// The query's codes, and the warpgroups of attend_hopper_fp8.cu that make scores and softmax weights.
+// The warpgroups of attend_hopper_fp8.cu that make scores and softmax weights.
 #pragma once
 
-#include "attend_hopper_fp8_ring.cuh"
+#include "attend_hopper_fp8_query.cuh"
 
 namespace mla {
 namespace hopper {
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-
-// The rows' queries as codes, row scales, and the rope part divided by them. A warp makes a few rows; all are read first.
-template <typename F>
-__device__ void load_query(const Attend& work, const Item& item, uint8_t* memory) {
-    using P = Places<F>;
-    constexpr int warps = threads / warp_size, each = (F::packed ? 32 : 64) / warps;
-    int const warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
-    auto* scales = reinterpret_cast<float*>(memory + P::query_scales);
-    uint4 all_bits[each][2], all_rope[each];
-#pragma unroll
-    for (int i = 0; i < each; ++i) {
-        int const row = warp + i * warps, flat = item.first_head + row;
-        int64_t const base = (item.first_token + flat / work.heads) * work.query.token_stride +
-                             (flat % work.heads) * work.query.head_stride;
-        bool const there = row < item.count;
-        auto load = [&](int64_t at, bool wanted) {
-            return wanted ? *reinterpret_cast<const uint4*>(static_cast<const __nv_bfloat16*>(work.query.data) + at)
-                          : make_uint4(0, 0, 0, 0);
-        };
-        all_bits[i][0] = load(base + lane * 16, there);
-        all_bits[i][1] = load(base + lane * 16 + 8, there);
-        all_rope[i] = load(base + rank + lane * 8, there && lane < rope / 8);
-    }
-#pragma unroll
-    for (int i = 0; i < each; ++i) {
-        int const row = warp + i * warps;
-        const uint4(&bits)[2] = all_bits[i];
-        uint4 const rope_bits = all_rope[i];
-        float values[16], largest = 0.0f;
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-            uint32_t const word = reinterpret_cast<const uint32_t*>(bits)[j];
-            values[2 * j] = __uint_as_float(word << 16);
-            values[2 * j + 1] = __uint_as_float(word & 0xffff0000u);
-            largest = fmaxf(largest, fmaxf(fabsf(values[2 * j]), fabsf(values[2 * j + 1])));
-        }
-        float const scale = fmaxf(warp_max(largest), kv_scale_floor) / e4m3_max;
-        float const inverse = 1.0f / scale;
-        uint32_t high[4], low[4];
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-            uint32_t pairs[2], rests[2];
-#pragma unroll
-            for (int j = 0; j < 2; ++j) {
-                float const a = values[4 * k + 2 * j] * inverse, b = values[4 * k + 2 * j + 1] * inverse;
-                pairs[j] = encode_pair(a, b);
-                __half2_raw const rounded = __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(pairs[j]), __NV_E4M3);
-                float2 const back = __half22float2(__half2(rounded));
-                rests[j] = encode_pair(a - back.x, b - back.y);
-            }
-            high[k] = pairs[0] | pairs[1] << 16;
-            low[k] = rests[0] | rests[1] << 16;
-        }
-        // packed: rows 8 w + g are rows 16 w + g of the product, their second terms rows 16 w + g + 8
-        int const line = F::packed ? row / 8 * 16 + row % 8 : row;
-        auto place = [&](int start, int of_line, int unit) {
-            return reinterpret_cast<uint4*>(memory + start + of_line * 128 + ((unit ^ (of_line & 7)) << 4));
-        };
-        int const piece = lane / 8 * row_piece_bytes;
-        *place(P::query + piece, line, lane % 8) = make_uint4(high[0], high[1], high[2], high[3]);
-        if constexpr (F::packed) *place(P::query + piece, line + 8, lane % 8) = make_uint4(low[0], low[1], low[2], low[3]);
-        if constexpr (F::second) *place(P::query_low + piece, line, lane % 8) = make_uint4(low[0], low[1], low[2], low[3]);
-        if (lane < rope / 8) {
-            uint32_t words[4];
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                uint32_t const word = reinterpret_cast<const uint32_t*>(&rope_bits)[j];
-                __nv_bfloat162 const pair = __floats2bfloat162_rn(__uint_as_float(word << 16) * inverse,
-                                                                  __uint_as_float(word & 0xffff0000u) * inverse);
-                words[j] = reinterpret_cast<const uint32_t&>(pair);
-            }
-            *place(P::query + 4 * row_piece_bytes, line, lane) = make_uint4(words[0], words[1], words[2], words[3]);
-            if constexpr (F::packed) *place(P::query + 4 * row_piece_bytes, line + 8, lane) = make_uint4(0, 0, 0, 0);
-        }
-        if (lane == 0) scales[row] = scale * work.softmax_scale * log2e;
-    }
-}
 
 // Scores and softmax of 64 keys of each tile; which, the group's number says.
 template <typename F>
@@ -165,7 +88,7 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
             copy_async_wait<0>();  // the page of tile n + 3
             __syncwarp();
             ring.order_scales(work, n + 3, side());
-            if (thread() == 0) ring.fetch_page(work, item.sequence, n + 4, side());
+            if (thread() == 0) ring.fetch_page(work, n + 4, side());
         }
         named_sync(weights_free + buffer, threads);  // with it comes this tile's table of scales
         product_wait();

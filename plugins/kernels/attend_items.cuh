@@ -46,16 +46,26 @@ __device__ inline int32_t new_tokens_of(const Attend& work, int32_t sequence) {
     return new_tokens(work, work.step.query_offsets[sequence], work.step.query_offsets[sequence + 1]);
 }
 
-// Item number `item` of a sequence, without its part.
-__device__ inline Item rows_of_sequence(const Attend& work, int rows, int32_t sequence, int32_t item) {
-    int32_t const row = item * rows, left = new_tokens_of(work, sequence) * work.heads - row;
-    return {work.step.query_offsets[sequence] + row / work.heads, sequence, row % work.heads, max(min(left, rows), 0)};
+// Of a sequence whose tokens begin at `first_token` and have `all_rows` rows the item number `item`, without its keys.
+__device__ inline Item rows_of_sequence(const Attend& work, int rows, int32_t sequence, int64_t first_token, int32_t all_rows,
+                                        int32_t item) {
+    int32_t const row = item * rows;
+    return {first_token + row / work.heads, sequence, row % work.heads, max(min(all_rows - row, rows), 0)};
 }
 
-// Item number `item` where the host cuts, without its part; of no rows where there is none.
+// Gives an item, which has rows, its part of the keys: from `begin` on as many shares as `shares` says, of `all`.
+__device__ inline void take_keys(const Attend& work, const Partials& partials, Item& item, int32_t begin, int32_t shares, int32_t all) {
+    int64_t const last_token = item.first_token + (item.first_head + item.count - 1) / work.heads;
+    item.keys = work.indices != nullptr ? list_length(work, item.first_token) : max(last_key(work, last_token) + 1, 0);
+    uint32_t const tiles = (static_cast<uint32_t>(item.keys) + partials.tile - 1) >> (31 - __clz(partials.tile));
+    item.first_tile = static_cast<int32_t>(tiles * begin / all);
+    item.last_tile = static_cast<int32_t>(tiles * (begin + shares) / all);
+}
+
+// Item number `item` where the host cuts, without its keys; of no rows where there is none.
 __device__ inline Item rows_of_item(const Attend& work, const Partials& partials, int32_t item) {
     int const rows = partials.rows, tiles = ceil_div(work.heads, rows), first_head = item % tiles * rows;
-    if (!partials.by_token) return rows_of_sequence(work, rows, 0, item);
+    if (!partials.by_token) return rows_of_sequence(work, rows, 0, work.step.query_offsets[0], new_tokens_of(work, 0) * work.heads, item);
     return {item / tiles, work.step.sequence_of(item / tiles), first_head, min(rows, work.heads - first_head)};
 }
 
@@ -67,21 +77,18 @@ __device__ inline void take_item(const Attend& work, const Partials& partials, I
         let_next_kernel_begin();
         wait_for_kernel_before();
         constexpr int words = sizeof(Item) / 4;
-        bool const there = block < partials.plan.counts->parts;
-        if (lane < words) {
-            reinterpret_cast<int32_t*>(shared_item)[lane] =
-                there ? reinterpret_cast<const int32_t*>(partials.plan.items + block)[lane] : -1;
+        if (lane < words) {  // where there is none, there is room: both are read at once
+            int32_t const word = reinterpret_cast<const int32_t*>(partials.plan.items + block)[lane];
+            reinterpret_cast<int32_t*>(shared_item)[lane] = block < partials.plan.counts->parts ? word : -1;
         }
         return;
     }
     if (lane != 0) return;
     int32_t const splits = partials.splits;
     Item item = rows_of_item(work, partials, block / splits);
-    item.begin = block % splits;
-    item.end = item.begin + 1;
-    item.of = splits;
     item.slot = splits > 1 ? block : -1;
     if (item.count == 0) item.sequence = item.slot = -1;
+    if (item.sequence >= 0) take_keys(work, partials, item, block % splits, 1, splits);
     *shared_item = item;
 }
 

@@ -20,9 +20,8 @@ constexpr unsigned all_lanes = 0xffffffffu;
 // A sequence's items, the parts that the keys of each are cut into, and the tiles of a part. `rank` is that of the first part: ranks go
 // through all items of one part, then through those of the next. Slots and merges are those of the entries before it.
 struct Entry {
-    int32_t sequence, items, parts, tiles;
+    int32_t sequence, first_token, rows, items, parts, tiles;
     int32_t rank, slot, merge;
-    int32_t unused;
 
     __device__ int32_t all() const { return items * parts; }
 };
@@ -74,11 +73,12 @@ struct Planner {
     Entry* const entries;
 
     __device__ Entry entry_of(int32_t sequence) const {
-        int32_t const fresh = new_tokens_of(work, sequence), limit = work.step.key_limit(work.layout.page_size);
+        int32_t const start = work.step.query_offsets[sequence], fresh = new_tokens(work, start, work.step.query_offsets[sequence + 1]);
+        int32_t const rows = fresh * work.heads, limit = work.step.key_limit(work.layout.page_size);
         int64_t const keys = static_cast<int64_t>(work.step.cache_lengths[sequence]) + fresh;
         auto const held = static_cast<uint32_t>(keys < 0 ? 0 : keys < limit ? keys : limit);
-        int32_t const items = (fresh * work.heads + results.rows - 1) >> row_shift;
-        return {sequence, items, 1, items == 0 ? 0 : static_cast<int32_t>((held + (1u << tile_shift) - 1) >> tile_shift)};
+        int32_t const items = (rows + results.rows - 1) >> row_shift;
+        return {sequence, start, rows, items, 1, items == 0 ? 0 : static_cast<int32_t>((held + (1u << tile_shift) - 1) >> tile_shift)};
     }
 
     template <typename F>
@@ -238,10 +238,9 @@ struct Planner {
             }
             Entry const entry = find(rank);
             int32_t const part = (rank - entry.rank) / entry.items, number = rank - entry.rank - part * entry.items;
-            Item item = rows_of_sequence(work, results.rows, entry.sequence, number);
-            item.begin = part * pieces + piece;
-            item.end = again ? item.begin + 1 : item.begin + pieces;
-            item.of = entry.parts * pieces;
+            Item item = rows_of_sequence(work, results.rows, entry.sequence, entry.first_token, entry.rows, number);
+            int32_t const begin = part * pieces + piece;
+            take_keys(work, results, item, begin, again ? 1 : pieces, entry.parts * pieces);
             item.slot = again ? tail_slots + block - head : entry.parts > 1 ? entry.slot + rank - entry.rank : -1;
             results.plan.items[block] = item;
             if (item.slot < 0) continue;
@@ -253,7 +252,7 @@ struct Planner {
                         tail_slots + (whole * entry.items - before) * pieces, entry.items * pieces, pieces,
                         (entry.parts - whole) * pieces};
             // first items of several parts; then one for each part of the last wave, for items of one
-            if (entry.parts > 1 && item.begin == 0) results.plan.merges[entry.merge + number] = merge;
+            if (entry.parts > 1 && begin == 0) results.plan.merges[entry.merge + number] = merge;
             if (again && piece == 0) {
                 if (entry.parts > 1) merge.rows = 0;
                 results.plan.merges[cut_merges + rank - head] = merge;
@@ -297,15 +296,16 @@ struct Planner {
     }
 };
 
-__global__ void __launch_bounds__(threads) plan_attention_kernel(Attend work, Partials results, int tile, Entry* entries) {
+__global__ void __launch_bounds__(threads) plan_attention_kernel(Attend work, Partials results, bool after_append, Entry* entries) {
     __shared__ Board board;
     let_next_kernel_begin();
-    wait_for_kernel_before();
+    if (!after_append) wait_for_kernel_before();
     auto const sequences = static_cast<int32_t>(work.step.sequences);
     int32_t const run = ceil_div(sequences, threads);
-    Planner{work, results, sequences, 31 - __clz(tile), 31 - __clz(results.rows), min(static_cast<int32_t>(threadIdx.x) * run, sequences),
+    Planner{work, results, sequences, 31 - __clz(results.tile), 31 - __clz(results.rows), min(static_cast<int32_t>(threadIdx.x) * run, sequences),
             min(static_cast<int32_t>(threadIdx.x + 1) * run, sequences), run, board, run > 1 ? entries : board.entries}
         .run();
+    if (after_append) wait_for_kernel_before();  // for those who wait for this one
 }
 
 }  // namespace
@@ -314,16 +314,18 @@ Plan take_plan(Workspace& workspace, const Attend& work, const Partials& partial
     Plan plan{};
     plan.counts = workspace.take<Plan::Counts>(1);
     constexpr int least_rows = 16;  // of a block; a smaller step may have fewer than the largest
-    plan.items = workspace.take<Item>(most_planned(work, least_rows, partials.multiprocessors) + work.step.sequences);
+    // and one, as blocks are: they read their item before they know whether they have one
+    plan.items = workspace.take<Item>(most_planned(work, least_rows, partials.multiprocessors) + work.step.sequences + 1);
     plan.merges = workspace.take<Merge>(partials.slots / 2);
     plan.scratch = workspace.take<Entry>(work.step.sequences > threads ? work.step.sequences : 0);
     return plan;
 }
 
-int plan_attention(const Attend& work, const Partials& partials, int tile, cudaStream_t stream) {
+int plan_attention(const Attend& work, const Partials& partials, bool after_append, cudaStream_t stream) {
     Device device;
     if (int status = current_device(&device)) return status;
-    return launch_early(plan_attention_kernel, 1, threads, 0, device, stream, work, partials, tile, static_cast<Entry*>(partials.plan.scratch));
+    auto* entries = static_cast<Entry*>(partials.plan.scratch);
+    return launch_early(plan_attention_kernel, 1, threads, 0, device, stream, work, partials, after_append, entries);
 }
 
 }  // namespace mla

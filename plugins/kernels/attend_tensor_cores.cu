@@ -15,7 +15,7 @@ namespace mla {
 namespace {
 
 constexpr int threads = 256, warps = threads / warp_size;
-constexpr int tile = 64;
+constexpr int tile = attend_tile;
 
 enum class keys_as { direct, converted, codes, grouped_codes };
 
@@ -91,16 +91,13 @@ __global__ void __launch_bounds__(threads, rows == 16 ? 2 : 1)
         __syncthreads();
     }
 
-    // the keys of this part
-    int64_t const last_token = item.first_token + (item.first_head + item.count - 1) / work.heads;
-    int32_t const end = last_key(work, last_token) + 1;
-    int32_t const count = work.indices == nullptr ? end : list_length(work, item.first_token);
-    int32_t const tile_count = ceil_div(max(count, 0), tile);
-    int32_t const first = item.tile_at(tile_count, item.begin), last = item.tile_at(tile_count, item.end);
+    // the keys that there are, and those of this part
+    int32_t const end = work.indices == nullptr ? item.keys : last_key(work, item.first_token) + 1;
+    int32_t const first = item.first_tile, last = item.last_tile;
 
     // four threads copy a row
     int const line = threadIdx.x / 4, quarter = threadIdx.x % 4;
-    RowFinder<tile> finder(work, item, end, count, first, last, line);
+    RowFinder<tile> finder(work, item, end, item.keys, first, last, line);
     int const latent_pieces = work.layout.rank / (codes ? 16 : 8), pieces = work.layout.row_bytes / 16;
     int const rope_pieces = work.layout.rope / (codes && work.layout.format == row_format::fp8_flat ? 16 : 8);
     auto copy = [&](int stage, int slot, const Row& row) {

@@ -80,16 +80,12 @@ View advance(const View& view, int64_t first) { return view.from(first * view.to
 
 // W_UK, attention, W_UV for the tokens [first, first + count). `rotated` holds the rotated rope part of the queries, or is
 // the very place where the absorbed queries go (`absorbed` has it then already).
-int attend_absorbed(Call& call, const Layer& layer, const View& absorbed, const View& mean, int64_t first, int64_t count) {
+int attend_absorbed(Call& call, const Layer& layer, const View& absorbed, const View& mean, int64_t first, int64_t count,
+                    bool after_append) {
     Attend work = layer.attend;
     View const output = advance(layer.output, first);
     bool const has_w_uk = layer.w_uk->rank >= 0, has_w_uv = layer.w_uv->rank >= 0;
     View const nope = advance(layer.query, first);
-    if (has_w_uk) {
-        if (int status = multiply(call, layer, nope, absorbed, *layer.w_uk, *layer.w_uk_scale, count)) return status;
-    } else if (!call.workspace.sizing()) {
-        if (int status = copy_values(nope, nullptr, absorbed, count, work.heads, layer.nope, call.stream)) return status;
-    }
     work.query = absorbed;
     work.output = has_w_uv ? mean : output;
     work.step.tokens = count;
@@ -98,7 +94,15 @@ int attend_absorbed(Call& call, const Layer& layer, const View& absorbed, const 
         work.step.positions += first;
         work.indices += first * work.top_k;
     }
-    if (int status = attend(call, work)) return status;
+    Attention attention{};
+    if (int status = begin_attention(call, work, after_append, &attention)) return status;
+    if (call.workspace.sizing()) return MLA_OK;
+    if (has_w_uk) {
+        if (int status = multiply(call, layer, nope, absorbed, *layer.w_uk, *layer.w_uk_scale, count)) return status;
+    } else if (int status = copy_values(nope, nullptr, absorbed, count, work.heads, layer.nope, call.stream)) {
+        return status;
+    }
+    if (int status = attend(work, attention, call.stream)) return status;
     if (!has_w_uv) return MLA_OK;
     return multiply(call, layer, mean, output, *layer.w_uv, *layer.w_uv_scale, count);
 }
@@ -148,7 +152,10 @@ int attend_mixed(Call& call, const Layer& layer, const View& rotated) {
     work.step = few.step(all.step);
     work.query = absorbed;
     work.output = mean;
-    if (int status = attend(call, work)) return status;
+    Attention attention{};
+    if (int status = begin_attention(call, work, false, &attention)) return status;
+    if (call.workspace.sizing()) return MLA_OK;
+    if (int status = attend(work, attention, call.stream)) return status;
     return multiply(call, layer, mean, layer.output, *layer.w_uv, *layer.w_uv_scale, few.capacity, nullptr, few.tokens);
 }
 
@@ -183,7 +190,7 @@ int attend_all_absorbed(Call& call, Layer& layer) {
                 return status;
             }
         }
-        if (int status = attend_absorbed(call, layer, absorbed, mean, first, count)) return status;
+        if (int status = attend_absorbed(call, layer, absorbed, mean, first, count, !windows)) return status;
         if (call.workspace.sizing()) break;
     }
     return MLA_OK;

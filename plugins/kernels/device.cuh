@@ -57,15 +57,17 @@ __device__ inline uint32_t code_pair(uint32_t codes) {
     return spread << 4 & 0x87f087f0u;
 }
 
-// Four e4m3 codes (low byte first) as two bf16x2. Exact: e4m3 has fewer bits than bf16 in every field. 2^120 makes up for the
+// Two codes as they come from `code_pair`, as values. Exact: e4m3 has fewer bits than bf16 in every field. 2^120 makes up for the
 // difference of the exponents' biases, of subnormal codes too. Many times faster than conversions; NaN becomes 480.
-__device__ inline uint2 decode_e4m3x4(uint32_t codes) {
+__device__ inline uint32_t decode_pair(uint32_t bits) {
     __nv_bfloat162 const bias = __halves2bfloat162(__ushort_as_bfloat16(0x7b80), __ushort_as_bfloat16(0x7b80));
-    auto decode = [&](uint32_t bits) {
-        __nv_bfloat162 const values = __hmul2(reinterpret_cast<const __nv_bfloat162&>(bits), bias);
-        return reinterpret_cast<const uint32_t&>(values);
-    };
-    return make_uint2(decode(code_pair<codes_01>(codes)), decode(code_pair<codes_23>(codes)));
+    __nv_bfloat162 const values = __hmul2(reinterpret_cast<const __nv_bfloat162&>(bits), bias);
+    return reinterpret_cast<const uint32_t&>(values);
+}
+
+// Four e4m3 codes (low byte first) as two bf16x2.
+__device__ inline uint2 decode_e4m3x4(uint32_t codes) {
+    return make_uint2(decode_pair(code_pair<codes_01>(codes)), decode_pair(code_pair<codes_23>(codes)));
 }
 
 // 2^x; denormal results are 0.

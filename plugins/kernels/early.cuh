@@ -22,7 +22,7 @@ __device__ inline void wait_for_kernel_before() {
 
 // Launches a kernel that calls `wait_for_kernel_before` ahead of everything that others read or write.
 template <typename... Parameters, typename... Arguments>
-int launch_early(void (*kernel)(Parameters...), unsigned blocks, int threads, int bytes, const Device& device, cudaStream_t stream,
+int launch_early(void (*kernel)(Parameters...), dim3 blocks, int threads, int bytes, const Device& device, cudaStream_t stream,
                  const Arguments&... arguments) {
     cudaLaunchAttribute early{};
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;

@@ -55,6 +55,9 @@ __device__ inline void copy_box(uint32_t target, const void* map, uint32_t barri
         : "memory");
 }
 
+// The map is fetched before it is needed.
+__device__ inline void prefetch_map(const void* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
+
 // A multiple of 16 bytes, from and to multiples of 16.
 __device__ inline void copy_bytes(uint32_t target, const void* source, uint32_t bytes, uint32_t barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target), "l"(source),

@@ -209,6 +209,25 @@ def test_two_terms_add_less_than_twice_what_the_cache_has_lost(scale: float, hea
     compare("error", np.array(np.linalg.norm(found - cached) / lost), np.array(0.0), 2.0, absolute=True)
 
 
+@LISTED
+@BFLOAT16_ROWS
+def test_large_rows_among_small_ones(row_format: str, listed: bool) -> None:
+    """Scales on both sides of 2^7, from where on decoded codes are multiplied otherwise."""
+    rng = np.random.default_rng(25)
+    step = step_of(rng, [1, 1], [300, 2000])
+    pages = layout(row_format)
+    pool = long_pool(rng, step, pages)
+    for sequence, every in ((0, 1), (1, 37)):
+        tokens = np.arange(0, 300, every)
+        latent = 2.0**16 * rng.standard_normal((len(tokens), pages.kv_lora_rank), np.float32)
+        rope = rng.standard_normal((len(tokens), pages.qk_rope_head_dim), np.float32)
+        pages.write(pool, *step.places(sequence, tokens), latent, rope)
+    inputs, attributes = _case(rng, step, 64, row_format, pool=pool, scale=2.0**-20)
+    if listed:
+        inputs["indices"] = key_lists(rng, step, 200)
+    _compare(run_op("MlaDecoding", inputs, **attributes), inputs, attributes)
+
+
 @KINDS
 def test_sinks(kind: Kind) -> None:
     rng = np.random.default_rng(8)

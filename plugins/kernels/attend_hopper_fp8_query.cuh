@@ -1,0 +1,89 @@
+// The queries of a block of attend_hopper_fp8.cu as codes.
+#pragma once
+
+#include "attend_hopper_fp8_ring.cuh"
+
+namespace mla {
+namespace hopper {
+
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+// The rows' queries as codes, row scales, and the rope part divided by them, and the last key of each row. A row by a warp, by the warps
+// of all groups, or of the score groups where the output's have lists to follow. Codes may come where a row's values were: all lanes have
+// theirs before any writes, for the reduction needs them.
+template <typename F>
+__device__ void make_query(const Attend& work, const Item& item, uint8_t* memory) {
+    using P = Places<F>;
+    constexpr int warps = (F::lists ? 2 * group : threads) / warp_size;
+    int const warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
+    auto* scales = reinterpret_cast<float*>(memory + P::query_scales);
+    if (threadIdx.x < 64) {
+        int const row = static_cast<int>(threadIdx.x);
+        reinterpret_cast<int32_t*>(memory + P::limits)[row] =
+            row < item.count ? last_key(work, item.first_token + (item.first_head + row) / work.heads) : -1;
+    }
+    auto unit_of_row = [&](int start, int row, int unit) {
+        return reinterpret_cast<uint4*>(memory + start + row * 128 + ((unit ^ (row & 7)) << 4));
+    };
+    barrier_wait(shared_address(memory + P::queries_full), 0);
+#pragma unroll 1
+    for (int row = warp; row < (F::packed ? 32 : 64); row += warps) {
+        uint4 bits[2] = {}, rope_bits{};
+        if (row < item.count) {
+            for (int i = 0; i < 2; ++i) bits[i] = *unit_of_row(P::raw_query(lane / 4), row, lane % 4 * 2 + i);
+            if (lane < rope / 8) rope_bits = *unit_of_row(P::raw_query(query_columns - 1), row, lane);
+        }
+        __nv_bfloat162 most = __float2bfloat162_rn(0.0f);
+        float values[16];
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            uint32_t const word = reinterpret_cast<const uint32_t*>(bits)[j];
+            values[2 * j] = __uint_as_float(word << 16);
+            values[2 * j + 1] = __uint_as_float(word & 0xffff0000u);
+            most = __hmax2(most, __habs2(reinterpret_cast<const __nv_bfloat162&>(word)));
+        }
+        // numbers above zero are in the order of their bits
+        uint32_t const largest = __reduce_max_sync(0xffffffffu, __float_as_uint(fmaxf(__low2float(most), __high2float(most))));
+        float const scale = fmaxf(__uint_as_float(largest), kv_scale_floor) * (1.0f / e4m3_max);
+        float const inverse = fast_inverse(scale);
+        uint32_t high[4], low[4];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            uint32_t pairs[2], rests[2];
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                float const a = values[4 * k + 2 * j] * inverse, b = values[4 * k + 2 * j + 1] * inverse;
+                pairs[j] = encode_pair(a, b);
+                __half2_raw const rounded = __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(pairs[j]), __NV_E4M3);
+                float2 const back = __half22float2(__half2(rounded));
+                rests[j] = encode_pair(a - back.x, b - back.y);
+            }
+            high[k] = pairs[0] | pairs[1] << 16;
+            low[k] = rests[0] | rests[1] << 16;
+        }
+        // packed: rows 8 w + g are rows 16 w + g of the product, their second terms rows 16 w + g + 8
+        int const line = F::packed ? row / 8 * 16 + row % 8 : row, piece = lane / 8 * row_piece_bytes;
+        *unit_of_row(P::query + piece, line, lane % 8) = make_uint4(high[0], high[1], high[2], high[3]);
+        if constexpr (F::packed) *unit_of_row(P::query + piece, line + 8, lane % 8) = make_uint4(low[0], low[1], low[2], low[3]);
+        if constexpr (F::second) *unit_of_row(P::query_low + piece, line, lane % 8) = make_uint4(low[0], low[1], low[2], low[3]);
+        if (lane < rope / 8) {
+            uint32_t words[4];
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                uint32_t const word = reinterpret_cast<const uint32_t*>(&rope_bits)[j];
+                __nv_bfloat162 const pair = __floats2bfloat162_rn(__uint_as_float(word << 16) * inverse,
+                                                                  __uint_as_float(word & 0xffff0000u) * inverse);
+                words[j] = reinterpret_cast<const uint32_t&>(pair);
+            }
+            *unit_of_row(P::query + 4 * row_piece_bytes, line, lane) = make_uint4(words[0], words[1], words[2], words[3]);
+            if constexpr (F::packed) *unit_of_row(P::query + 4 * row_piece_bytes, line + 8, lane) = make_uint4(0, 0, 0, 0);
+        }
+        if (lane == 0) scales[row] = scale * work.softmax_scale * log2e;
+    }
+    fence_async();
+}
+
+#endif
+
+}  // namespace hopper
+}  // namespace mla
