@@ -5,6 +5,7 @@
 // shared memory. One warpgroup makes the scores and the softmax, two make the output, each 256 of its 512 columns. Keys lie as
 // rows, in nine pieces of 128 bytes of each: K-major for the scores, and for the output transposed by the tensor cores.
 //
+// - The queries come by the copy engine while the output groups bring the first keys.
 // - Each output group brings its side of the tile that takes the place of the one that it has used, and the scores begin when the
 //   first side is there: a tile's place is empty for less time. All keys come by the copy engine; rows behind the end may be
 //   anything, so the values of the last tile's are cleared. Listed keys are gathered, zeros where there is none. Codes are decoded

@@ -52,6 +52,7 @@ __device__ void output_group(const Attend& work, const Item& item, const Ring<F>
         named_sync(rows_found, 2 * group);
 #pragma unroll 1
         for (int number = side; number < F::ring; number += 2) {
+            // before the first piece whose place the queries had
             if (number >= P::early_pieces && number - 2 < P::early_pieces) named_sync(queries_there, threads);
             ring.gather(work, number / pieces, number % pieces, own_thread());
         }

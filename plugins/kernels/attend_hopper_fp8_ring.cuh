@@ -49,9 +49,8 @@ struct Places {
     static constexpr int queries_full = full + F::ring * 8;  // barrier of the queries as they come
     static constexpr int total = queries_full + 8;
 
-    // A column of the queries as they come, before they are codes: where the ring's second tile will be, or else where the codes will
-    // be, row by row.
-    static constexpr int early_pieces = F::second ? F::ring : pieces;  // of the ring, which may be ordered before
+    static constexpr int early_pieces = F::second ? F::ring : pieces;  // of the ring, ordered before the queries are codes
+    // A column of the queries as they come: behind those pieces, in the ring's second tile, or else where the codes will be, row by row.
     MLA_BOTH static constexpr int raw_query(int column) {
         if (!F::second) return early_pieces * piece_bytes + column * F::rows * 128;
         return (column % 2 == 0 ? query : query_low) + column / 2 * row_piece_bytes;
