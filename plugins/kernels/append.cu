@@ -5,7 +5,6 @@
 // norm's sum is free.
 #include "append.h"
 
-#include "early.cuh"
 #include "pool.h"
 
 namespace mla {

@@ -203,20 +203,6 @@ private:
 
 __device__ const uint4 missing_row[(rank + rank / scale_group * 4 + rope * 2) / 16] = {};
 
-// In the order of the program: left to itself ptxas asks for the next rows when the last of those before is decoded.
-__device__ uint4 load_in_order(const uint8_t* from) {
-    uint4 value;
-    asm volatile("ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-                 : "l"(from));
-    return value;
-}
-__device__ void store_in_order(uint32_t to, uint4 value) {
-    asm volatile("st.volatile.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(value.x), "r"(value.y), "r"(value.z),
-                 "r"(value.w)
-                 : "memory");
-}
-
 // Codes of the latent as bf16 values, of whole sequences or of lists, by a group of its own. A scale of a whole row (fp8) is given to
 // the scores' group, and what the codes become is exact; else they are rounded with their scales, which are two bf16 numbers each. These
 // have the 2^120 of `decode_pair` in them, unless one of the scales is too large for that.
@@ -321,7 +307,6 @@ private:
         if (quarter * 128 + 512 < row_bytes) prefetch(row + quarter * 112 + 512);
         if (quarter == 3) prefetch(row - quarter * 16 + row_bytes - 1);
     }
-    __device__ static void prefetch(const uint8_t* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
 
     // Of 32 lanes' bits those of the eight rows.
     __device__ static uint32_t rows_of(uint32_t bits) {

@@ -27,13 +27,6 @@ __device__ inline void make_fragments(uint32_t (&a)[4][4]) {
     }
 }
 
-// Two values of shared memory, read where it is written: read ahead, all would take registers.
-__device__ inline float2 load_pair(uint32_t address) {
-    float2 value;
-    asm volatile("ld.volatile.shared.v2.f32 {%0, %1}, [%2];" : "=f"(value.x), "=f"(value.y) : "r"(address));
-    return value;
-}
-
 // 256 columns of the output, which are staged in shared memory in the end; `side` says which.
 template <typename F>
 __device__ void output_group(const Attend& work, const Item& item, const Ring<F>& ring, uint8_t* memory, int side) {

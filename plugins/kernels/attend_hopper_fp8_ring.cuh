@@ -72,24 +72,6 @@ constexpr float half_code_unit = 0x1p60f;
 // Named barriers. Ready and free: of the weights' two buffers.
 enum : int { weights_ready = 1, weights_free = 3, maxima_ready = 5, piece_used = 6, rows_found = 10, queries_there = 11 };
 
-// Of normal numbers; others give 0 or infinity.
-__device__ inline float fast_log2(float value) {
-    float result;
-    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
-    return result;
-}
-__device__ inline float fast_inverse(float value) {
-    float result;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
-    return result;
-}
-
-__device__ inline uint32_t encode_pair(float low, float high) {
-    uint16_t codes;
-    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(codes) : "f"(high), "f"(low));
-    return codes;
-}
-
 // The ring of pieces. Piece `i` of the block's tile `n` is number 5 n + i, in slot (5 n + i) % ring. Columns of the pieces in
 // order: the two output groups' first ones, their second ones, rope.
 template <typename F>
@@ -223,7 +205,7 @@ struct Ring {
         }
         int32_t const key = (first_tile() + n) * tile + h * half;
         const int32_t* entry = work.step.block_table + item->sequence * work.step.max_pages + (key >> (31 - __clz(work.layout.page_size)));
-        asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(target)), "l"(entry) : "memory");
+        copy_async_4(shared_address(target), entry);
         copy_async_commit();
     }
 };

@@ -195,7 +195,7 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
             for (int r = 0; r < own_rows<F>; ++r) {
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
-                    asm volatile("st.shared.u32 [%0], %1;" ::"r"((line ^ (i << 4)) + r * 1024), "r"(words[r][i]) : "memory");
+                    store_word((line ^ (i << 4)) + r * 1024, words[r][i]);
                 }
                 if (side() == 0 && quad_thread() == 0) {
                     reinterpret_cast<float*>(memory + P::rescale)[buffer * 64 + row + 8 * r] = best[r];

@@ -50,7 +50,7 @@ struct Shared {
 };
 
 // Waits for the other warp of a pair; barrier 0 is the block's.
-__device__ inline void pair_sync(int pair) { asm volatile("bar.sync %0, 64;" ::"r"(1 + pair) : "memory"); }
+__device__ inline void pair_sync(int pair) { named_sync(1 + pair, 64); }
 
 template <int rows, int rank_padded, keys_as keys_mode>
 __global__ void __launch_bounds__(threads, rows == 16 ? 2 : 1)

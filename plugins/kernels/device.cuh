@@ -7,6 +7,7 @@
 #include <cuda_fp8.h>
 
 #include "call.h"
+#include "ptx.cuh"
 
 namespace mla {
 
@@ -52,9 +53,7 @@ constexpr uint32_t codes_01 = 0x9180, codes_23 = 0xb3a2, codes_02 = 0xa280, code
 
 template <uint32_t selector>
 __device__ inline uint32_t code_pair(uint32_t codes) {
-    uint32_t spread;
-    asm("prmt.b32 %0, %1, 0, %2;" : "=r"(spread) : "r"(codes), "n"(selector));
-    return spread << 4 & 0x87f087f0u;
+    return select_bytes<selector>(codes) << 4 & 0x87f087f0u;
 }
 
 // Two codes as they come from `code_pair`, as values. Exact: e4m3 has fewer bits than bf16 in every field. 2^120 makes up for the
@@ -68,13 +67,6 @@ __device__ inline uint32_t decode_pair(uint32_t bits) {
 // Four e4m3 codes (low byte first) as two bf16x2.
 __device__ inline uint2 decode_e4m3x4(uint32_t codes) {
     return make_uint2(decode_pair(code_pair<codes_01>(codes)), decode_pair(code_pair<codes_23>(codes)));
-}
-
-// 2^x; denormal results are 0.
-__device__ inline float power_of_two(float x) {
-    float result;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-    return result;
 }
 
 // Four values that follow each other. `aligned`: they may be written at once.
@@ -150,6 +142,13 @@ __device__ inline int32_t page_of(const int32_t* block_table, int64_t max_pages,
     if (position < 0 || column >= max_pages) return -1;
     int32_t const page = block_table[sequence * max_pages + column];
     return page >= 0 && page < pages ? page : -1;
+}
+
+// Byte of element (row, column) in a tile of 16-bit values whose rows are a multiple of 64 values: 16-byte units of each 128
+// bytes are permuted by the row, so that eight rows at one column lie in different banks.
+__device__ inline int swizzled(int row, int column, int row_values) {
+    int const unit = column >> 3;
+    return (row * row_values + ((unit ^ (row & 7)) << 3) + (column & 7)) * 2;
 }
 
 template <typename T>

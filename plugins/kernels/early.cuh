@@ -3,22 +3,9 @@
 #pragma once
 
 #include "call.h"
+#include "ptx.cuh"
 
 namespace mla {
-
-// The kernel behind this one may begin, if it was launched early, as soon as all blocks of this one have said so or have ended.
-__device__ inline void let_next_kernel_begin() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-// Waits until the kernel before has ended and its results can be seen.
-__device__ inline void wait_for_kernel_before() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
 
 // Launches a kernel that calls `wait_for_kernel_before` ahead of everything that others read or write.
 template <typename... Parameters, typename... Arguments>

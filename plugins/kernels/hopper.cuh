@@ -65,14 +65,11 @@ __device__ inline void copy_bytes(uint32_t target, const void* source, uint32_t 
                  : "memory");
 }
 
-// Barriers 1 to 15 of the block, among `threads` threads: `sync` waits, `arrive` does not.
-__device__ inline void named_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
-__device__ inline void named_arrive(int id, int threads) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
 // Before the tensor cores or the copy engine read shared memory that this thread wrote.
 __device__ inline void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Before the copy engine reads global memory that threads wrote.
+__device__ inline void fence_copies() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
 template <int count>
 __device__ inline void registers_decrease() {

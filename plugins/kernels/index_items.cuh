@@ -105,13 +105,6 @@ __device__ inline void write_rank(const IndexWindow& window, const Rows& rows, i
     if (key < rows.keys[row]) window.ranks[row * window.stride + key] = visible ? rank_of(score) : 0;
 }
 
-// max(value, 0) that keeps NaN.
-__device__ inline float relu(float value) {
-    float result;
-    asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(result) : "f"(value));
-    return result;
-}
-
 // Queries in shared memory: `slots` tokens, or one token's heads in several parts.
 struct QueryTile {
     int32_t slots, heads;

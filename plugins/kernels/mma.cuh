@@ -57,6 +57,10 @@ __device__ inline void copy_async_4(uint32_t shared, const void* global, bool va
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
 }
 
+__device__ inline void copy_async_4(uint32_t shared, const void* global) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared), "l"(global) : "memory");
+}
+
 __device__ inline void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits for all copies of this thread, those that no commit has made a group of included.
@@ -66,13 +70,6 @@ __device__ inline void copy_async_wait_all() { asm volatile("cp.async.wait_all;"
 template <int pending>
 __device__ inline void copy_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
-}
-
-// Byte of element (row, column) in a tile of 16-bit values whose rows are a multiple of 64 values: 16-byte units of each 128
-// bytes are permuted by the row, so that eight rows at one column lie in different banks.
-__device__ inline int swizzled(int row, int column, int row_values) {
-    int const unit = column >> 3;
-    return (row * row_values + ((unit ^ (row & 7)) << 3) + (column & 7)) * 2;
 }
 
 }  // namespace mla

@@ -95,7 +95,7 @@ __device__ inline void attend_unit(const Plan& plan, uint8_t* memory, const Unit
     auto load_masks = [&](int32_t tile) {
         int32_t const first = unit.key_start + 2 * tile;
         bool const pair = first + 1 < unit.key_end;
-        Masks const found{load_now(plan.key_masks + first), load_now(plan.key_masks + first + (pair ? 1 : 0))};
+        Masks const found{load_in_order(plan.key_masks + first), load_in_order(plan.key_masks + first + (pair ? 1 : 0))};
         return Masks{found.low, pair ? found.high : 0};
     };
     auto all_seen = [&](int32_t tile, const Masks& masks) {

@@ -71,9 +71,6 @@ static_assert(place::queries + key_pieces * piece_bytes <= place::work && sizeof
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// Before the copy engine reads what threads have written to global memory.
-__device__ inline void fence_copies() { asm volatile("fence.proxy.async;" ::: "memory"); }
-
 __device__ inline void init_barriers(uint8_t* memory) {
     auto init = [&](int full, int used, int count) {
         for (int i = 0; i < count; ++i) {
@@ -122,13 +119,6 @@ struct Stage {
 template <typename T>
 __device__ inline T uniform(T value) {
     return __shfl_sync(0xffffffffu, value, 0);
-}
-
-// A load where it is written, not where its value is first used.
-__device__ inline uint64_t load_now(const uint64_t* place) {
-    uint64_t value;
-    asm volatile("ld.global.b64 %0, [%1];" : "=l"(value) : "l"(place));
-    return value;
 }
 
 // Lanes 2 i and 2 i + 1 have two neighbouring values each of two groups of eight columns: they exchange, so that each has four of
