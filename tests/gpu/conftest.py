@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import os
+import platform
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +15,12 @@ from typing import Any
 import pytest
 
 TESTS = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(TESTS / "ops"), str(TESTS.parent)]  # op_harness; mla_trt, where it is not installed
+# op_harness; what stands for a GPU; mla_trt, where it is not installed
+sys.path[:0] = [str(TESTS / "ops"), str(TESTS / "emulator"), str(TESTS), str(TESTS.parent)]
 
 
 import harness  # noqa: E402
+from emulated_gpu import EmulatedGpu  # noqa: E402
 
 from mla_trt.cuda import CudaError, check_usable  # noqa: E402
 from mla_trt.errors import MlaTrtError  # noqa: E402
@@ -31,17 +35,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--no-guards", action="store_true", help="allocate exactly the tensors' bytes, for compute-sanitizer to watch"
     )
+    group.addoption(
+        "--emulator", action="store_true", help="run all kernels on this CPU, slowly, not the small cases alone"
+    )
+    group.addoption(
+        "--early", action="store_true", help="what the emulator else does as late as it may, it does at once"
+    )
+    group.addoption("--portable", action="store_true", help="the emulated GPU has no kernels of its own architecture")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cpu: runs without a GPU")
-    config.addinivalue_line("markers", "memcheck: small enough for compute-sanitizer")
+    config.addinivalue_line("markers", "small: small enough for compute-sanitizer and the emulator")
     if config.getoption("--no-guards"):
         harness.guard_bytes = 0
 
 
 @functools.cache
-def _why_not() -> str | None:
+def _no_gpu() -> str | None:
+    """Why there is none."""
     try:
         check_usable()
         find_library(name=KERNELS)
@@ -50,14 +62,41 @@ def _why_not() -> str | None:
     return None
 
 
+@functools.cache
+def _emulated_gpu(early: bool, portable: bool) -> EmulatedGpu | str:
+    """Or why there is none."""
+    if platform.machine() != "x86_64" or shutil.which("g++") is None:
+        return "the kernels run on a CPU on x86-64, where g++ is installed"
+    try:
+        return EmulatedGpu(early=early, hopper=not portable)
+    except MlaTrtError as error:
+        return str(error)
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("cpu") is not None:
         return
-    reason = _why_not()
-    if reason is not None:
-        pytest.skip(reason)
+    reason = None
+    if item.config.getoption("--emulator") or (reason := _no_gpu()) is not None:
+        if reason is not None and item.get_closest_marker("small") is None:
+            pytest.skip(reason)
+        gpu = _emulated_gpu(item.config.getoption("--early"), item.config.getoption("--portable"))
+        if isinstance(gpu, str):
+            pytest.skip(f"{reason}; {gpu}" if reason else gpu)
+        gpu.install()
+        harness.emulated = gpu.library
     if _lost:
         pytest.skip(f"{_lost[0]} broke the GPU's context: run the rest without it (--deselect)")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    if harness.emulated is not None:
+        harness.emulated = None
+        gpu = _emulated_gpu(item.config.getoption("--early"), item.config.getoption("--portable"))
+        assert isinstance(gpu, EmulatedGpu)
+        gpu.remove()
 
 
 @pytest.fixture(autouse=True)

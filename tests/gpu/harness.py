@@ -37,9 +37,16 @@ def record_to(properties: list[tuple[str, Any]]) -> None:
     _measured = properties
 
 
-@functools.cache
+emulated: KernelLibrary | None = None  # in place of the GPU's
+
+
 def library() -> KernelLibrary:
     """The kernel library under test."""
+    return emulated or _library()
+
+
+@functools.cache
+def _library() -> KernelLibrary:
     return KernelLibrary(find_library(name=KERNELS).path)
 
 

@@ -61,7 +61,7 @@ def _check(
     return found
 
 
-@pytest.mark.memcheck
+@pytest.mark.small
 @pytest.mark.parametrize("case", STEPS.values(), ids=STEPS.keys())
 @pytest.mark.parametrize("row_format", ROW_FORMATS)
 def test_steps(row_format: str, case: tuple[list[int], list[int], int]) -> None:
@@ -111,7 +111,7 @@ def test_rope_rows_choose_and_clamp_the_table_row(row_format: str, interleaved: 
     _check(inputs, pages, rope_interleaved=interleaved)
 
 
-@pytest.mark.memcheck
+@pytest.mark.small
 @pytest.mark.parametrize("row_format", ROW_FORMATS)
 def test_tokens_without_a_page_are_not_written(row_format: str) -> None:
     rng = np.random.default_rng(5)
@@ -126,7 +126,7 @@ def test_tokens_without_a_page_are_not_written(row_format: str) -> None:
     _check(inputs, pages)
 
 
-@pytest.mark.memcheck
+@pytest.mark.small
 @pytest.mark.parametrize("row_format", ["f32", "fp8"])
 def test_pages_are_copied_before_rows_are_written(row_format: str) -> None:
     rng = np.random.default_rng(6)
@@ -222,7 +222,7 @@ def test_a_graph_gives_the_same_bytes(row_format: str) -> None:
         compare_exactly("kv_cache_out", found["kv_cache_out"], expected["kv_cache_out"])
 
 
-@pytest.mark.memcheck
+@pytest.mark.small
 @pytest.mark.parametrize("row_format", ROW_FORMATS)
 def test_garbage_is_survived(row_format: str) -> None:
     """An engine builder times kernels on inputs of any content: nothing outside the tensors is touched."""

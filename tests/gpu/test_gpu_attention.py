@@ -80,7 +80,7 @@ def _check(
     return found
 
 
-@pytest.mark.memcheck
+@pytest.mark.small
 @pytest.mark.parametrize("case", STEPS.values(), ids=STEPS.keys())
 @pytest.mark.parametrize("row_format", ROW_FORMATS)
 def test_steps(row_format: str, case: tuple[list[int], list[int], int]) -> None:
@@ -218,7 +218,7 @@ def _check_branch(inputs: dict[str, Array], attributes: dict[str, Any], **option
     return found
 
 
-@pytest.mark.memcheck
+@pytest.mark.small
 @pytest.mark.parametrize("case", STEPS.values(), ids=STEPS.keys())
 def test_decode_branch_steps(case: tuple[list[int], list[int], int]) -> None:
     rng = np.random.default_rng(11)

@@ -74,7 +74,7 @@ def test_ragged_steps(row_format: str, case: tuple[list[int], int]) -> None:
     compare_attention(run_op("MlaDecoding", inputs, **attributes), inputs, attributes)
 
 
-@pytest.mark.memcheck
+@pytest.mark.small
 @pytest.mark.parametrize("case", STEPS.values(), ids=STEPS.keys())
 @pytest.mark.parametrize("row_format", ROW_FORMATS)
 @pytest.mark.parametrize("listed", [False, True], ids=["dense", "listed"])
@@ -128,7 +128,7 @@ def test_page_sizes(row_format: str, page_size: int) -> None:
     compare_attention(run_op("MlaDecoding", inputs, **attributes), inputs, attributes, "listed")
 
 
-@pytest.mark.memcheck
+@pytest.mark.small
 @pytest.mark.parametrize(
     ("rank", "rope"), [(32, 16), (37, 6), (24, 0), (96, 32), (128, 64), (160, 2), (256, 32), (512, 0), (512, 64)]
 )
@@ -189,7 +189,7 @@ def test_lists_of_one_key_again_and_again(row_format: str) -> None:
     compare_attention(run_op("MlaDecoding", inputs, **attributes), inputs, attributes)
 
 
-@pytest.mark.memcheck
+@pytest.mark.small
 @pytest.mark.parametrize("listed", [False, True], ids=["dense", "listed"])
 @pytest.mark.parametrize("row_format", ROW_FORMATS)
 def test_pages_outside_the_pool_are_masked(row_format: str, listed: bool) -> None:
@@ -328,7 +328,7 @@ def test_a_graph_gives_the_same_bits(row_format: str, listed: bool) -> None:
         compare_exactly(f"{name} of the graph", captured[name].view(np.int32), plain[name].view(np.int32))
 
 
-@pytest.mark.memcheck
+@pytest.mark.small
 @pytest.mark.parametrize("listed", [False, True], ids=["dense", "listed"])
 @pytest.mark.parametrize("row_format", ROW_FORMATS)
 def test_garbage_is_survived(row_format: str, listed: bool) -> None:
@@ -373,7 +373,7 @@ def test_sparse_prefill_of_2048_keys(row_format: str) -> None:
     compare_attention(run_op("MlaPrefillSparse", inputs, **attributes), inputs, attributes)
 
 
-@pytest.mark.memcheck
+@pytest.mark.small
 @pytest.mark.parametrize("case", STEPS.values(), ids=STEPS.keys())
 def test_sparse_prefill_steps(case: tuple[list[int], list[int], int]) -> None:
     rng = np.random.default_rng(24)

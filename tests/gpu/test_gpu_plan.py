@@ -30,7 +30,7 @@ def _inputs(new: list[int], cached: list[int], padding: int) -> dict[str, Array]
     return {"tokens": tokens, "query_offsets": offsets, "cache_lengths": np.array(cached, np.int32)}
 
 
-@pytest.mark.memcheck
+@pytest.mark.small
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 @pytest.mark.parametrize("parts", [1, 5, 128, 1000])
 def test_plan(case: tuple[list[int], list[int], int], parts: int) -> None:

@@ -103,7 +103,7 @@ def test_products_of_bfloat16_have_a_kernel_of_their_own(row_format: str, listed
     assert not np.array_equal(found, portable)
 
 
-@pytest.mark.memcheck
+@pytest.mark.small
 @LISTED
 @KINDS
 @pytest.mark.parametrize("heads", [4, 16, 128])
@@ -275,7 +275,7 @@ def test_sparse_prefill(heads: int, page_size: int, kind: Kind) -> None:
     _compare(run_op("MlaPrefillSparse", inputs, **attributes), inputs, attributes)
 
 
-@pytest.mark.memcheck
+@pytest.mark.small
 @LISTED
 @KINDS
 @pytest.mark.parametrize("heads", [16, 64])
@@ -327,7 +327,7 @@ def test_a_graph_gives_the_same_bits(kind: Kind) -> None:
     compare_exactly("output of the graph", captured["output"].view(np.int16), plain["output"].view(np.int16))
 
 
-@pytest.mark.memcheck
+@pytest.mark.small
 @LISTED
 @KINDS
 def test_garbage_is_survived(kind: Kind, listed: bool) -> None:

@@ -167,7 +167,7 @@ def test_reference_equals_the_op_sets(interleaved: int, hadamard: int, index_for
     check_lists(expected["indices"], scores, 6)
 
 
-@pytest.mark.memcheck
+@pytest.mark.small
 @pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS.keys())
 @pytest.mark.parametrize("index_format", INDEX_FORMATS)
 @pytest.mark.parametrize("top_k", [1, 40, 1000])

@@ -87,6 +87,7 @@ def _compare(inputs: dict[str, Any], attributes: dict[str, Any]) -> dict[str, Ar
     return found
 
 
+@pytest.mark.small
 @pytest.mark.parametrize("case", STEPS.values(), ids=STEPS.keys())
 @pytest.mark.parametrize("row_format", ROW_FORMATS)
 def test_steps(row_format: str, case: tuple[list[int], list[int], int]) -> None:
@@ -96,12 +97,14 @@ def test_steps(row_format: str, case: tuple[list[int], list[int], int]) -> None:
     _compare(inputs, attributes)
 
 
+@pytest.mark.small
 @pytest.mark.parametrize("page_size", [1, 3, 16, 256])
 def test_page_sizes(page_size: int) -> None:
     rng = np.random.default_rng(2)
     _compare(*_case(rng, make_step(rng, [70, 5], [3, 200], page_size=page_size), "fp8"))
 
 
+@pytest.mark.small
 @pytest.mark.parametrize("dimensions", DIMENSIONS.values(), ids=DIMENSIONS.keys())
 @pytest.mark.parametrize("row_format", ROW_FORMATS)
 def test_dimensions(row_format: str, dimensions: tuple[int, int, int, int, int]) -> None:
@@ -110,6 +113,7 @@ def test_dimensions(row_format: str, dimensions: tuple[int, int, int, int, int])
     _compare(*_case(rng, make_step(rng, new, [70, 0], page_size=16), row_format, dimensions))
 
 
+@pytest.mark.small
 @pytest.mark.parametrize("dimensions", ["small", "deepseek", "glm"])
 @pytest.mark.parametrize("weights", ["f32", "f16", "bf16", "e4m3", "e4m3 without scale"])
 @pytest.mark.parametrize("row_format", ["f32", "fp8"])
@@ -128,6 +132,7 @@ def test_weights(row_format: str, weights: str, dimensions: str) -> None:
     _compare(inputs, attributes)
 
 
+@pytest.mark.small
 @pytest.mark.parametrize("dimensions", ["small", "one head, odd sizes", "deepseek"])
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("row_format", ["f32", "bf16"])
@@ -136,6 +141,7 @@ def test_types(row_format: str, dtype: Any, dimensions: str) -> None:
     _compare(*_case(rng, make_step(rng, [66, 1], [30, 2]), row_format, DIMENSIONS[dimensions], dtype))
 
 
+@pytest.mark.small
 @pytest.mark.parametrize("row_format", ["f32", "fp8"])
 def test_sinks(row_format: str) -> None:
     rng = np.random.default_rng(6)
@@ -149,6 +155,7 @@ def test_sinks(row_format: str) -> None:
     )
 
 
+@pytest.mark.small
 @pytest.mark.parametrize("row_format", ROW_FORMATS)
 def test_keys_on_pages_outside_the_pool_are_masked(row_format: str) -> None:
     rng = np.random.default_rng(7)
@@ -163,6 +170,7 @@ def test_keys_on_pages_outside_the_pool_are_masked(row_format: str) -> None:
     compare_exactly("output beside a page of NaN", poisoned["output"], found["output"])
 
 
+@pytest.mark.small
 @pytest.mark.parametrize("row_format", ["f32", "bf16"])
 @pytest.mark.parametrize("scale", [-0.2, 0.0, 3.0])
 def test_softmax_scales(row_format: str, scale: float) -> None:
@@ -174,6 +182,7 @@ def test_softmax_scales(row_format: str, scale: float) -> None:
     compare("output", found["output"], expected["output"], 10 * PRECISE if row_format == "f32" else 5 * PRODUCTS)
 
 
+@pytest.mark.small
 @pytest.mark.parametrize("row_format", ["f32", "bf16"])
 def test_no_pages(row_format: str) -> None:
     rng = np.random.default_rng(9)
@@ -184,6 +193,7 @@ def test_no_pages(row_format: str) -> None:
     assert (found["lse"] == -np.inf).all()
 
 
+@pytest.mark.small
 @pytest.mark.parametrize("row_format", ["f32", "fp8"])
 def test_garbage_lengths_are_survived(row_format: str) -> None:
     rng = np.random.default_rng(10)

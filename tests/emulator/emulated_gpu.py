@@ -1,0 +1,75 @@
+"""A GPU for the tests of tests/gpu where there is none: the kernels' sources, compiled for this CPU, and memory of the host."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+from cuda_stand_in import HostRuntime, Status
+from emulator_library import EmulatorError, build
+
+from mla_trt import cuda
+from mla_trt.plugins.kernel_library import Call, KernelLibrary
+
+ALIGNMENT = 256
+
+
+class EmulatedRuntime(HostRuntime):
+    """The stand-in for CUDA, whose addresses are aligned as a GPU's."""
+
+    def cudaMalloc(self, size: int) -> tuple[Status, int]:
+        status, address = super().cudaMalloc(size + ALIGNMENT)
+        if status:
+            return status, address
+        aligned = -(-address // ALIGNMENT) * ALIGNMENT
+        self.blocks[aligned] = self.blocks.pop(address)
+        return status, aligned
+
+
+class EmulatedGpu:
+    """Kernels and memory, in place of the GPU's between `install` and `remove`.
+
+    Args:
+        multiprocessors: of the GPU; as many blocks of a kernel live at a time.
+        early: copies and products are done at once, and kernels in their order; else all of it comes as late, and the next
+            kernel as early, as the kernels allow.
+        hopper: the kernels for sm_90a are there, else the portable ones alone.
+
+    Attributes:
+        library: the kernels.
+
+    Raises:
+        EmulatorError: a source does not compile.
+        PluginLibraryError: CUDA's headers are not here.
+    """
+
+    def __init__(self, *, multiprocessors: int = 4, early: bool = False, hopper: bool = True) -> None:
+        path = build()
+        self.library = KernelLibrary(path)
+        self._machine = ctypes.CDLL(str(path))
+        self._machine.emulator_synchronize.restype = ctypes.c_char_p
+        self._machine.emulator_set(multiprocessors, int(early), int(hopper))
+        self._runtime = EmulatedRuntime()
+        self._before: tuple[Any, Any] | None = None
+
+    def install(self) -> None:
+        """From now on this process has this GPU."""
+        enqueue = Call.enqueue
+
+        def work(call: Call, *arguments: Any) -> None:
+            enqueue(call, *arguments)
+            if message := self._machine.emulator_synchronize():
+                raise EmulatorError(message.decode())
+
+        def put(call: Call, *arguments: Any) -> None:
+            self._runtime.put(lambda: work(call, *arguments))
+
+        self._before = cuda._runtime, enqueue
+        cuda._runtime = lambda: self._runtime
+        Call.enqueue = put  # type: ignore[method-assign]
+
+    def remove(self) -> None:
+        """From now on it has what it had before."""
+        if self._before is not None:
+            cuda._runtime, Call.enqueue = self._before  # type: ignore[method-assign]
+        self._before = None

@@ -1,0 +1,18 @@
+// What a CUtensorMap says, as cuTensorMapEncodeTiled of `runtime.cpp` writes it into one.
+#pragma once
+
+#include <cstdint>
+
+namespace emulator {
+
+struct Box {
+    const uint8_t* data;
+    int64_t sizes[4], strides[4];  // bytes along the first axis; strides[0] is 1
+    int32_t box[4];
+
+    uint32_t bytes() const { return static_cast<uint32_t>(box[0] * box[1] * box[2] * box[3]); }
+    // Rows of 128 bytes, whose 16-byte units are permuted by the row; zeros outside of the tensor.
+    void copy(uint32_t target, int c0, int c1, int c2, int c3) const;
+};
+
+}  // namespace emulator

@@ -1,0 +1,127 @@
+// Products of four warps.
+#include <vector>
+
+#include "hopper.cuh"
+
+namespace mla {
+namespace hopper {
+namespace {
+
+constexpr int rows = 64, threads = emulator::group_size;
+
+const float* code_values() {
+    static const std::vector<float> values = [] {
+        std::vector<float> all(256);
+        for (int code = 0; code < 256; ++code) {
+            __nv_fp8_e4m3 value;
+            value.__x = static_cast<uint8_t>(code);
+            all[static_cast<size_t>(code)] = static_cast<float>(value);
+        }
+        return all;
+    }();
+    return values.data();
+}
+
+float bf16_value(uint16_t bits) { return __uint_as_float(uint32_t{bits} << 16); }
+
+// Shared memory behind a descriptor: units of 16 bytes are permuted by the row of 128 bytes that they are in.
+struct Tile {
+    uint32_t base, start, stride;  // the block's memory; the tile in it; from one tile of columns to the next
+
+    Tile(uint32_t block, uint32_t descriptor) : base(block), start((descriptor & 0x3fff) << 4), stride((descriptor >> 16 & 0x3fff) << 4) {}
+
+    const uint8_t* at(uint32_t offset) const {
+        uint32_t const logical = start + offset;
+        return reinterpret_cast<const uint8_t*>(size_t{base + (logical ^ (logical >> 3 & 0x70))});
+    }
+};
+
+struct Product {
+    GroupProduct what;
+    uint32_t block;
+    float* d[threads];
+    std::vector<uint32_t> a;  // four registers of each thread
+
+    void compute() const {
+        int const n = what.n, k = what.codes ? 32 : 16;
+        std::vector<float> left(static_cast<size_t>(rows * k)), right(static_cast<size_t>(k * n)), sums(static_cast<size_t>(n));
+        read_left(left.data(), k);
+        read_right(right.data(), k);
+        for (int row = 0; row < rows; ++row) {
+            int const first = row / 16 * 32 + row % 8 * 4, place = row % 16 / 8 * 2;
+            for (int j = 0; j < n; ++j) sums[static_cast<size_t>(j)] = what.clear ? 0.0f : d[first + j % 8 / 2][j / 8 * 4 + place + j % 2];
+            for (int i = 0; i < k; ++i) {
+                float const factor = left[static_cast<size_t>(row * k + i)];
+                const float* line = right.data() + i * n;
+                for (int j = 0; j < n; ++j) sums[static_cast<size_t>(j)] += factor * line[j];
+            }
+            for (int j = 0; j < n; ++j) d[first + j % 8 / 2][j / 8 * 4 + place + j % 2] = sums[static_cast<size_t>(j)];
+        }
+    }
+
+    void read_rows(float* to, const Tile& tile, int count, int k, int row_stride, int column_stride) const {
+        const float* codes = code_values();
+        for (int row = 0; row < count; ++row) {
+            for (int unit = 0; unit < 2; ++unit) {
+                const uint8_t* bytes = tile.at(static_cast<uint32_t>(row * 128 + unit * 16));
+                for (int i = 0; i < k / 2; ++i) {
+                    uint16_t bits;
+                    std::memcpy(&bits, bytes + (what.codes ? 0 : 2 * i), 2);
+                    to[row * row_stride + (unit * k / 2 + i) * column_stride] = what.codes ? codes[bytes[i]] : bf16_value(bits);
+                }
+            }
+        }
+    }
+
+    void read_left(float* left, int k) const {
+        if (a.empty()) {
+            read_rows(left, Tile(block, what.a), rows, k, k, 1);
+            return;
+        }
+        int const values = what.codes ? 4 : 2;  // of a register
+        const float* codes = code_values();
+        for (int thread = 0; thread < threads; ++thread) {
+            int const g = thread % 32 / 4, t = thread % 4;
+            for (int i = 0; i < 4; ++i) {
+                uint32_t const bits = a[static_cast<size_t>(4 * thread + i)];
+                float* to = left + (thread / 32 * 16 + g + i % 2 * 8) * k + i / 2 * (k / 2) + values * t;
+                for (int j = 0; j < values; ++j) {
+                    to[j] = what.codes ? codes[bits >> 8 * j & 0xff] : bf16_value(static_cast<uint16_t>(bits >> 16 * j));
+                }
+            }
+        }
+    }
+
+    void read_right(float* right, int k) const {
+        Tile const tile(block, what.b);
+        if (!what.columns) {
+            read_rows(right, tile, what.n, k, 1, what.n);
+            return;
+        }
+        for (int i = 0; i < k; ++i) {
+            for (int j = 0; j < what.n; ++j) {
+                uint16_t bits;
+                std::memcpy(&bits, tile.at(static_cast<uint32_t>(i * 128 + j % 64 * 2) + static_cast<uint32_t>(j / 64) * tile.stride), 2);
+                right[i * what.n + j] = bf16_value(bits);
+            }
+        }
+    }
+};
+
+}  // namespace
+
+void order_products_of(void* const* given) {
+    auto product = std::make_shared<Product>();
+    product->what = *static_cast<GroupProduct*>(given[0]);
+    product->block = emulator::shared_base();
+    for (int thread = 0; thread < threads; ++thread) {
+        auto const& own = *static_cast<GroupProduct*>(given[thread]);
+        if (own.a != product->what.a || own.b != product->what.b || own.n != product->what.n) emulator::fail("wgmma: threads give different tiles");
+        product->d[thread] = own.d;
+        if (own.a_registers != nullptr) product->a.insert(product->a.end(), own.a_registers, own.a_registers + 4);
+    }
+    emulator::order_product([product] { product->compute(); });
+}
+
+}  // namespace hopper
+}  // namespace mla

@@ -1,0 +1,100 @@
+// What the kernels' host code asks of the CUDA runtime and the driver.
+#include "scheduler.h"
+#include "tensor_map_box.h"
+
+namespace emulator {
+namespace {
+
+CUresult encode(CUtensorMap* map, CUtensorMapDataType, cuuint32_t rank, void* data, const cuuint64_t* sizes, const cuuint64_t* strides,
+                const cuuint32_t* box, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion,
+                CUtensorMapFloatOOBfill) {
+    if (rank != 4 || box[0] != 128 || reinterpret_cast<size_t>(data) % 16 != 0) return CUDA_ERROR_INVALID_VALUE;
+    Box made{};
+    made.data = static_cast<const uint8_t*>(data);
+    made.strides[0] = 1;
+    for (int i = 0; i < 4; ++i) {
+        if (sizes[i] == 0 || sizes[i] > uint64_t{1} << 32 || box[i] == 0 || box[i] > 256) return CUDA_ERROR_INVALID_VALUE;
+        if (i > 0 && (strides[i - 1] % 16 != 0 || strides[i - 1] >= uint64_t{1} << 40)) return CUDA_ERROR_INVALID_VALUE;
+        made.sizes[i] = static_cast<int64_t>(sizes[i]);
+        made.box[i] = static_cast<int32_t>(box[i]);
+        if (i > 0) made.strides[i] = static_cast<int64_t>(strides[i - 1]);
+    }
+    static_assert(sizeof(Box) <= sizeof(CUtensorMap));
+    std::memcpy(static_cast<void*>(map), &made, sizeof made);
+    return CUDA_SUCCESS;
+}
+
+}  // namespace
+
+void Box::copy(uint32_t target, int c0, int c1, int c2, int c3) const {
+    if (target % 128 != 0) fail("copy_box: the target is no multiple of 128");
+    uint32_t row = 0;
+    for (int64_t z = c3; z < c3 + box[3]; ++z) {
+        for (int64_t y = c2; y < c2 + box[2]; ++y) {
+            for (int64_t x = c1; x < c1 + box[1]; ++x, ++row) {
+                bool const there = x >= 0 && y >= 0 && z >= 0 && x < sizes[1] && y < sizes[2] && z < sizes[3];
+                for (int unit = 0; unit < 8; ++unit) {
+                    uint32_t const at = target + 128 * row + static_cast<uint32_t>(16 * unit);
+                    auto* to = reinterpret_cast<uint8_t*>(size_t{at ^ (at >> 3 & 0x70)});
+                    for (int byte = 0; byte < 16; ++byte) {
+                        int64_t const column = c0 + 16 * unit + byte;
+                        bool const value = there && column >= 0 && column < sizes[0];
+                        to[byte] = value ? data[column + x * strides[1] + y * strides[2] + z * strides[3]] : uint8_t{0};
+                    }
+                }
+            }
+        }
+    }
+}
+
+}  // namespace emulator
+
+using emulator::settings;
+
+extern "C" {
+
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+const char* cudaGetErrorString(cudaError_t) { return "refused by the emulator"; }
+const char* cudaGetErrorName(cudaError_t error) { return error == cudaSuccess ? "cudaSuccess" : "cudaErrorInvalidValue"; }
+
+cudaError_t cudaGetDevice(int* device) {
+    *device = 0;
+    return cudaSuccess;
+}
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+    switch (attribute) {
+        case cudaDevAttrComputeCapabilityMajor: *value = 9; return cudaSuccess;
+        case cudaDevAttrMultiProcessorCount: *value = settings.multiprocessors; return cudaSuccess;
+        case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = 227 << 10; return cudaSuccess;
+        default: return cudaErrorInvalidValue;
+    }
+}
+cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int value) { return value <= 227 << 10 ? cudaSuccess : cudaErrorInvalidValue; }
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+    *attributes = {};
+    attributes->ptxVersion = 90;
+    attributes->sharedSizeBytes = settings.hopper ? 1 : 0;  // what kernels for sm_90a alone have where they were compiled for it
+    return cudaSuccess;
+}
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
+    emulator::enqueue_copy([=] { std::memcpy(to, from, bytes); });
+    return cudaSuccess;
+}
+cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** entry, unsigned, unsigned long long, cudaDriverEntryPointQueryResult* found) {
+    *entry = reinterpret_cast<void*>(emulator::encode);
+    *found = cudaDriverEntryPointSuccess;
+    return cudaSuccess;
+}
+
+__attribute__((visibility("default"))) void emulator_set(int multiprocessors, int early, int hopper) {
+    settings = {multiprocessors, early != 0 ? emulator::Order::early : emulator::Order::late, hopper != 0};
+}
+
+// Does what is on the stream. The text says what went wrong; NULL: nothing.
+__attribute__((visibility("default"))) const char* emulator_synchronize() {
+    static std::string text;
+    emulator::synchronize();
+    text = emulator::take_error();
+    return text.empty() ? nullptr : text.c_str();
+}
+}

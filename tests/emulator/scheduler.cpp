@@ -1,0 +1,672 @@
+// Fibers for the threads of a grid, and what they wait for.
+#include <cstdarg>
+#include <cstdio>
+#include <deque>
+#include <map>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include <sys/mman.h>
+
+#include "scheduler.h"
+
+#if !defined(__x86_64__)
+#error "the switch between fibers is written for x86-64"
+#endif
+
+// Saves the registers that a call keeps on the running stack, whose end goes to *save, and takes up those of another.
+extern "C" void emulator_switch(void** save, void* stack);
+asm(R"(
+.text
+.type emulator_switch, @function
+emulator_switch:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+)");
+
+uint3 threadIdx, blockIdx;
+dim3 blockDim, gridDim;
+
+namespace emulator {
+
+const Place* place = nullptr;
+
+namespace {
+
+constexpr size_t window_bytes = 256 << 10, stack_bytes = 256 << 10, page = 4096;
+constexpr size_t reserved_bytes = 1024;    // of a block's shared memory, by the system: no address is 0
+constexpr size_t usable_bytes = 228 << 10;  // of all of it, on Hopper
+constexpr uint8_t poison = 0xff;           // NaN, and -1: what nobody wrote
+
+struct Fiber;
+struct Block;
+using Waiting = std::vector<Fiber*>;
+
+struct Meeting {  // of all of a number of threads, again and again
+    const char* what = nullptr;
+    int arrived = 0;
+    uint64_t values[2][warp_size];  // of this time and the last, which some may not have read yet
+    int time = 0;
+    void* given[group_size];
+    Waiting waiting;
+};
+
+struct Gate {  // a barrier that counts
+    int arrived = 0;
+    Waiting waiting;
+};
+
+struct Group {  // four warps
+    Meeting meeting;
+    std::vector<std::function<void()>> open;
+    std::deque<std::vector<std::function<void()>>> committed;
+};
+
+struct Fiber {
+    void* stack_end = nullptr;
+    char* stack = nullptr;
+    Place place{};
+    uint3 thread{};
+    Block* block = nullptr;
+    int number = 0;
+    const char* waits_for = "";
+    uint32_t detail = 0;
+    // copies of its own: how many were ordered and done, and how many there were at each commit
+    std::deque<std::function<void()>> copies;
+    int64_t ordered = 0, done = 0;
+    std::deque<int64_t> commits;
+
+    void copy_until(int64_t count) {
+        for (; done < count; ++done) {
+            copies.front()();
+            copies.pop_front();
+        }
+    }
+};
+
+struct Cluster {
+    std::vector<Block*> blocks;
+    Gate gate;
+};
+
+struct Launched {  // a grid, or a copy that the stream does
+    Grid grid;
+    std::function<void()> thread;  // or the copy
+    bool is_copy = false;
+    Launched* before = nullptr;
+    int64_t count = 0, begun = 0, ended = 0, let = 0;  // blocks; those that let the next grid begin, or have ended
+    std::deque<Fiber*> ready;
+    Waiting for_end;
+    Gate gate;
+    std::vector<std::unique_ptr<Cluster>> clusters;
+
+    int64_t live() const { return begun - ended; }
+    bool complete() const { return ended == count; }
+};
+
+struct Block {
+    uint3 index{};
+    Launched* launched = nullptr;
+    Cluster* cluster = nullptr;
+    std::vector<Fiber> fibers;
+    std::vector<Meeting> warps;
+    std::vector<Group> groups;
+    Gate named[16];
+    int live = 0, any = 0, any_before = 0;
+    int copies_under_way = 0;
+    bool let = false, waited = false;
+    uint32_t window = 0;
+    size_t used = 0;
+    std::map<const void*, void*> statics;
+};
+
+struct Given {};  // up: on the stack that begins and ends blocks
+
+struct Job {
+    std::function<void()> work;
+    Block* block;
+};
+
+struct Machine {
+    std::deque<std::unique_ptr<Launched>> stream;
+    Fiber* running = nullptr;
+    void* main_stack = nullptr;
+    std::vector<Job> jobs;
+    std::unordered_map<uint32_t, Waiting> barriers;
+    std::vector<std::unique_ptr<Block>> blocks;  // that live
+    Block* ended = nullptr;
+    uint32_t random = 1;
+};
+
+Machine machine;
+std::vector<uint32_t> free_windows;
+std::vector<char*> free_stacks;
+std::string error;
+
+uint32_t random_number() {
+    machine.random ^= machine.random << 13;
+    machine.random ^= machine.random >> 17;
+    machine.random ^= machine.random << 5;
+    return machine.random;
+}
+
+uint32_t take_window() {
+    if (free_windows.empty()) {
+        constexpr int count = 16;
+        void* memory = mmap(nullptr, (count + 1) * window_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_32BIT, -1, 0);
+        if (memory == MAP_FAILED) fail("there is no memory below 4 GiB for shared memory");
+        auto const start = (reinterpret_cast<size_t>(memory) + window_bytes - 1) / window_bytes * window_bytes;
+        for (int i = 0; i < count; ++i) free_windows.push_back(static_cast<uint32_t>(start + i * window_bytes));
+    }
+    uint32_t const window = free_windows.back();
+    free_windows.pop_back();
+    std::memset(reinterpret_cast<void*>(size_t{window}), poison, usable_bytes);
+    return window;
+}
+
+char* take_stack() {
+    if (free_stacks.empty()) {
+        void* memory = mmap(nullptr, stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (memory == MAP_FAILED) fail("there is no memory for the threads' stacks");
+        mprotect(memory, page, PROT_NONE);
+        free_stacks.push_back(static_cast<char*>(memory));
+    }
+    char* stack = free_stacks.back();
+    free_stacks.pop_back();
+    return stack;
+}
+
+void resume(Fiber* fiber, void** save) {
+    machine.running = fiber;
+    place = &fiber->place;
+    threadIdx = fiber->thread;
+    blockIdx = fiber->block->index;
+    blockDim = fiber->block->launched->grid.threads;
+    gridDim = fiber->block->launched->grid.blocks;
+    emulator_switch(save, fiber->stack_end);
+}
+
+void make_ready(Fiber* fiber) { fiber->block->launched->ready.push_back(fiber); }
+
+void wake(Waiting& waiting) {
+    for (Fiber* fiber : waiting) make_ready(fiber);
+    waiting.clear();
+}
+
+[[noreturn]] void leave() {
+    void* nowhere;
+    emulator_switch(&nowhere, machine.main_stack);
+    __builtin_unreachable();
+}
+
+void say_who_waits() {
+    std::map<std::string, int> reasons;
+    for (auto const& block : machine.blocks) {
+        for (const Fiber& fiber : block->fibers) {
+            if (fiber.waits_for == nullptr) continue;
+            char text[160];
+            snprintf(text, sizeof text, "block %u: %s %u", block->index.x, fiber.waits_for, fiber.detail);
+            ++reasons[text];
+        }
+    }
+    std::string all;
+    for (auto const& [reason, count] : reasons) all += "; " + std::to_string(count) + " of " + reason;
+    fail("nobody can run%s", all.c_str());
+}
+
+// The grid whose threads run next: the last on the stream, which may have begun too early, or the first.
+Launched* find_ready() {
+    auto const has_ready = [](auto const& launched) { return !launched->ready.empty(); };
+    auto& stream = machine.stream;
+    if (settings.order == Order::late) {
+        auto const found = std::find_if(stream.rbegin(), stream.rend(), has_ready);
+        return found == stream.rend() ? nullptr : found->get();
+    }
+    auto const found = std::find_if(stream.begin(), stream.end(), has_ready);
+    return found == stream.end() ? nullptr : found->get();
+}
+
+// Who runs next; what the machine does beside its threads goes on when none of them can.
+Fiber* take_next() {
+    Launched* launched;
+    while ((launched = find_ready()) == nullptr) {
+        if (machine.jobs.empty()) say_who_waits();
+        size_t const number = random_number() % machine.jobs.size();
+        Job const job = std::move(machine.jobs[number]);
+        machine.jobs.erase(machine.jobs.begin() + static_cast<int64_t>(number));
+        --job.block->copies_under_way;
+        job.work();
+    }
+    Fiber* next = launched->ready.front();
+    launched->ready.pop_front();
+    return next;
+}
+
+void wait(Waiting& waiting, const char* what, uint32_t detail = 0) {
+    Fiber* self = machine.running;
+    self->waits_for = what;
+    self->detail = detail;
+    waiting.push_back(self);
+    Fiber* next = take_next();
+    if (next != self) resume(next, &self->stack_end);
+    self->waits_for = "running";
+}
+
+void thread_main();
+
+void start_block(Launched* launched, Cluster* cluster, int64_t number, int rank) {
+    auto block = std::make_unique<Block>();
+    const Grid& grid = launched->grid;
+    auto const threads = static_cast<int>(grid.threads.x * grid.threads.y * grid.threads.z);
+    auto const rest = static_cast<unsigned>(number / grid.blocks.x);
+    block->index = {static_cast<unsigned>(number % grid.blocks.x), rest % grid.blocks.y, rest / grid.blocks.y};
+    block->launched = launched;
+    block->cluster = cluster;
+    block->window = take_window();
+    block->used = reserved_bytes + grid.shared_bytes;
+    if (block->used > usable_bytes) fail("a block has %zu bytes of shared memory, more than there are", block->used);
+    block->fibers.resize(static_cast<size_t>(threads));
+    block->warps.resize(static_cast<size_t>((threads + warp_size - 1) / warp_size));
+    block->groups.resize(static_cast<size_t>((threads + group_size - 1) / group_size));
+    block->live = threads;
+    for (int i = 0; i < threads; ++i) {
+        Fiber& fiber = block->fibers[static_cast<size_t>(i)];
+        auto const n = static_cast<unsigned>(i);
+        fiber.thread = {n % grid.threads.x, n / grid.threads.x % grid.threads.y, n / grid.threads.x / grid.threads.y};
+        fiber.place.lane = i % warp_size;
+        fiber.place.cluster_rank = rank;
+        fiber.place.cluster_size = grid.cluster;
+        fiber.block = block.get();
+        fiber.number = i;
+        fiber.stack = take_stack();
+        // as if thread_main had been called, and the six registers saved
+        auto** top = reinterpret_cast<void**>(fiber.stack + stack_bytes) - 2;
+        *top = reinterpret_cast<void*>(thread_main);
+        fiber.stack_end = top - 6;
+        make_ready(&fiber);
+    }
+    cluster->blocks.push_back(block.get());
+    machine.blocks.push_back(std::move(block));
+}
+
+// A kernel that is not early waits for the one before alone, which must wait for those before it.
+bool may_begin(const Launched& launched) {
+    const Launched* before = launched.before;
+    return before == nullptr || launched.begun > 0 || before->complete() || (launched.grid.early && before->let == before->count);
+}
+
+void start_blocks() {
+    for (auto& launched : machine.stream) {
+        if (launched->complete() || !may_begin(*launched)) continue;
+        if (launched->is_copy) {
+            launched->thread();
+            launched->begun = launched->ended = launched->let = 1;
+            continue;
+        }
+        const Grid& grid = launched->grid;
+        while (launched->begun < launched->count &&
+               (grid.all_at_once || launched->live() + grid.cluster <= std::max(settings.multiprocessors, grid.cluster))) {
+            launched->clusters.push_back(std::make_unique<Cluster>());
+            for (int rank = 0; rank < grid.cluster; ++rank) start_block(launched.get(), launched->clusters.back().get(), launched->begun++, rank);
+        }
+    }
+}
+
+void end_block(Block* block) {
+    if (block->copies_under_way > 0) fail("block %u ends while copies to its shared memory are under way", block->index.x);
+    if (block->launched->grid.early && !block->waited) {
+        fail("block %u of a kernel that was launched early ends, and did not wait for the kernel before", block->index.x);
+    }
+    for (Fiber& fiber : block->fibers) free_stacks.push_back(fiber.stack);
+    free_windows.push_back(block->window);
+    for (auto entry = machine.barriers.begin(); entry != machine.barriers.end();) {
+        bool const own = entry->first / window_bytes == block->window / window_bytes;
+        entry = own ? machine.barriers.erase(entry) : std::next(entry);
+    }
+    Launched& launched = *block->launched;
+    launched.let += block->let ? 0 : 1;
+    if (++launched.ended == launched.count) wake(launched.for_end);
+    Cluster* cluster = block->cluster;
+    cluster->blocks.erase(std::find(cluster->blocks.begin(), cluster->blocks.end(), block));
+    auto const same = [&](auto const& known) { return known.get() == block; };
+    machine.blocks.erase(std::find_if(machine.blocks.begin(), machine.blocks.end(), same));
+}
+
+void pass(Gate& gate, int threads, const char* what, uint32_t detail, bool waits) {
+    if (++gate.arrived > threads) fail("%s %u: more than %d threads came", what, detail, threads);
+    if (gate.arrived == threads) {
+        gate.arrived = 0;
+        wake(gate.waiting);
+    } else if (waits) {
+        wait(gate.waiting, what, detail);
+    }
+}
+
+// The last act of a thread. Its stack may be another's as soon as the block has ended, which `run` sees to on a stack of its own.
+void thread_end() {
+    Fiber* self = machine.running;
+    Block* block = self->block;
+    self->copy_until(self->ordered);
+    self->waits_for = nullptr;
+    --block->live;
+    Gate& all = block->named[0];
+    if (block->live > 0 && all.arrived == block->live && all.arrived > 0) {  // those that ended are not waited for
+        all.arrived = 0;
+        wake(all.waiting);
+    }
+    if (block->live == 0) {
+        machine.ended = block;
+        leave();
+    }
+    void* nowhere;
+    resume(take_next(), &nowhere);
+}
+
+void thread_main() {
+    machine.running->block->launched->thread();
+    thread_end();
+}
+
+// Comes back when all have come. Whoever comes last finds the others waiting.
+template <typename Last>
+void meet(Meeting& meeting, int threads, const char* what, Last&& last) {
+    if (meeting.arrived > 0 && meeting.what != what && std::strcmp(meeting.what, what) != 0) {
+        fail("threads that belong together part: %s and %s, block %u thread %d", meeting.what, what, blockIdx.x, machine.running->number);
+    }
+    meeting.what = what;
+    if (++meeting.arrived < threads) {
+        wait(meeting.waiting, what);
+        return;
+    }
+    last();
+    meeting.arrived = 0;
+    ++meeting.time;
+    wake(meeting.waiting);
+}
+
+Meeting& own_warp() { return machine.running->block->warps[static_cast<size_t>(machine.running->number / warp_size)]; }
+Group& own_group() { return machine.running->block->groups[static_cast<size_t>(machine.running->number / group_size)]; }
+
+void together(Meeting& meeting, int threads, const char* what, void* given, Work work) {
+    meeting.given[machine.running->number % threads] = given;
+    meet(meeting, threads, what, [&] { work(meeting.given); });
+}
+
+// An mbarrier's eight bytes.
+struct Barrier {
+    uint64_t mark : 12, phase : 1, count : 10, pending : 10;
+    int64_t bytes : 31;
+
+    static constexpr uint64_t made = 0xba7;
+
+    static Barrier& at(uint32_t address, const char* what) {
+        if (address % 8 != 0) fail("%s: a barrier at address %u, no multiple of 8", what, address % window_bytes);
+        Barrier& barrier = *reinterpret_cast<Barrier*>(size_t{address});
+        if (barrier.mark != made) fail("%s: there is no barrier at address %u", what, static_cast<unsigned>(address % window_bytes));
+        return barrier;
+    }
+    void check(uint32_t address) {
+        if (pending > 0 || bytes != 0) return;
+        phase ^= 1;
+        pending = count;
+        auto const found = machine.barriers.find(address);
+        if (found != machine.barriers.end()) wake(found->second);
+    }
+};
+static_assert(sizeof(Barrier) == 8);
+
+}  // namespace
+
+Settings settings;
+
+void fail(const char* format, ...) {
+    char text[1024];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(text, sizeof text, format, arguments);
+    va_end(arguments);
+    error = text;
+    if (machine.running == nullptr) throw Given{};
+    leave();
+}
+
+std::string take_error() { return std::exchange(error, std::string()); }
+
+void enqueue(const Grid& grid, std::function<void()> thread) {
+    auto launched = std::make_unique<Launched>();
+    launched->grid = grid;
+    launched->thread = std::move(thread);
+    launched->count = int64_t{grid.blocks.x} * grid.blocks.y * grid.blocks.z;
+    if (grid.threads.x * grid.threads.y * grid.threads.z > 1024 || launched->count == 0 || launched->count % grid.cluster != 0) {
+        error = "a launch of " + std::to_string(launched->count) + " blocks in clusters of " + std::to_string(grid.cluster);
+    }
+    launched->before = machine.stream.empty() ? nullptr : machine.stream.back().get();
+    machine.stream.push_back(std::move(launched));
+}
+
+void enqueue_copy(std::function<void()> copy) {
+    enqueue(Grid{dim3(1), dim3(1)}, std::move(copy));
+    machine.stream.back()->is_copy = true;
+}
+
+void synchronize() {
+    try {
+        if (error.empty()) start_blocks();
+        while (!machine.blocks.empty() && error.empty()) {
+            machine.ended = nullptr;
+            resume(take_next(), &machine.main_stack);
+            machine.running = nullptr;
+            if (machine.ended != nullptr) end_block(machine.ended);
+            if (error.empty()) start_blocks();
+        }
+    } catch (const Given&) {
+    }
+    place = nullptr;
+    if (!error.empty()) {  // what was under way is given up, and stacks and windows with it
+        machine.jobs.clear();
+        machine.barriers.clear();
+        for (auto& block : machine.blocks) static_cast<void>(block.release());
+        machine.blocks.clear();
+    }
+    machine.stream.clear();
+}
+
+void let_next_begin() {
+    Fiber* self = machine.running;
+    Block* block = self->block;
+    if (block->let) return;
+    block->let = true;
+    if (++block->launched->let < block->launched->count) return;
+    make_ready(self);
+    emulator_switch(&self->stack_end, machine.main_stack);
+}
+
+void wait_for_before() {
+    machine.running->block->waited = true;
+    Launched* before = machine.running->block->launched->before;
+    if (before != nullptr && !before->complete()) wait(before->for_end, "the kernel before");
+}
+
+void* dynamic_shared() { return reinterpret_cast<void*>(size_t{machine.running->block->window} + reserved_bytes); }
+
+void* static_shared(const void* declaration, size_t bytes, size_t alignment) {
+    Block& block = *machine.running->block;
+    void*& found = block.statics[declaration];
+    if (found == nullptr) {
+        size_t const start = (block.used + std::max<size_t>(alignment, 16) - 1) / std::max<size_t>(alignment, 16) * std::max<size_t>(alignment, 16);
+        block.used = start + bytes;
+        if (block.used > usable_bytes) fail("a block has %zu bytes of shared memory, more than there are", block.used);
+        found = reinterpret_cast<void*>(block.window + start);
+    }
+    return found;
+}
+
+uint32_t shared_base() { return machine.running->block->window; }
+uint32_t shared_base_of(int rank) {
+    const Cluster& cluster = *machine.running->block->cluster;
+    if (static_cast<int>(cluster.blocks.size()) != place->cluster_size) fail("a block reads from one of its cluster that has ended");
+    return cluster.blocks[static_cast<size_t>(rank)]->window;
+}
+
+void block_sync() {
+    Block& block = *machine.running->block;
+    pass(block.named[0], block.live, "__syncthreads", 0, true);
+}
+
+int block_sync_or(int value) {
+    Block& block = *machine.running->block;
+    block.any |= value;
+    block_sync();
+    int const result = block.any;
+    block_sync();
+    block.any = 0;
+    block_sync();
+    return result;
+}
+
+void cluster_sync() {
+    Cluster& cluster = *machine.running->block->cluster;
+    size_t threads = 0;
+    for (const Block* block : cluster.blocks) threads += static_cast<size_t>(block->live);
+    pass(cluster.gate, static_cast<int>(threads), "the cluster's barrier", 0, true);
+}
+
+void grid_sync() {
+    Launched& launched = *machine.running->block->launched;
+    if (!launched.grid.all_at_once) fail("a barrier of the grid in a kernel whose blocks were not launched together");
+    int threads = 0;
+    for (auto const& block : machine.blocks) threads += block->launched == &launched ? block->live : 0;
+    pass(launched.gate, threads, "the grid's barrier", 0, true);
+}
+
+void named_sync(int id, int threads) {
+    pass(machine.running->block->named[id], threads, "named barrier", static_cast<uint32_t>(id), true);
+}
+void named_arrive(int id, int threads) {
+    pass(machine.running->block->named[id], threads, "named barrier", static_cast<uint32_t>(id), false);
+}
+
+void yield() {
+    make_ready(machine.running);
+    Waiting nobody;
+    wait(nobody, "a moment");
+}
+
+const uint64_t* exchange(const char* what, uint64_t value) {
+    Meeting& warp = own_warp();
+    uint64_t* values = warp.values[warp.time & 1];
+    values[place->lane] = value;
+    meet(warp, warp_size, what, [] {});
+    return values;
+}
+
+void together_in_warp(const char* what, void* given, Work work) { together(own_warp(), warp_size, what, given, work); }
+void together_in_group(const char* what, void* given, Work work) { together(own_group().meeting, group_size, what, given, work); }
+
+void barrier_init(uint32_t address, uint32_t arrivals) {
+    Barrier& barrier = *reinterpret_cast<Barrier*>(size_t{address});
+    if (arrivals == 0 || arrivals > 1023) fail("a barrier of %u arrivals", arrivals);
+    barrier.mark = Barrier::made;
+    barrier.phase = 0;
+    barrier.count = barrier.pending = arrivals;
+    barrier.bytes = 0;
+}
+
+void barrier_arrive(uint32_t address, uint32_t bytes) {
+    Barrier& barrier = Barrier::at(address, "an arrival");
+    if (barrier.pending == 0) fail("an arrival too many at the barrier at address %u", static_cast<unsigned>(address % window_bytes));
+    barrier.bytes += bytes;
+    --barrier.pending;
+    barrier.check(address);
+}
+
+void barrier_complete(uint32_t address, uint32_t bytes) {
+    Barrier& barrier = Barrier::at(address, "a copy's end");
+    barrier.bytes -= bytes;
+    barrier.check(address);
+}
+
+void barrier_wait(uint32_t address, uint32_t parity) {
+    while (Barrier::at(address, "a wait").phase == parity) {
+        wait(machine.barriers[address], "the barrier at address", static_cast<uint32_t>(address % window_bytes));
+    }
+}
+
+namespace {
+void order_job(Block* block, std::function<void()> work) {
+    if (settings.order == Order::early) {
+        work();
+        return;
+    }
+    ++block->copies_under_way;
+    machine.jobs.push_back({std::move(work), block});
+}
+}  // namespace
+
+void engine_copy(std::function<void()> copy) { order_job(machine.running->block, std::move(copy)); }
+
+void thread_copy(std::function<void()> copy) {
+    Fiber* self = machine.running;
+    ++self->ordered;
+    self->copies.push_back(std::move(copy));
+    if (settings.order == Order::early) self->copy_until(self->ordered);
+}
+void thread_copies_commit() { machine.running->commits.push_back(machine.running->ordered); }
+void thread_copies_wait(int pending) {
+    Fiber* self = machine.running;
+    if (pending < 0) {
+        self->commits.clear();
+        self->copy_until(self->ordered);
+        return;
+    }
+    while (static_cast<int>(self->commits.size()) > pending) {
+        self->copy_until(self->commits.front());
+        self->commits.pop_front();
+    }
+}
+void arrive_after_thread_copies(uint32_t barrier) {
+    Fiber* self = machine.running;
+    order_job(self->block, [self, count = self->ordered, barrier] {
+        self->copy_until(count);
+        barrier_arrive(barrier, 0);
+    });
+}
+
+void order_product(std::function<void()> product) {
+    if (settings.order == Order::early) {
+        product();
+    } else {
+        own_group().open.push_back(std::move(product));
+    }
+}
+void products_commit() {
+    together_in_group("the products' commit", nullptr, [](void* const*) {
+        Group& group = own_group();
+        group.committed.push_back(std::move(group.open));
+        group.open.clear();
+    });
+}
+void products_wait(int pending) {
+    together_in_group("the products' wait", &pending, [](void* const* given) {
+        Group& group = own_group();
+        for (int const most = *static_cast<int*>(given[0]); static_cast<int>(group.committed.size()) > most; group.committed.pop_front()) {
+            for (auto const& product : group.committed.front()) product();
+        }
+    });
+}
+
+}  // namespace emulator
