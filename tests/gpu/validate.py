@@ -1,0 +1,188 @@
+"""What a build is held to on a GPU, one step after the other, each within its time; what was seen stays, whatever comes later.
+
+    python tests/gpu/validate.py -o results cases memcheck racecheck
+    python tests/gpu/validate.py -o results --seconds 540 cases:200 engines:300
+
+A step is given as NAME or NAME:SECONDS; without a time it has what --seconds leaves, shared among those that have none. A step that is not
+through by then is ended, with all that it began. `OUT/NAME.log` is what it said, `OUT/NAME` gets its results ($OUT), and
+`OUT/validation.md` and `.json` are written anew after each step. Exit status: 1, if any step failed or was ended.
+
+    cases       tests/gpu, without engines
+    memcheck    its small cases under compute-sanitizer, which sees the tensors' true ends
+    racecheck   the same of the portable kernels: $MLA_TRT_PORTABLE is a library of theirs (--arch 90)
+    engines     test_engines.py, and faults: test_engine_faults.py
+    triton      test_gpu_triton.py
+    soak        test_soak.py with $MLA_TRT_SOAK_ENGINE, for $MLA_TRT_SOAK_SECONDS
+    kernels     mla-trt bench kernels, and layer: mla-trt bench layer
+
+What each needs: docs/gpu-testing.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parent.parent
+GPU_TESTS = str(Path(__file__).parent)
+PYTHON = sys.executable
+ENGINES = ("test_engines.py", "test_engine_faults.py", "test_gpu_triton.py")
+WORKERS = "8"
+CLOSING_SECONDS = 10
+"""After SIGINT, for a step to write what it has."""
+
+
+def _pytest(*arguments: str) -> list[str]:
+    return [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+
+
+def _sanitized(tool: str, *arguments: str) -> list[str]:
+    sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "50"]
+    return [*sanitizer, *_pytest(GPU_TESTS, "-m", "small", "--no-guards", *arguments)]
+
+
+STEPS: dict[str, list[str]] = {
+    "cases": _pytest(GPU_TESTS, "-n", WORKERS, *(f"--ignore={GPU_TESTS}/{name}" for name in ENGINES)),
+    "memcheck": _sanitized("memcheck"),
+    "racecheck": _sanitized("racecheck", f"--ignore={GPU_TESTS}/test_hopper.py"),
+    "engines": _pytest(f"{GPU_TESTS}/test_engines.py"),
+    "faults": _pytest(f"{GPU_TESTS}/test_engine_faults.py"),
+    "triton": _pytest(f"{GPU_TESTS}/test_gpu_triton.py"),
+    "soak": _pytest("-s", f"{TESTS}/test_soak.py"),
+    "kernels": [PYTHON, "-m", "mla_trt.bench", "kernels"],
+    "layer": [PYTHON, "-m", "mla_trt", "bench", "layer"],
+}
+ENVIRONMENT = {"racecheck": {"MLA_TRT_KERNELS": os.environ.get("MLA_TRT_PORTABLE", "")}}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """``outcome``: passed, failed, ended (at its time) or not run. ``said``: the last line."""
+
+    step: str
+    outcome: str
+    seconds: float = 0.0
+    said: str = ""
+
+
+def run_step(name: str, command: Sequence[str], out: Path, seconds: float) -> Outcome:
+    """One step, with all that it begins in a process group of its own."""
+    folder, log = out / name, out / f"{name}.log"
+    folder.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, **ENVIRONMENT.get(name, {}), "OUT": str(folder)}
+    start = time.monotonic()
+    with log.open("w") as text:
+        text.write(f"$ {shlex.join(command)}\n")
+        text.flush()
+        try:
+            process = subprocess.Popen(
+                command, stdout=text, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            )
+        except OSError as error:
+            return Outcome(name, "failed", 0.0, str(error))
+        try:
+            status: int | None = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            status = None
+        finally:
+            _end(process)
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    outcome = "ended" if status is None else "failed" if status else "passed"
+    return Outcome(name, outcome, round(time.monotonic() - start, 1), lines[-1].strip("= ") if len(lines) > 1 else "")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(CLOSING_SECONDS)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def write(outcomes: Sequence[Outcome], about: str, out: Path) -> None:
+    """The table, and the same for programs."""
+    lines = [about, "", "| step | outcome | s | it said |", "|---|---|---|---|"]
+    for entry in outcomes:
+        said = entry.said.replace("|", "\\|")
+        lines.append(f"| {entry.step} | {entry.outcome} | {entry.seconds:.0f} | {said} |")
+    for name, text in (
+        ("validation.md", "\n".join(lines) + "\n"),
+        ("validation.json", json.dumps([asdict(entry) for entry in outcomes], indent=1) + "\n"),
+    ):
+        draft = out / f".{name}"
+        draft.write_text(text)
+        os.replace(draft, out / name)
+
+
+def about() -> str:
+    """The GPU, as the driver names it, and the library under test."""
+    sys.path.insert(0, str(TESTS.parent))
+    from mla_trt.cuda import find_gpu
+    from mla_trt.errors import MlaTrtError
+    from mla_trt.plugins.library import KERNELS, find_library
+
+    parts = []
+    for fact in (lambda: find_gpu().name, lambda: str(find_library(name=KERNELS).path)):
+        try:
+            parts.append(fact())
+        except MlaTrtError as error:
+            parts.append(str(error))
+    return f"{parts[0]}; {parts[1]}; {time.strftime('%Y-%m-%d %H:%M')}"
+
+
+def shares(asked: Sequence[str], seconds: float | None) -> dict[str, float]:
+    """Seconds of each step; without a limit a day.
+
+    Raises:
+        SystemExit: a step or a time is none.
+    """
+    given: dict[str, float | None] = {}
+    for text in asked:
+        name, _, limit = text.partition(":")
+        if name not in STEPS:
+            raise SystemExit(f"error: there is no step '{name}': choose among {', '.join(STEPS)}")
+        try:
+            given[name] = float(limit) if limit else None
+        except ValueError:
+            raise SystemExit(f"error: '{text}': after the colon comes a number of seconds") from None
+    left = (seconds if seconds is not None else 86400.0) - sum(limit or 0.0 for limit in given.values())
+    free = sum(limit is None for limit in given.values())
+    if left < 0 or (free and left <= 0):
+        raise SystemExit("error: the steps' times are more than --seconds")
+    return {name: left / free if limit is None else limit for name, limit in given.items()}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the steps that are named."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("steps", nargs="+", metavar="NAME[:SECONDS]", help=", ".join(STEPS))
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--seconds", type=float, help="for all steps together (default: no limit)")
+    options = parser.parse_args(arguments)
+    limits = shares(options.steps, options.seconds)
+    options.output.mkdir(parents=True, exist_ok=True)
+    what = about()
+    outcomes = {name: Outcome(name, "not run") for name in limits}
+    write(list(outcomes.values()), what, options.output)
+    for name, limit in limits.items():
+        print(f"{name}: at most {limit:.0f} s", flush=True)
+        outcomes[name] = run_step(name, STEPS[name], options.output, limit)
+        write(list(outcomes.values()), what, options.output)
+        print(f"{name}: {outcomes[name].outcome}, {outcomes[name].seconds:.0f} s: {outcomes[name].said}", flush=True)
+    return int(any(entry.outcome != "passed" for entry in outcomes.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
