@@ -1,4 +1,4 @@
-// Products of four warps.
+// Products of four warps: what each of them does of one.
 #include <vector>
 
 #include "hopper.cuh"
@@ -7,7 +7,7 @@ namespace mla {
 namespace hopper {
 namespace {
 
-constexpr int rows = 64, threads = emulator::group_size;
+constexpr int rows = 16, lanes = emulator::warp_size;  // of a warp
 
 const float* code_values() {
     static const std::vector<float> values = [] {
@@ -36,11 +36,12 @@ struct Tile {
     }
 };
 
-struct Product {
-    GroupProduct what;
+struct Slice {
+    Product what;
     uint32_t block;
-    float* d[threads];
-    std::vector<uint32_t> a;  // four registers of each thread
+    int first_row;
+    float* d[lanes];
+    std::vector<uint32_t> a;  // four registers of each lane
 
     void compute() const {
         int const n = what.n, k = what.codes ? 32 : 16;
@@ -48,7 +49,7 @@ struct Product {
         read_left(left.data(), k);
         read_right(right.data(), k);
         for (int row = 0; row < rows; ++row) {
-            int const first = row / 16 * 32 + row % 8 * 4, place = row % 16 / 8 * 2;
+            int const first = row % 8 * 4, place = row / 8 * 2;
             for (int j = 0; j < n; ++j) sums[static_cast<size_t>(j)] = what.clear ? 0.0f : d[first + j % 8 / 2][j / 8 * 4 + place + j % 2];
             for (int i = 0; i < k; ++i) {
                 float const factor = left[static_cast<size_t>(row * k + i)];
@@ -59,11 +60,11 @@ struct Product {
         }
     }
 
-    void read_rows(float* to, const Tile& tile, int count, int k, int row_stride, int column_stride) const {
+    void read_rows(float* to, const Tile& tile, int first, int count, int k, int row_stride, int column_stride) const {
         const float* codes = code_values();
         for (int row = 0; row < count; ++row) {
             for (int unit = 0; unit < 2; ++unit) {
-                const uint8_t* bytes = tile.at(static_cast<uint32_t>(row * 128 + unit * 16));
+                const uint8_t* bytes = tile.at(static_cast<uint32_t>((first + row) * 128 + unit * 16));
                 for (int i = 0; i < k / 2; ++i) {
                     uint16_t bits;
                     std::memcpy(&bits, bytes + (what.codes ? 0 : 2 * i), 2);
@@ -75,16 +76,16 @@ struct Product {
 
     void read_left(float* left, int k) const {
         if (a.empty()) {
-            read_rows(left, Tile(block, what.a), rows, k, k, 1);
+            read_rows(left, Tile(block, what.a), first_row, rows, k, k, 1);
             return;
         }
         int const values = what.codes ? 4 : 2;  // of a register
         const float* codes = code_values();
-        for (int thread = 0; thread < threads; ++thread) {
-            int const g = thread % 32 / 4, t = thread % 4;
+        for (int lane = 0; lane < lanes; ++lane) {
+            int const g = lane / 4, t = lane % 4;
             for (int i = 0; i < 4; ++i) {
-                uint32_t const bits = a[static_cast<size_t>(4 * thread + i)];
-                float* to = left + (thread / 32 * 16 + g + i % 2 * 8) * k + i / 2 * (k / 2) + values * t;
+                uint32_t const bits = a[static_cast<size_t>(4 * lane + i)];
+                float* to = left + (g + i % 2 * 8) * k + i / 2 * (k / 2) + values * t;
                 for (int j = 0; j < values; ++j) {
                     to[j] = what.codes ? codes[bits >> 8 * j & 0xff] : bf16_value(static_cast<uint16_t>(bits >> 16 * j));
                 }
@@ -95,7 +96,7 @@ struct Product {
     void read_right(float* right, int k) const {
         Tile const tile(block, what.b);
         if (!what.columns) {
-            read_rows(right, tile, what.n, k, 1, what.n);
+            read_rows(right, tile, 0, what.n, k, 1, what.n);
             return;
         }
         for (int i = 0; i < k; ++i) {
@@ -110,17 +111,20 @@ struct Product {
 
 }  // namespace
 
-void order_products_of(void* const* given) {
-    auto product = std::make_shared<Product>();
-    product->what = *static_cast<GroupProduct*>(given[0]);
-    product->block = emulator::shared_base();
-    for (int thread = 0; thread < threads; ++thread) {
-        auto const& own = *static_cast<GroupProduct*>(given[thread]);
-        if (own.a != product->what.a || own.b != product->what.b || own.n != product->what.n) emulator::fail("wgmma: threads give different tiles");
-        product->d[thread] = own.d;
-        if (own.a_registers != nullptr) product->a.insert(product->a.end(), own.a_registers, own.a_registers + 4);
+void order_product_of(void* const* given) {
+    auto slice = std::make_shared<Slice>();
+    slice->what = *static_cast<Product*>(given[0]);
+    slice->block = emulator::shared_base();
+    slice->first_row = rows * emulator::warp_in_group();
+    const Product& what = slice->what;
+    for (int lane = 0; lane < lanes; ++lane) {
+        auto const& own = *static_cast<Product*>(given[lane]);
+        if (own.a != what.a || own.b != what.b || own.n != what.n) emulator::fail("wgmma: lanes give different tiles");
+        slice->d[lane] = own.d;
+        if (own.a_registers != nullptr) slice->a.insert(slice->a.end(), own.a_registers, own.a_registers + 4);
     }
-    emulator::order_product([product] { product->compute(); });
+    uint64_t const mark = (uint64_t{what.a} << 32 | what.b) * 31 + static_cast<uint64_t>(what.n * 4 + what.codes * 2 + what.clear);
+    emulator::order_product([slice] { slice->compute(); }, mark);
 }
 
 }  // namespace hopper

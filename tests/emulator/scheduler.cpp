@@ -61,19 +61,22 @@ struct Meeting {  // of all of a number of threads, again and again
     int arrived = 0;
     uint64_t values[2][warp_size];  // of this time and the last, which some may not have read yet
     int time = 0;
-    void* given[group_size];
+    void* given[warp_size];
     Waiting waiting;
+};
+
+struct Warp {
+    Meeting meeting;
+    std::deque<Fiber*> ready;
+    int number = 0;  // in its block
+    std::vector<std::function<void()>> open;  // products that were ordered since the last commit
+    std::deque<std::vector<std::function<void()>>> committed;
+    uint64_t products = 0;  // a digest of what was multiplied
 };
 
 struct Gate {  // a barrier that counts
     int arrived = 0;
     Waiting waiting;
-};
-
-struct Group {  // four warps
-    Meeting meeting;
-    std::vector<std::function<void()>> open;
-    std::deque<std::vector<std::function<void()>>> committed;
 };
 
 struct Fiber {
@@ -109,7 +112,7 @@ struct Launched {  // a grid, or a copy that the stream does
     bool is_copy = false;
     Launched* before = nullptr;
     int64_t count = 0, begun = 0, ended = 0, let = 0;  // blocks; those that let the next grid begin, or have ended
-    std::deque<Fiber*> ready;
+    std::vector<Warp*> ready;  // those with threads that can run
     Waiting for_end;
     Gate gate;
     std::vector<std::unique_ptr<Cluster>> clusters;
@@ -123,8 +126,7 @@ struct Block {
     Launched* launched = nullptr;
     Cluster* cluster = nullptr;
     std::vector<Fiber> fibers;
-    std::vector<Meeting> warps;
-    std::vector<Group> groups;
+    std::vector<Warp> warps;
     Gate named[16];
     int live = 0, any = 0, any_before = 0;
     int copies_under_way = 0;
@@ -149,6 +151,9 @@ struct Machine {
     std::unordered_map<uint32_t, Waiting> barriers;
     std::vector<std::unique_ptr<Block>> blocks;  // that live
     Block* ended = nullptr;
+    Warp* last = nullptr;  // that ran, and its grid
+    Launched* last_grid = nullptr;
+    int held = 0, turns = 0;
     uint32_t random = 1;
 };
 
@@ -200,7 +205,13 @@ void resume(Fiber* fiber, void** save) {
     emulator_switch(save, fiber->stack_end);
 }
 
-void make_ready(Fiber* fiber) { fiber->block->launched->ready.push_back(fiber); }
+Warp& warp_of(Fiber* fiber) { return fiber->block->warps[static_cast<size_t>(fiber->number / warp_size)]; }
+
+void make_ready(Fiber* fiber) {
+    Warp& warp = warp_of(fiber);
+    if (warp.ready.empty()) fiber->block->launched->ready.push_back(&warp);
+    warp.ready.push_back(fiber);
+}
 
 void wake(Waiting& waiting) {
     for (Fiber* fiber : waiting) make_ready(fiber);
@@ -240,6 +251,21 @@ Launched* find_ready() {
     return found == stream.end() ? nullptr : found->get();
 }
 
+// A warp runs as far as it can. Who comes then is chance, but for four warps of each block that are held back as long as others can run;
+// which four, changes now and then.
+Warp* choose(Launched& launched) {
+    constexpr int period = 2048, groups = 8;
+    if (machine.last != nullptr && !machine.last->ready.empty()) return machine.last;
+    if (settings.order == Order::early) return launched.ready.front();
+    if (++machine.turns % period == 0) machine.held = static_cast<int>(random_number() % groups);
+    size_t const count = launched.ready.size(), start = random_number() % count;
+    for (size_t i = 0; i < count; ++i) {
+        Warp* warp = launched.ready[(start + i) % count];
+        if (warp->number / 4 % groups != machine.held) return warp;
+    }
+    return launched.ready[start];
+}
+
 // Who runs next; what the machine does beside its threads goes on when none of them can.
 Fiber* take_next() {
     Launched* launched;
@@ -251,8 +277,13 @@ Fiber* take_next() {
         --job.block->copies_under_way;
         job.work();
     }
-    Fiber* next = launched->ready.front();
-    launched->ready.pop_front();
+    if (machine.last != nullptr && (machine.last->ready.empty() || machine.last_grid != launched)) machine.last = nullptr;
+    Warp* warp = choose(*launched);
+    machine.last = warp;
+    machine.last_grid = launched;
+    Fiber* next = warp->ready.front();
+    warp->ready.pop_front();
+    if (warp->ready.empty()) launched->ready.erase(std::find(launched->ready.begin(), launched->ready.end(), warp));
     return next;
 }
 
@@ -281,7 +312,7 @@ void start_block(Launched* launched, Cluster* cluster, int64_t number, int rank)
     if (block->used > usable_bytes) fail("a block has %zu bytes of shared memory, more than there are", block->used);
     block->fibers.resize(static_cast<size_t>(threads));
     block->warps.resize(static_cast<size_t>((threads + warp_size - 1) / warp_size));
-    block->groups.resize(static_cast<size_t>((threads + group_size - 1) / group_size));
+    for (size_t i = 0; i < block->warps.size(); ++i) block->warps[i].number = static_cast<int>(i);
     block->live = threads;
     for (int i = 0; i < threads; ++i) {
         Fiber& fiber = block->fibers[static_cast<size_t>(i)];
@@ -331,6 +362,10 @@ void end_block(Block* block) {
     if (block->launched->grid.early && !block->waited) {
         fail("block %u of a kernel that was launched early ends, and did not wait for the kernel before", block->index.x);
     }
+    for (const Warp& warp : block->warps) {
+        const Warp& first = block->warps[static_cast<size_t>(warp.number / group_warps * group_warps)];
+        if (warp.products != first.products) fail("block %u: warps %d and %d multiply different tiles", block->index.x, first.number, warp.number);
+    }
     for (Fiber& fiber : block->fibers) free_stacks.push_back(fiber.stack);
     free_windows.push_back(block->window);
     for (auto entry = machine.barriers.begin(); entry != machine.barriers.end();) {
@@ -340,6 +375,7 @@ void end_block(Block* block) {
     Launched& launched = *block->launched;
     launched.let += block->let ? 0 : 1;
     if (++launched.ended == launched.count) wake(launched.for_end);
+    machine.last = nullptr;
     Cluster* cluster = block->cluster;
     cluster->blocks.erase(std::find(cluster->blocks.begin(), cluster->blocks.end(), block));
     auto const same = [&](auto const& known) { return known.get() == block; };
@@ -383,12 +419,12 @@ void thread_main() {
 
 // Comes back when all have come. Whoever comes last finds the others waiting.
 template <typename Last>
-void meet(Meeting& meeting, int threads, const char* what, Last&& last) {
+void meet(Meeting& meeting, const char* what, Last&& last) {
     if (meeting.arrived > 0 && meeting.what != what && std::strcmp(meeting.what, what) != 0) {
-        fail("threads that belong together part: %s and %s, block %u thread %d", meeting.what, what, blockIdx.x, machine.running->number);
+        fail("lanes of a warp part: %s and %s, block %u thread %d", meeting.what, what, blockIdx.x, machine.running->number);
     }
     meeting.what = what;
-    if (++meeting.arrived < threads) {
+    if (++meeting.arrived < warp_size) {
         wait(meeting.waiting, what);
         return;
     }
@@ -398,13 +434,6 @@ void meet(Meeting& meeting, int threads, const char* what, Last&& last) {
     wake(meeting.waiting);
 }
 
-Meeting& own_warp() { return machine.running->block->warps[static_cast<size_t>(machine.running->number / warp_size)]; }
-Group& own_group() { return machine.running->block->groups[static_cast<size_t>(machine.running->number / group_size)]; }
-
-void together(Meeting& meeting, int threads, const char* what, void* given, Work work) {
-    meeting.given[machine.running->number % threads] = given;
-    meet(meeting, threads, what, [&] { work(meeting.given); });
-}
 
 // An mbarrier's eight bytes.
 struct Barrier {
@@ -479,6 +508,7 @@ void synchronize() {
     if (!error.empty()) {  // what was under way is given up, and stacks and windows with it
         machine.jobs.clear();
         machine.barriers.clear();
+        machine.last = nullptr;
         for (auto& block : machine.blocks) static_cast<void>(block.release());
         machine.blocks.clear();
     }
@@ -561,21 +591,25 @@ void named_arrive(int id, int threads) {
 }
 
 void yield() {
+    machine.last = nullptr;  // others come first
     make_ready(machine.running);
     Waiting nobody;
     wait(nobody, "a moment");
 }
 
 const uint64_t* exchange(const char* what, uint64_t value) {
-    Meeting& warp = own_warp();
+    Meeting& warp = warp_of(machine.running).meeting;
     uint64_t* values = warp.values[warp.time & 1];
     values[place->lane] = value;
-    meet(warp, warp_size, what, [] {});
+    meet(warp, what, [] {});
     return values;
 }
 
-void together_in_warp(const char* what, void* given, Work work) { together(own_warp(), warp_size, what, given, work); }
-void together_in_group(const char* what, void* given, Work work) { together(own_group().meeting, group_size, what, given, work); }
+void together(const char* what, void* given, Work work) {
+    Meeting& warp = warp_of(machine.running).meeting;
+    warp.given[place->lane] = given;
+    meet(warp, what, [&] { work(warp.given); });
+}
 
 void barrier_init(uint32_t address, uint32_t arrivals) {
     Barrier& barrier = *reinterpret_cast<Barrier*>(size_t{address});
@@ -646,25 +680,29 @@ void arrive_after_thread_copies(uint32_t barrier) {
     });
 }
 
-void order_product(std::function<void()> product) {
+int warp_in_group() { return warp_of(machine.running).number % group_warps; }
+
+void order_product(std::function<void()> product, uint64_t mark) {
+    Warp& warp = warp_of(machine.running);
+    warp.products = (warp.products ^ mark) * 0x100000001b3u;
     if (settings.order == Order::early) {
         product();
     } else {
-        own_group().open.push_back(std::move(product));
+        warp.open.push_back(std::move(product));
     }
 }
 void products_commit() {
-    together_in_group("the products' commit", nullptr, [](void* const*) {
-        Group& group = own_group();
-        group.committed.push_back(std::move(group.open));
-        group.open.clear();
+    together("the products' commit", nullptr, [](void* const*) {
+        Warp& warp = warp_of(machine.running);
+        warp.committed.push_back(std::move(warp.open));
+        warp.open.clear();
     });
 }
 void products_wait(int pending) {
-    together_in_group("the products' wait", &pending, [](void* const* given) {
-        Group& group = own_group();
-        for (int const most = *static_cast<int*>(given[0]); static_cast<int>(group.committed.size()) > most; group.committed.pop_front()) {
-            for (auto const& product : group.committed.front()) product();
+    together("the products' wait", &pending, [](void* const* given) {
+        Warp& warp = warp_of(machine.running);
+        for (int const most = *static_cast<int*>(given[0]); static_cast<int>(warp.committed.size()) > most; warp.committed.pop_front()) {
+            for (auto const& product : warp.committed.front()) product();
         }
     });
 }

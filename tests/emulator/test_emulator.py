@@ -70,7 +70,7 @@ def test_blocks_of_a_cluster_read_from_each_other(machine: ctypes.CDLL) -> None:
     ("name", "reason"),
     [
         ("endless", "nobody can run; 32 of block 0: named barrier 1"),
-        ("parted", "threads that belong together part: __shfl_sync and __syncwarp, block 0 thread 16"),
+        ("parted", "lanes of a warp part: __shfl_sync and __syncwarp, block 0 thread 16"),
         ("leaves_early", "block 0 ends while copies to its shared memory are under way"),
         ("never_waits", "block 0 of a kernel that was launched early ends, and did not wait for the kernel before"),
         ("too_large", "a block has 308224 bytes of shared memory, more than there are"),

@@ -63,6 +63,7 @@ TERMS = pytest.mark.parametrize("terms", [1, 2])
 LISTED = pytest.mark.parametrize("listed", [False, True], ids=["dense", "listed"])
 
 
+@pytest.mark.small
 @KINDS
 @pytest.mark.parametrize("heads", [1, 8, 16, 17, 32, 40, 64, 96, 128])
 def test_lengths(heads: int, kind: Kind) -> None:

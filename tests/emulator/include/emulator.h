@@ -43,7 +43,7 @@
 
 namespace emulator {
 
-constexpr int warp_size = 32, group_size = 128;  // threads of a warp, and of the four warps that multiply together
+constexpr int warp_size = 32, group_warps = 4;  // of the warps that multiply together
 
 enum class Order : int { late, early };
 
@@ -71,11 +71,9 @@ void yield();
 
 // The values that the warp's lanes gave, by lane. `what` must be the same for all of them.
 const uint64_t* exchange(const char* what, uint64_t value);
-// What the lanes of a warp, or the threads of four warps that multiply together, do as one: whoever comes last does `work` with the
-// pointers that all of them gave, in the order of their numbers.
+// What the lanes of a warp do as one: whoever comes last does `work` with the pointers that all of them gave, by lane.
 using Work = void (*)(void* const* given);
-void together_in_warp(const char* what, void* given, Work work);
-void together_in_group(const char* what, void* given, Work work);
+void together(const char* what, void* given, Work work);
 
 // Barriers in shared memory, as mbarrier.
 void barrier_init(uint32_t barrier, uint32_t arrivals);
@@ -84,13 +82,15 @@ void barrier_complete(uint32_t barrier, uint32_t bytes);
 void barrier_wait(uint32_t barrier, uint32_t parity);
 
 // Copies of the copy engine; a thread's own copies, which it waits for in groups (-1: for all of them, committed or not); products of
-// the running thread's group of four warps, by one thread, and the waiting of all of them.
+// the running warp, by one of its lanes, and the waiting of all of them. `mark` says what is multiplied: it must be the same for the four
+// warps of a group, of which each multiplies its own rows in its own time.
 void engine_copy(std::function<void()> copy);
 void thread_copy(std::function<void()> copy);
 void thread_copies_commit();
 void thread_copies_wait(int pending_groups);
 void arrive_after_thread_copies(uint32_t barrier);
-void order_product(std::function<void()> product);
+void order_product(std::function<void()> product, uint64_t mark);
+int warp_in_group();
 void products_commit();
 void products_wait(int pending_groups);
 

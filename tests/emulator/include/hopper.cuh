@@ -58,7 +58,7 @@ inline void store_matrices_of(void* const* given) {
 }
 inline void store_matrices(uint32_t shared_address, const uint32_t* four) {
     WarpStore own{shared_address, four};
-    emulator::together_in_warp("stmatrix", &own, store_matrices_of);
+    emulator::together("stmatrix", &own, store_matrices_of);
 }
 
 inline void product_fence() {}
@@ -75,19 +75,20 @@ inline void pin(uint32_t (&)[4][4]) {}
 inline uint32_t tile_descriptor(uint32_t address) { return (address & 0x3ffff) >> 4 | 1u << 16; }
 
 // A product of four warps, as one of their threads orders it: D [64][n] (+)= A [64][k] B, k 16 bf16 values or 32 e4m3 codes. A and B are
-// the low halves of descriptors, A instead four registers of each thread. B is [n][k], or [k][n] in tiles of 64 columns.
-struct GroupProduct {
+// the low halves of descriptors, A instead four registers of each thread. B is [n][k], or [k][n] in tiles of 64 columns. A warp has
+// 16 rows of A and D.
+struct Product {
     float* d;
     int n;
     bool codes, clear, columns;
     const uint32_t* a_registers;
     uint32_t a, b;
 };
-void order_products_of(void* const* given);
+void order_product_of(void* const* given);
 
 inline void order(float* d, int n, bool codes, bool clear, bool columns, const uint32_t* a_registers, uint32_t a, uint32_t b) {
-    GroupProduct own{d, n, codes, clear, columns, a_registers, a, b};
-    emulator::together_in_group("wgmma", &own, order_products_of);
+    Product own{d, n, codes, clear, columns, a_registers, a, b};
+    emulator::together("wgmma", &own, order_product_of);
 }
 
 template <int step, bool clear>

@@ -42,11 +42,11 @@ void multiply(void* const* given) {
 
 inline void mma_bf16(float (&d)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b1) {
     WarpProduct own{d, a, {b0, b1}};
-    emulator::together_in_warp("mma_bf16", &own, multiply<true>);
+    emulator::together("mma_bf16", &own, multiply<true>);
 }
 inline void mma_f16(float (&d)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b1) {
     WarpProduct own{d, a, {b0, b1}};
-    emulator::together_in_warp("mma_f16", &own, multiply<false>);
+    emulator::together("mma_f16", &own, multiply<false>);
 }
 
 struct WarpLoad {  // of one lane
@@ -71,11 +71,11 @@ void load_matrices(void* const* given) {
 
 inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t shared_address) {
     WarpLoad own{shared_address, r};
-    emulator::together_in_warp("ldmatrix", &own, load_matrices<false>);
+    emulator::together("ldmatrix", &own, load_matrices<false>);
 }
 inline void ldmatrix_x4_transposed(uint32_t (&r)[4], uint32_t shared_address) {
     WarpLoad own{shared_address, r};
-    emulator::together_in_warp("ldmatrix transposed", &own, load_matrices<true>);
+    emulator::together("ldmatrix transposed", &own, load_matrices<true>);
 }
 
 inline uint32_t shared_address(const void* pointer) { return static_cast<uint32_t>(__cvta_generic_to_shared(pointer)); }
