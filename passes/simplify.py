@@ -67,7 +67,7 @@ def _lift_constants(graph: gs.Graph) -> None:
 
 
 def _split_sequences(graph: gs.Graph, names: Names) -> int:
-    """SplitToSequence and SequenceAt with constants are a Split."""
+    """SplitToSequence and SequenceAt with constants are a Split; where parts are equally long but for the last, Slices."""
     changed = 0
     for node in [node for node in graph.nodes if node.op == "SplitToSequence"]:
         readers = [reader for reader in node.outputs[0].outputs if reader.op == "SequenceAt"]
@@ -75,29 +75,39 @@ def _split_sequences(graph: gs.Graph, names: Names) -> int:
             continue
         indices = [small_constant(reader.inputs[1]) for reader in readers]
         sizes = small_constant(node.inputs[1]) if len(node.inputs) > 1 else None
-        if (
-            any(index is None for index in indices)
-            or sizes is None
-            or not node.attrs.get("keepdims", 1)
-            or sizes.ndim == 0
-        ):
+        if any(index is None for index in indices) or sizes is None:
             continue
-        outputs = [
-            gs.Variable(names.new(f"{node.outputs[0].name}_part{part}"), dtype=node.inputs[0].dtype)
-            for part in range(sizes.size)
-        ]
-        for reader, index in zip(readers, indices, strict=True):
-            replace_uses(graph, reader.outputs[0], outputs[int(index)])  # type: ignore[arg-type]
-        split = gs.Node(
-            "Split",
-            names.new(f"{node.name}/Split"),
-            {"axis": node.attrs.get("axis", 0)},
-            [node.inputs[0], node.inputs[1]],
-            outputs,
-        )
-        graph.nodes.append(split)
+        parts = [int(index.item()) for index in indices if index is not None]
+        if sizes.ndim:
+            _split(graph, names, node, readers, parts, sizes.size)
+        elif min(parts, default=0) >= 0:
+            for reader, part in zip(readers, parts, strict=True):
+                _slice_part(graph, names, node, reader, part * int(sizes), (part + 1) * int(sizes))
+        else:
+            continue
         changed += 1
     return changed
+
+
+def _split(graph: gs.Graph, names: Names, node: gs.Node, readers: list[gs.Node], parts: list[int], count: int) -> None:
+    outputs = [
+        gs.Variable(names.new(f"{node.outputs[0].name}_part{part}"), dtype=node.inputs[0].dtype)
+        for part in range(count)
+    ]
+    for reader, part in zip(readers, parts, strict=True):
+        replace_uses(graph, reader.outputs[0], outputs[part])
+    attributes = {"axis": node.attrs.get("axis", 0)}
+    graph.nodes.append(gs.Node("Split", names.new(f"{node.name}/Split"), attributes, list(node.inputs), outputs))
+
+
+def _slice_part(graph: gs.Graph, names: Names, node: gs.Node, reader: gs.Node, start: int, end: int) -> None:
+    output = gs.Variable(names.new(f"{reader.outputs[0].name}_part"), dtype=node.inputs[0].dtype)
+    bounds = [
+        gs.Constant(names.new(f"{reader.outputs[0].name}_{name}"), np.array([value], np.int64))
+        for name, value in (("start", start), ("end", end), ("axis", node.attrs.get("axis", 0)))
+    ]
+    graph.nodes.append(gs.Node("Slice", names.new(f"{node.name}/Slice"), {}, [node.inputs[0], *bounds], [output]))
+    replace_uses(graph, reader.outputs[0], output)
 
 
 def _cast_by_type(graph: gs.Graph, names: Names) -> int:

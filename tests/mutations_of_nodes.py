@@ -462,6 +462,33 @@ def split_by_parts(editor: Editor) -> bool:
 
 
 @keeps
+def split_as_sequence(editor: Editor) -> bool:
+    return _split_as_sequence(editor, lambda sizes: np.array(sizes))
+
+
+@keeps
+def split_as_sequence_of_equal_parts(editor: Editor) -> bool:
+    """All parts but the last are as long as the first, which is then said once."""
+
+    def equal(sizes: list[int]) -> np.ndarray | None:
+        return np.array(sizes[0]) if {*sizes[:-1]} <= {sizes[0]} and sizes[-1] <= sizes[0] else None
+
+    return _split_as_sequence(editor, equal)
+
+
+def _split_as_sequence(editor: Editor, said: Callable[[list[int]], np.ndarray | None]) -> bool:
+    for node in editor.shuffled(editor.nodes("Split")):
+        sizes = _split_sizes(editor, node)
+        if sizes is None or len(sizes) != len(node.output) or (lengths := said(sizes)) is None:
+            continue
+        sequence = editor.emit("SplitToSequence", node.input[0], editor.constant(lengths, np.int64), axis=_axis(node))
+        parts = [editor.emit("SequenceAt", sequence, editor.constant(part, np.int64)) for part in range(len(sizes))]
+        editor.replace(node, *parts)
+        return True
+    return False
+
+
+@keeps
 def slice_by_other(editor: Editor) -> bool:
     """A Slice with constant bounds as Gather, as Split, or with bounds counted from the end."""
     for node in editor.shuffled(editor.nodes("Slice")):
