@@ -8,7 +8,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-import platform
 import re
 import subprocess
 import tempfile
@@ -23,7 +22,7 @@ HERE = Path(__file__).parent
 INCLUDE = HERE / "include"
 FLAGS = [
     "-std=c++20",
-    "-march=native",
+    "-march=x86-64-v3",
     "-ffp-contract=off",
     "-fno-strict-aliasing",
     "-fwrapv",
@@ -52,12 +51,9 @@ def rewrite(source: str) -> str:
 
 def _static(match: re.Match[str]) -> str:
     """Variables of the block, each found by the address of a constant that belongs to its declaration."""
-    words = re.split(r",\s*(?![^<\[]*[>\]])", match[1])
-    kind, first = (
-        words[0].rsplit(" ", 1) if "[" not in words[0] else re.fullmatch(r"(.+?) (\w+\[.*)", words[0]).groups()
-    )
+    kind, variables = re.fullmatch(r"([\w:]+(?:<[^>]*>)?) (.+)", match[1], re.DOTALL).groups()
     made = []
-    for variable in (first, *words[1:]):
+    for variable in variables.split(", "):
         name, sizes = re.fullmatch(r"(\w+)(.*)", variable, re.DOTALL).groups()
         made.append(
             f"using {name}_kind = {kind}{sizes}; static const char {name}_declared = 0; auto& {name} = "
@@ -76,7 +72,7 @@ def build(sources: Path = KERNELS) -> Path:
     toolkit = find_nvcc().path.parent.parent / "include"
     folder = cache_folder() / "emulator"
     folder.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256(platform.processor().encode())
+    digest = hashlib.sha256()
     for path in sorted({*_files(KERNELS), *_files(sources), *_files(HERE), *_files(INCLUDE), Path(__file__)}):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     library = folder / f"{sources.name}-{digest.hexdigest()[:16]}.so"

@@ -66,7 +66,7 @@ def _no_gpu() -> str | None:
 def _emulated_gpu(early: bool, portable: bool) -> EmulatedGpu | str:
     """Or why there is none."""
     if platform.machine() != "x86_64" or shutil.which("g++") is None:
-        return "the kernels run on a CPU on x86-64, where g++ is installed"
+        return "kernels run on a CPU only on x86-64 (with AVX2) and where g++ is installed"
     try:
         return EmulatedGpu(early=early, hopper=not portable)
     except MlaTrtError as error:
