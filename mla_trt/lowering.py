@@ -32,7 +32,7 @@ from mla_trt.passes.graph import OPSET, Emitter, Names, topological
 from mla_trt.passes.identify_inputs import data_dependent, identify_inputs, static_size
 from mla_trt.passes.inline_branches import inline_branches
 from mla_trt.passes.legalize import IllegalNode, illegal_nodes, legalize
-from mla_trt.passes.lower import CacheFormat, Lowerer
+from mla_trt.passes.lower import CacheFormat, Lowerer, token_layout
 from mla_trt.passes.match_indexer import SelectsAllKeys, match_indexer
 from mla_trt.passes.match_latent import NormOverCache
 from mla_trt.passes.match_mla import MlaMatch, match_mla
@@ -456,6 +456,19 @@ def _refusal_notes(nodes: list[IllegalNode], target: str) -> list[str]:
     ]
 
 
+def _check_recurrent_sizes(interface: ModelInterface) -> None:
+    """Recurrent layers stay as they were exported: for one sequence, or one token of each, but not for other fixed numbers."""
+    most = {"B": (1, "sequences"), "S": (1, "new tokens"), "P": (0, "cached tokens")}
+    fixed = [
+        f"{size} {most[axis][1]}" for axis, size in interface.fixed.items() if axis in most and size > most[axis][0]
+    ]
+    if fixed and token_layout(interface) == UNPACKED:
+        raise NoMlaError(
+            f"the model has recurrent layers and was exported for exactly {', '.join(fixed)}: export it with free numbers of them, "
+            "or for one sequence, or one new token"
+        )
+
+
 def check_lowerable(found: Inspection, options: LowerOptions) -> None:
     """Raises NoMlaError where nothing can be lowered, or only a part of what must be lowered whole."""
     report = found.report
@@ -476,6 +489,7 @@ def check_lowerable(found: Inspection, options: LowerOptions) -> None:
             "an MTP head are: a lowered model has one token input, so export the model without that head"
         )
     pack.check_mixed_tokens(found.graph, found.probes[0])
+    _check_recurrent_sizes(found.interface)
     if options.strict and report.assumptions:
         raise NoMlaError(f"--strict: {report.assumptions[0]}")
 
@@ -484,7 +498,7 @@ def _pack_tokens(tokens: gs.Tensor, interface: ModelInterface, layout: str) -> l
     packed: dict[str, dict[str, int | str]] = {
         PACKED: {"B": 1, "S": "T"},
         BY_SEQUENCE: {"B": "T", "S": 1},
-        UNPACKED: {},
+        UNPACKED: {axis: size for axis, size in interface.fixed.items() if axis in ("B", "S")},
     }
     letters = packed[layout]
     axes = [letters.get(axis, axis) if isinstance(axis, str) else axis for axis in interface.tokens.axes]

@@ -39,6 +39,13 @@ class CacheInfo:
         return f"{prefix}_out.{index}"
 
 
+def set_facts(model: onnx.ModelProto, **facts: object) -> None:
+    """Changes entries of a lowered model's metadata, by their names in its JSON."""
+    for entry in model.metadata_props:
+        if entry.key == METADATA_KEY:
+            entry.value = json.dumps(json.loads(entry.value) | facts)
+
+
 @dataclass(frozen=True)
 class LoweredMetadata:
     """The facts that a lowered model carries.

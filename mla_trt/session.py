@@ -243,6 +243,11 @@ class Session:
                 "a model with recurrent layers takes sequences of equal lengths only, without padding: "
                 "run the others in another step"
             )
+        for axis, count, what in (("B", len(plan.sequences), "sequence"), ("S", max(plan.new, default=0), "token")):
+            if axis not in self.metadata.token_axes and count > 1:
+                raise UsageError(
+                    f"the model was exported for one {what} at a time, and its recurrent layers take no more"
+                )
 
     def _side_inputs(self, plan: StepPlan) -> dict[str, np.ndarray]:
         if not self.metadata.side_inputs or not plan.sequences:

@@ -237,40 +237,41 @@ def _next_value(graph: gs.Graph, tensor: gs.Tensor) -> tuple[str, int | None] | 
         return None
     outputs = {id(output): output for output in graph.outputs}
     seen: set[int] = set()
-    stack: list[tuple[gs.Tensor, tuple[int, ...]]] = [(tensor, ())]
-    found: tuple[gs.Tensor, tuple[int, ...]] | None = None
+    stack: list[tuple[gs.Tensor, tuple[int, ...], bool]] = [(tensor, (), False)]
+    found: tuple[gs.Tensor, tuple[int, ...], bool] | None = None
     while stack:
-        current, joined = stack.pop()
+        current, joined, cut = stack.pop()
         if id(current) in seen:
             continue
         seen.add(id(current))
         if id(current) in outputs and current is not tensor and (found is None or not found[1]):
-            found = current, joined
+            found = current, joined, cut
         for node in current.outputs:
             if node.op in JOINS:
                 position = next(index for index, item in enumerate(node.inputs) if item is current)
                 if node.op == "Concat":
                     rank = len(tensor.shape)
-                    stack.append((node.outputs[0], (*joined, node.attrs["axis"] % rank)))
+                    stack.append((node.outputs[0], (*joined, node.attrs["axis"] % rank), cut))
                 elif position == 0 or node.op == "Where":
-                    stack.append((node.outputs[0], joined))
+                    stack.append((node.outputs[0], joined, cut))
             elif (
                 MOVES.get(node.op)
                 and node.inputs[0] is current
                 and node.op not in ("Gather", "GatherND", "GatherElements")
             ):
-                stack.extend((output, joined) for output in node.outputs)
+                stack.extend((output, joined, cut or (bool(joined) and node.op == "Slice")) for output in node.outputs)
             elif node.op in (*ELEMENTWISE, "Neg") and all(
                 item is current or from_constants(item) for item in node.inputs
             ):
-                stack.append((node.outputs[0], joined))
+                stack.append((node.outputs[0], joined, cut))
     return None if found is None else (found[0].name, _growing_axis(tensor, *found))
 
 
-def _growing_axis(tensor: gs.Tensor, output: gs.Tensor, joined: tuple[int, ...]) -> int | None:
+def _growing_axis(tensor: gs.Tensor, output: gs.Tensor, joined: tuple[int, ...], cut: bool) -> int | None:
     """The axis along which an input grows to its next value: one along which the graph joins it with something (`joined`) and whose size is not
-    fixed to be the same, or, where axes were moved around before the join, the only one that changes its name."""
-    if not joined:
+    fixed to be the same, or, where axes were moved around before the join, the only one that changes its name. What is of fixed size and
+    cut behind the join stays as long as it is: the window of a convolution."""
+    if not joined or (cut and all(static_size(tensor.shape[axis]) is not None for axis in joined)):
         return None
     if output.shape is None or len(output.shape) != len(tensor.shape):
         return joined[0]
@@ -290,7 +291,17 @@ def _growing_axis(tensor: gs.Tensor, output: gs.Tensor, joined: tuple[int, ...])
 def _recurrent_states(
     graph: gs.Graph, tokens: gs.Tensor, found: dict[str, tuple[str, int | None]]
 ) -> dict[str, tuple[str, int | None]]:
-    """Float inputs of fixed size paired, in order, with the float outputs of the same size that depend on them."""
+    """Float inputs of fixed size paired, in order, with the float outputs of the same size that depend on them; where the graph has other states,
+    with outputs whose size is not said, too."""
+    pairs = _pairs_of_states(graph, tokens, found, exactly=True)
+    if any(axis is None for _, axis in (found | pairs).values()):
+        pairs |= _pairs_of_states(graph, tokens, found | pairs, exactly=False)
+    return pairs
+
+
+def _pairs_of_states(
+    graph: gs.Graph, tokens: gs.Tensor, found: dict[str, tuple[str, int | None]], *, exactly: bool
+) -> dict[str, tuple[str, int | None]]:
     taken = {output for output, _ in found.values()}
     pairs: dict[str, tuple[str, int | None]] = {}
     for tensor in graph.inputs:
@@ -309,7 +320,12 @@ def _recurrent_states(
         for output in graph.outputs:
             if output.name in taken or id(output) not in reached or output.shape is None:
                 continue
-            if [static_size(size) for size in output.shape[1:]] == sizes:
+            after = [static_size(size) for size in output.shape[1:]]
+            if after == sizes or (
+                not exactly
+                and len(after) == len(sizes)
+                and all(size in (None, before) for size, before in zip(after, sizes, strict=True))
+            ):
                 pairs[tensor.name] = (output.name, None)
                 taken.add(output.name)
                 break

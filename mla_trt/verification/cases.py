@@ -7,7 +7,7 @@ kind.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -73,6 +73,15 @@ class Case:
                 found[sequence] = (start, start + count)
                 lengths[sequence] = start + count
             yield step, found
+
+    def by_single_tokens(self) -> Case:
+        """The same tokens in steps of one for each sequence, for models that take no more."""
+        steps: list[Step] = []
+        for step in self.steps:
+            for turn in range(max(count for _, count in step.new)):
+                new = tuple((sequence, 1) for sequence, count in step.new if turn < count)
+                steps.append(replace(step, new=new) if turn == 0 else replace(step, new=new, freed=(), forked=()))
+        return replace(self, steps=tuple(steps))
 
     def within(self, limits: Limits) -> Case:
         """The case with first chunks that the original accepts and no sequence longer than it takes."""
@@ -170,16 +179,17 @@ def after(tokens: int, step: int) -> Case:
     )
 
 
-def cases_for(*, packed: bool, top_k: int | None, limits: Limits) -> list[Case]:
+def cases_for(*, token_axes: Sequence[str], top_k: int | None, limits: Limits) -> list[Case]:
     """The cases that a model is verified with.
 
     Args:
-        packed: sequences of different lengths may share a step.
+        token_axes: of the lowered model, as in its metadata.
         top_k: number of selected keys of a sparse model, where it is small enough to be exceeded.
         limits: what the original accepts.
     """
-    if not packed:
-        return [ALONE, EQUAL]
+    if "T" not in token_axes:
+        cases = [ALONE, EQUAL] if "B" in token_axes else [ALONE]
+        return cases if "S" in token_axes else [case.by_single_tokens() for case in cases]
     if limits.made:
         cases = [after(limits.made, limits.step)]
         return [*cases, *(case for case in (ALONE, TOGETHER, FORKED) if case.longest() > limits.made)]

@@ -27,7 +27,7 @@ from mla_trt.float32 import HALF_TYPES
 from mla_trt.interface import ModelInput, ModelInterface
 from mla_trt.layer_plan import Between, Boundary, LayerPart, LayerPlan
 from mla_trt.loading import ModelOnDisk, load_from_elsewhere
-from mla_trt.metadata import METADATA_KEY, LoweredMetadata
+from mla_trt.metadata import METADATA_KEY, LoweredMetadata, set_facts
 from mla_trt.ops import DOMAIN, OPS, retarget
 from mla_trt.selection import SPARSE
 from mla_trt.verification.cutting import PREFIX, SIZE_OPS, CannotCutError, Cutter, Output, Start
@@ -381,7 +381,7 @@ class _LoweredCutter:
         model = self._cutter.build(part, start, outputs, kept)
         self._describe(model, (), start, part.inputs)
         if results:
-            _set_facts(model, logits=self.metadata.logits)
+            set_facts(model, logits=self.metadata.logits)
         load_from_elsewhere(model, self.model, self.folder)
         return model
 
@@ -413,7 +413,7 @@ class _LoweredCutter:
         entry = model.metadata_props.add()
         entry.key, entry.value = METADATA_KEY, text
         axes = self.metadata.token_axes
-        _set_facts(
+        set_facts(
             model,
             token_input=start.name,
             token_axes=facts["token_axes"] if start.name == self.metadata.token_input else list(axes),
@@ -428,13 +428,6 @@ class _LoweredCutter:
 def _next_values(entries: Iterable[ModelInput]) -> list[str]:
     """The outputs that hold the next values of caches and states."""
     return [entry.output for entry in entries if entry.output and entry.role in (roles.CACHE, roles.STATE)]
-
-
-def _set_facts(model: onnx.ModelProto, **facts: object) -> None:
-    """Changes entries of a lowered model's metadata."""
-    for entry in model.metadata_props:
-        if entry.key == METADATA_KEY:
-            entry.value = json.dumps(json.loads(entry.value) | facts)
 
 
 def _failed(reason: str, judged: bool) -> VerificationReport:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,7 +62,7 @@ def check_ops(model: onnx.ModelProto, *, base_dir: Path | None = None, seed: int
     wanted = {name for node in nodes for name in (*node.input, *node.output) if name} - known
     shown.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in sorted(wanted))
     metadata = LoweredMetadata.of(shown)
-    case = _case(top_k(shown), metadata.page_size, packed=metadata.packed).within(
+    case = _case(top_k(shown), metadata.page_size, token_axes=metadata.token_axes).within(
         Limits(1, 1, 1, metadata.max_position or NO_LIMIT)
     )
     pages = sum(-(-sum(counts) // metadata.page_size) for counts in case.chunks().values()) + SPARE_PAGES
@@ -88,15 +88,17 @@ def _one_of_each_variant(model: onnx.ModelProto) -> list[onnx.NodeProto]:
     return list(variants.values())
 
 
-def _case(selected: int | None, page_size: int, *, packed: bool) -> Case:
+def _case(selected: int | None, page_size: int, *, token_axes: Sequence[str]) -> Case:
     """Two steps: the second, which is compared, decodes, continues and begins sequences, beside padding.
 
     One context is longer than the selection and crosses into its second page, where these are not too large.
     """
     wanted = [6, (selected or 0) + 3, page_size - 2]
     before = max(length for length in wanted if length <= LONGEST_CONTEXT)
-    if not packed:
-        return Case("ops", (Step(new=(("a", before), ("b", before))), Step(new=(("b", 4), ("a", 4)))))
+    if "T" not in token_axes:
+        sequences = ("a", "b") if "B" in token_axes else ("a",)
+        case = Case("ops", tuple(Step(new=tuple((name, count) for name in sequences)) for count in (before, 4)))
+        return case if "S" in token_axes else case.by_single_tokens()
     return Case(
         "ops",
         (

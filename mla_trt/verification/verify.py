@@ -14,19 +14,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+from onnx import TensorProto
 
 from mla_trt.engines.engine_onnxruntime import OnnxRuntimeEngine, embedded_vocabulary, load_structure
 from mla_trt.engines.engine_recorder import RecordingEngine
 from mla_trt.errors import MlaTrtError, NoSessionError
-from mla_trt.float32 import has_half_types, to_float32
+from mla_trt.float32 import HALF_TYPES, has_half_types, to_float32
 from mla_trt.interface import ModelInterface
-from mla_trt.metadata import LoweredMetadata
+from mla_trt.metadata import LoweredMetadata, set_facts
 from mla_trt.ops import DOMAIN
 from mla_trt.selection import force_selection, show_selection, sparse_nodes, top_k
 from mla_trt.session import Session
@@ -224,7 +225,7 @@ class _Verification:
                     f"no context grew past the {exceeded} selected keys: the export takes {limits.total} tokens at most"
                 )
             vocabulary = embedded_vocabulary(self.written, self.metadata.token_input) or export.count_ids(limits)
-            cases = cases_for(packed=self.metadata.packed, top_k=exceeded, limits=limits)
+            cases = cases_for(token_axes=self.metadata.token_axes, top_k=exceeded, limits=limits)
             self.scripts = [
                 script_for(case, export, limits, vocabulary=vocabulary, seed=self.seed + index)
                 for index, case in enumerate(cases)
@@ -434,6 +435,11 @@ def _lowered_in_float32(model: onnx.ModelProto, base_dir: Path | None) -> onnx.M
     without_bodies.functions.extend(others)
     copy = to_float32(without_bodies, base_dir)
     copy.functions.extend(bodies)
+    sides = [
+        replace(entry, dtype=TensorProto.FLOAT) if entry.dtype in HALF_TYPES else entry
+        for entry in LoweredMetadata.of(model).side_inputs
+    ]
+    set_facts(copy, side_inputs=[asdict(entry) for entry in sides])
     return copy
 
 

@@ -60,7 +60,7 @@ def record(path: Path, seed: int) -> Record:
     exceeded = selected if selected and selected <= LONGEST_SELECTION else None
     limits = export.find_limits(max(LEAST_BOUND, (exceeded or 0) + LEAST_BOUND // 2))
     vocabulary = embedded_vocabulary(model, metadata.token_input) or export.count_ids(limits)
-    cases = cases_for(packed=metadata.packed, top_k=exceeded, limits=limits)
+    cases = cases_for(token_axes=metadata.token_axes, top_k=exceeded, limits=limits)
     if metadata.packed and not limits.made:
         cases.append(LONG_PROMPTS)
     scripts = [
