@@ -43,7 +43,7 @@ class EmulatedGpu:
         PluginLibraryError: CUDA's headers are not here.
     """
 
-    def __init__(self, *, multiprocessors: int = 4, early: bool = False, hopper: bool = True) -> None:
+    def __init__(self, *, multiprocessors: int = 16, early: bool = False, hopper: bool = True) -> None:
         path = build()
         self.library = KernelLibrary(path)
         self._machine = ctypes.CDLL(str(path))

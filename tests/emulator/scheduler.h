@@ -9,7 +9,7 @@
 namespace emulator {
 
 struct Settings {
-    int multiprocessors = 4;  // as many blocks live at a time
+    int multiprocessors = 16;  // as many blocks live at a time
     Order order = Order::late;
     bool hopper = true;  // code for sm_90a is there
 };

@@ -100,6 +100,7 @@ def test_weights(row_format: str, weights: str, dimensions: tuple[int, int, int,
     _check(*layer_case(rng, step, row_format, dimensions, weights=weights), step)
 
 
+@pytest.mark.small
 @pytest.mark.parametrize("dtype", HALF_TYPES)
 @pytest.mark.parametrize("row_format", ROW_FORMATS)
 def test_types(row_format: str, dtype: str) -> None:
@@ -108,6 +109,7 @@ def test_types(row_format: str, dtype: str) -> None:
     _check(*layer_case(rng, step, row_format, DIMENSIONS["deepseek of 8 GPUs"], weights=dtype, dtype=dtype), step)
 
 
+@pytest.mark.small
 @pytest.mark.parametrize("tokens", [1, 2, 8, 16, 17, 64, 65, 128, 300])
 @pytest.mark.parametrize("weights", ["bf16", "e4m3"])
 def test_token_counts(weights: str, tokens: int) -> None:
@@ -239,6 +241,7 @@ def test_decode_branch_saturates(dimensions: str) -> None:
     _check_branch(*saturating(*branch_case(rng, step_of(rng, [1, 2], [70, 3]), DIMENSIONS[dimensions])))
 
 
+@pytest.mark.small
 @pytest.mark.parametrize("tokens", [1, 8, 17, 128])
 def test_decode_branch_token_counts(tokens: int) -> None:
     rng = np.random.default_rng(13)
