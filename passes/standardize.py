@@ -56,6 +56,8 @@ def _standardize(model: onnx.ModelProto) -> onnx.ModelProto:
             node.domain = ""
         if node.domain == "" and node.op_type in MISPLACED:
             node.domain = RUNTIME_DOMAIN
+            if all(entry.domain != RUNTIME_DOMAIN for entry in model.opset_import):
+                model.opset_import.append(helper.make_opsetid(RUNTIME_DOMAIN, 1))
     inline_constant_branches(model)
     model = _convert_opset(model)
     _expand_runtime_ops(model)

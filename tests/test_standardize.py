@@ -32,3 +32,20 @@ def test_a_fused_matmul_with_any_operand_turned(turned_a: int, turned_b: int, ba
     fused = onnxruntime.InferenceSession(model.SerializeToString()).run(None, feeds)[0]
     standard = onnxruntime.InferenceSession(standardize(model).SerializeToString()).run(None, feeds)[0]
     np.testing.assert_allclose(standard, fused, rtol=1e-5)
+
+
+def test_an_op_of_another_domain_that_a_tool_wrote_as_a_standard_one() -> None:
+    """onnxscript's fusions do so, and import nothing of it; ONNX Runtime takes them."""
+    node = helper.make_node("SimplifiedLayerNormalization", ["x", "w"], ["n"], axis=-1, epsilon=1e-6, stash_type=1)
+    product = helper.make_node("Mul", ["n", "n"], ["y"])
+    values = {
+        name: helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+        for name, shape in {"x": [2, 8], "w": [8], "y": [2, 8]}.items()
+    }
+    graph = helper.make_graph([node, product], "g", [values["x"], values["w"]], [values["y"]])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    random = np.random.default_rng(0)
+    feeds = {name: random.standard_normal(shape).astype(np.float32) for name, shape in (("x", (2, 8)), ("w", (8,)))}
+    fused = onnxruntime.InferenceSession(model.SerializeToString()).run(None, feeds)[0]
+    standard = onnxruntime.InferenceSession(standardize(model).SerializeToString()).run(None, feeds)[0]
+    np.testing.assert_allclose(standard, fused, rtol=1e-5)
