@@ -234,6 +234,17 @@ def test_profiles_follow_the_model_and_the_options(model: onnx.ModelProto) -> No
     assert shapes == ([9, 48], [9, 48], [9, 48])
 
 
+def test_profiles_of_a_model_that_was_exported_for_one_at_a_time(model: onnx.ModelProto) -> None:
+    metadata = describe(model).metadata
+    one_sequence = replace(metadata, token_axes=("1", "S"))
+    for profile in make_profiles(one_sequence, max_tokens=20).values():
+        assert (profile["B"].most, profile["B + 1"].most) == (1, 2)
+    with pytest.raises(UsageError, match="--max-batch is 2: the model was exported for one sequence at a time"):
+        make_profiles(one_sequence, max_batch=2)
+    for profile in make_profiles(replace(metadata, token_axes=("B", "1")), max_batch=4).values():
+        assert (profile["S"], profile["B"].most) == (Range(1, 1, 1), 4)
+
+
 def test_a_plan_that_holds_its_pages_has_one_profile_for_every_step(model: onnx.ModelProto) -> None:
     profiles = make_profiles(describe(model).metadata, max_batch=4, max_tokens=20, max_length=64, pages=9)
     assert plan_profiles(profiles, IO) == [profiles["decode"], profiles["prefill"]]

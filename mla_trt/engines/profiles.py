@@ -76,7 +76,11 @@ def make_profiles(
     Raises:
         UsageError: a limit below 1, or beyond what the model or a tensor of TensorRT can have.
     """
-    batch = DEFAULT_BATCH if max_batch is None else max_batch
+    # Recurrent layers that were exported for one sequence, or one token of each, take no more.
+    alone, single = (not metadata.packed and axis not in metadata.token_axes for axis in ("B", "S"))
+    if alone and max_batch is not None and max_batch > 1:
+        raise UsageError(f"--max-batch is {max_batch}: the model was exported for one sequence at a time")
+    batch = (1 if alone else DEFAULT_BATCH) if max_batch is None else max_batch
     length = min(metadata.max_position or DEFAULT_LENGTH, DEFAULT_LENGTH) if max_length is None else max_length
     tokens = max(batch, min(DEFAULT_TOKENS, batch * length)) if max_tokens is None else max_tokens
     for option, value in (("--max-batch", batch), ("--max-tokens", tokens), ("--max-length", length)):
@@ -97,6 +101,7 @@ def make_profiles(
     for profile, most, sequences in ((DECODE, decode_tokens, batch), (PREFILL, tokens, 1)):
         best = batch if profile == DECODE else tokens
         new = (1, 1, DECODE_TOKENS) if profile == DECODE else (1, min(tokens, length), min(tokens, length))
+        new = (1, 1, 1) if single else new
         found[profile] = {
             TOKENS: Range(1, best, most),
             SEQUENCES: Range(1, sequences, batch),
