@@ -128,7 +128,7 @@ struct Block {
     std::vector<Fiber> fibers;
     std::vector<Warp> warps;
     Gate named[16];
-    int live = 0, any = 0, any_before = 0;
+    int live = 0, any = 0;
     int copies_under_way = 0;
     bool let = false, waited = false;
     uint32_t window = 0;
