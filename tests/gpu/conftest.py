@@ -22,7 +22,7 @@ sys.path[:0] = [str(TESTS / "ops"), str(TESTS / "emulator"), str(TESTS), str(TES
 import harness  # noqa: E402
 from emulated_gpu import EmulatedGpu  # noqa: E402
 
-from mla_trt.cuda import CudaError, check_usable  # noqa: E402
+from mla_trt.cuda import CudaError, NoGpuError, check_usable, find_gpu  # noqa: E402
 from mla_trt.errors import MlaTrtError  # noqa: E402
 from mla_trt.plugins.library import KERNELS, find_library  # noqa: E402
 
@@ -52,8 +52,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @functools.cache
-def _no_gpu() -> str | None:
-    """Why there is none."""
+def _has_gpu() -> bool:
+    try:
+        find_gpu()
+    except NoGpuError:
+        return False
+    return True
+
+
+@functools.cache
+def _why_not() -> str | None:
+    """Why the cases cannot run on a GPU."""
     try:
         check_usable()
         find_library(name=KERNELS)
@@ -77,15 +86,19 @@ def _emulated_gpu(early: bool, portable: bool) -> EmulatedGpu | str:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("cpu") is not None:
         return
-    reason = None
-    if item.config.getoption("--emulator") or (reason := _no_gpu()) is not None:
-        if reason is not None and item.get_closest_marker("small") is None:
+    emulate = item.config.getoption("--emulator")
+    if not emulate and (reason := _why_not()) is not None:
+        # where there is a GPU, a library that is missing must not be stood in for
+        if _has_gpu() or item.get_closest_marker("small") is None:
             pytest.skip(reason)
+        emulate = True
+    if emulate:
         gpu = _emulated_gpu(item.config.getoption("--early"), item.config.getoption("--portable"))
         if isinstance(gpu, str):
-            pytest.skip(f"{reason}; {gpu}" if reason else gpu)
+            pytest.skip(gpu)
         gpu.install()
         harness.emulated = gpu.library
+        item.user_properties.append(("emulated", True))
     if _lost:
         pytest.skip(f"{_lost[0]} broke the GPU's context: run the rest without it (--deselect)")
 
@@ -127,6 +140,10 @@ def _message(report: pytest.TestReport) -> str:
     return " ".join((crash.message if crash else str(report.longrepr)).split())[:600]
 
 
+def _is_emulated(report: pytest.TestReport) -> bool:
+    return any(name == "emulated" for name, _ in report.user_properties)
+
+
 def _worst(report: pytest.TestReport) -> dict[str, Any] | None:
     """The comparison of a test that came nearest to its tolerance, or went farthest beyond it."""
     measured = [value for name, value in report.user_properties if name == "measured" and value["tolerance"] > 0]
@@ -149,6 +166,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         {
             "case": report.nodeid,
             "outcome": report.outcome,
+            "emulated": _is_emulated(report),
             "seconds": round(report.duration, 3),
             "message": _message(report) if report.failed else "",
             "measured": [value for name, value in report.user_properties if name == "measured"],
@@ -162,7 +180,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 def _markdown(reports: list[pytest.TestReport]) -> str:
     failed = sum(report.failed for report in reports)
-    lines = [f"{len(reports) - failed} cases passed, {failed} failed.", ""]
+    emulated = sum(map(_is_emulated, reports))
+    lines = [f"{len(reports) - failed} cases passed, {failed} failed; {emulated} of all on an emulated GPU.", ""]
     lines += ["| case | outcome | worst comparison | error / tolerance | s |", "|---|---|---|---|---|"]
     for report in sorted(reports, key=lambda report: (report.passed, report.nodeid)):
         worst = _worst(report)

@@ -10,11 +10,18 @@ from pathlib import Path
 import pytest
 import validate
 
+from mla_trt.cuda import NoGpuError
+
 pytestmark = pytest.mark.cpu
 
 
 def step(program: str) -> list[str]:
     return [sys.executable, "-c", program]
+
+
+@pytest.fixture(autouse=True)
+def _gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(validate, "about", lambda: "a GPU")
 
 
 def outcomes(folder: Path) -> dict[str, str]:
@@ -58,6 +65,43 @@ def test_what_was_seen_is_there_when_a_later_step_is_not_through(
     with pytest.raises(KeyboardInterrupt):
         validate.main(["-o", str(tmp_path), "good", "broken"])
     assert outcomes(tmp_path) == {"good": "passed", "broken": "not run"}
+
+
+def test_a_step_whose_tests_are_all_skipped_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    test = tmp_path / "test_nothing.py"
+    test.write_text("import pytest\n\ndef test_it():\n    pytest.skip('no record')\n")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(test)]
+    monkeypatch.setattr(validate, "STEPS", {"skips": command})
+    assert validate.main(["-o", str(tmp_path), "skips"]) == 1
+    assert outcomes(tmp_path) == {"skips": "failed"}
+    test.write_text("def test_it():\n    pass\n")
+    assert validate.main(["-o", str(tmp_path), "skips"]) == 0
+
+
+def test_results_go_to_the_steps_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = "import pathlib, sys; pathlib.Path(sys.argv[1], 'made').touch()"
+    monkeypatch.setattr(validate, "STEPS", {"kernels": [*step(program), validate.FOLDER]})
+    assert validate.main(["-o", str(tmp_path), "kernels"]) == 0
+    assert (tmp_path / "kernels" / "made").exists()
+
+
+def test_nothing_begins_without_what_a_step_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing() -> str:
+        raise NoGpuError("there is no NVIDIA driver on this machine")
+
+    for variable in validate.NEEDED.values():
+        monkeypatch.delenv(variable, raising=False)
+    for name, variable in validate.NEEDED.items():
+        with pytest.raises(SystemExit, match="2"):
+            validate.main(["-o", str(tmp_path / "out"), "cases", name])
+        assert f"{name} needs ${variable}" in capsys.readouterr().err
+    monkeypatch.setattr(validate, "about", missing)
+    with pytest.raises(SystemExit, match="2"):
+        validate.main(["-o", str(tmp_path / "out"), "cases"])
+    assert "no NVIDIA driver" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_times_are_shared() -> None:

@@ -4,8 +4,9 @@
     python tests/gpu/validate.py -o results --seconds 540 cases:200 engines:300
 
 A step is given as NAME or NAME:SECONDS; without a time it has what --seconds leaves, shared among those that have none. A step that is not
-through by then is ended, with all that it began. `OUT/NAME.log` is what it said, `OUT/NAME` gets its results ($OUT), and
-`OUT/validation.md` and `.json` are written anew after each step. Exit status: 1, if any step failed or was ended.
+through by then is ended, with all that it began; one that skipped all of its tests has failed. `OUT/NAME.log` is what it said, `OUT/NAME` gets
+its results, and `OUT/validation.md` and `.json` are written anew after each step. Exit status: 1, if any step failed or was ended; 2, if the GPU
+or what a step needs is not there, and nothing was begun.
 
     cases       tests/gpu, without engines
     memcheck    its small cases under compute-sanitizer, which sees the tensors' true ends
@@ -24,6 +25,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -34,10 +36,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(TESTS.parent))  # mla_trt, where it is not installed
+
+from mla_trt.cuda import find_gpu  # noqa: E402
+from mla_trt.errors import MlaTrtError  # noqa: E402
+from mla_trt.plugins.library import KERNELS, find_library  # noqa: E402
+
 GPU_TESTS = str(Path(__file__).parent)
 PYTHON = sys.executable
 ENGINES = ("test_engines.py", "test_engine_faults.py", "test_gpu_triton.py")
 WORKERS = "8"
+FOLDER = "FOLDER"  # in a command: where the step's results go
 CLOSING_SECONDS = 10
 """After SIGINT, for a step to write what it has."""
 
@@ -59,10 +68,11 @@ STEPS: dict[str, list[str]] = {
     "faults": _pytest(f"{GPU_TESTS}/test_engine_faults.py"),
     "triton": _pytest(f"{GPU_TESTS}/test_gpu_triton.py"),
     "soak": _pytest("-s", f"{TESTS}/test_soak.py"),
-    "kernels": [PYTHON, "-m", "mla_trt.bench", "kernels"],
-    "layer": [PYTHON, "-m", "mla_trt", "bench", "layer"],
+    "kernels": [PYTHON, "-m", "mla_trt.bench", "kernels", "-o", FOLDER],
+    "layer": [PYTHON, "-m", "mla_trt", "bench", "layer", "-o", FOLDER],
 }
-ENVIRONMENT = {"racecheck": {"MLA_TRT_KERNELS": os.environ.get("MLA_TRT_PORTABLE", "")}}
+NEEDED = {"racecheck": "MLA_TRT_PORTABLE", "soak": "MLA_TRT_SOAK_ENGINE"}
+"""Variables without which a step would test something else."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +89,10 @@ def run_step(name: str, command: Sequence[str], out: Path, seconds: float) -> Ou
     """One step, with all that it begins in a process group of its own."""
     folder, log = out / name, out / f"{name}.log"
     folder.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, **ENVIRONMENT.get(name, {}), "OUT": str(folder)}
+    command = [str(folder) if part == FOLDER else part for part in command]
+    environment = {**os.environ, "OUT": str(folder)}
+    if name == "racecheck":
+        environment["MLA_TRT_KERNELS"] = environment[NEEDED[name]]
     start = time.monotonic()
     with log.open("w") as text:
         text.write(f"$ {shlex.join(command)}\n")
@@ -97,7 +110,8 @@ def run_step(name: str, command: Sequence[str], out: Path, seconds: float) -> Ou
         finally:
             _end(process)
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    outcome = "ended" if status is None else "failed" if status else "passed"
+    ran = "pytest" not in command or any(re.search(r"\b\d+ passed\b", line) for line in lines[-1:])
+    outcome = "ended" if status is None else "failed" if status or not ran else "passed"
     return Outcome(name, outcome, round(time.monotonic() - start, 1), lines[-1].strip("= ") if len(lines) > 1 else "")
 
 
@@ -127,19 +141,8 @@ def write(outcomes: Sequence[Outcome], about: str, out: Path) -> None:
 
 
 def about() -> str:
-    """The GPU, as the driver names it, and the library under test."""
-    sys.path.insert(0, str(TESTS.parent))
-    from mla_trt.cuda import find_gpu
-    from mla_trt.errors import MlaTrtError
-    from mla_trt.plugins.library import KERNELS, find_library
-
-    parts = []
-    for fact in (lambda: find_gpu().name, lambda: str(find_library(name=KERNELS).path)):
-        try:
-            parts.append(fact())
-        except MlaTrtError as error:
-            parts.append(str(error))
-    return f"{parts[0]}; {parts[1]}; {time.strftime('%Y-%m-%d %H:%M')}"
+    """The GPU, as the driver names it, and the library under test. Raises MlaTrtError where one is not there."""
+    return f"{find_gpu().name}; {find_library(name=KERNELS).path}; {time.strftime('%Y-%m-%d %H:%M')}"
 
 
 def shares(asked: Sequence[str], seconds: float | None) -> dict[str, float]:
@@ -172,8 +175,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, help="for all steps together (default: no limit)")
     options = parser.parse_args(arguments)
     limits = shares(options.steps, options.seconds)
+    for name in limits:
+        if name in NEEDED and not os.environ.get(NEEDED[name]):
+            parser.error(f"{name} needs ${NEEDED[name]}")
+    try:
+        what = about()
+    except MlaTrtError as error:
+        parser.error(str(error))
     options.output.mkdir(parents=True, exist_ok=True)
-    what = about()
     outcomes = {name: Outcome(name, "not run") for name in limits}
     write(list(outcomes.values()), what, options.output)
     for name, limit in limits.items():
