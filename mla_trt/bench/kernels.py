@@ -521,6 +521,8 @@ def run(options: argparse.Namespace) -> int:
             results.append(bench_case(name, library, ceilings, options.peers))
         except CudaError as error:  # the process has lost the GPU
             results.append(Result(name, note=f"{error}; the rest was not run"))
+        except KeyboardInterrupt:
+            results.append(Result(name, note="interrupted; the rest was not run"))
         result = results[-1]
         shown = result.note if result.us is None else f"{result.us:.1f} us, {result.of_ceiling:.0%} of the ceiling"
         versus = f", {result.ratio:.2f} times as fast as {result.peer}" if result.ratio else ""

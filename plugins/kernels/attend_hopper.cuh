@@ -51,6 +51,10 @@ __device__ inline unsigned again(unsigned value) {
     return value;
 }
 
+// threadIdx.x, kept in a register. ptxas reads it anew wherever it is used otherwise, and the answer comes behind the products that are
+// under way: hundreds of cycles.
+__device__ inline unsigned kept_thread() { return __shfl_sync(0xffffffffu, threadIdx.x, threadIdx.x % warp_size); }
+
 // The staged rows to their places, by all threads: a warp writes a row.
 __device__ inline void write_rows(const Attend& work, const Partials& partials, const Item& item, const uint8_t* memory) {
     int const warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;

@@ -29,7 +29,8 @@ constexpr int limits = factors + 64 * 4;  // [64]
 constexpr int offsets = limits + 64 * 4;  // [2 sides][2][64], of listed bf16 rows
 constexpr int scales = offsets;  // [2][64], of fp8 rows
 constexpr int there = offsets + 4 * tile * 4;  // [2], a bit for each key of a tile
-constexpr int full = there + 2 * 2 * 4;  // [2][2 sides] barriers: that side of a tile is there
+constexpr int lookups = there + 2 * 2 * 4;  // [2][group], of the decoding group's threads: a list's entry and a page on their way
+constexpr int full = lookups + 2 * group * 4;  // [2][2 sides] barriers: that side of a tile is there
 constexpr int used = full + 4 * 8;  // [2][2 sides]: the output has it
 constexpr int ready = used + 4 * 8;  // [2]: the weights are there
 constexpr int queries_full = ready + 2 * 8;  // barrier: the queries are there
@@ -156,6 +157,53 @@ private:
     }
 };
 
+// The same of listed keys for the decoding group, one of every half tile, whose entries and pages come through shared memory: loads to
+// registers would be waited for together with those of the rows' codes. Faster where a row is found without more: its scales lie in it.
+struct StagedRows {
+    static constexpr int step = tile / 2;
+    int32_t at;  // of the key to ask for
+    int32_t key, last;
+    int page_shift;
+    int32_t volatile *entry, *page;  // of this thread
+
+    __device__ void begin(const Attend& work, const Item& item, const Span& span, uint8_t* memory, int line) {
+        page_shift = __ffs(work.layout.page_size) - 1;
+        at = span.first * tile + line;
+        last = last_key(work, item.first_token);
+        entry = reinterpret_cast<int32_t volatile*>(memory + place::lookups) + threadIdx.x % group;
+        page = entry + group;
+        ask(entry, at < span.end() ? work.indices + item.first_token * work.top_k + at : nullptr);
+        copy_async_commit();
+        copy_async_wait<0>();
+        advance(work, item, span);
+    }
+
+    __device__ uint32_t next(const Attend& work, const Item& item, const Span& span) {
+        copy_async_wait<0>();
+        int32_t const of_page = *page, slot = key & (work.layout.page_size - 1);
+        advance(work, item, span);
+        bool const there = of_page >= 0 && of_page < work.step.pages;
+        return there ? static_cast<uint32_t>((of_page * work.layout.page_bytes + slot * work.layout.row_bytes) / 16) : no_row;
+    }
+
+private:
+    // To the next key; its page is asked for, and the key behind it.
+    __device__ void advance(const Attend& work, const Item& item, const Span& span) {
+        key = *entry;
+        at += step;
+        ask(page, key < 0 || key > last ? nullptr : work.step.block_table + item.sequence * work.step.max_pages + (key >> page_shift));
+        ask(entry, at < span.end() ? work.indices + item.first_token * work.top_k + at : nullptr);
+        copy_async_commit();
+    }
+    __device__ static void ask(int32_t volatile* place, const int32_t* source) {
+        if (source != nullptr) {
+            copy_async_4(shared_address(const_cast<int32_t*>(place)), source);
+        } else {
+            *place = -1;
+        }
+    }
+};
+
 // A side of listed keys, by the threads of its output group; of the rows' finding each of the first 64 has one key of every tile.
 template <int side>
 struct TileGatherer {
@@ -179,15 +227,17 @@ struct TileGatherer {
     __device__ void bring(const Attend& work, const Item&, const Span& span, const CUtensorMap*, uint8_t* memory, int32_t n,
                           int thread) {
         if (n >= span.count) return;
-        wait_for_place(memory, n, side);
         int const unit = thread % 8, first_row = thread / 8;
+        uint32_t found[tile / 16];
+#pragma unroll
+        for (int k = 0; k < tile / 16; ++k) found[k] = offsets(memory, n)[first_row + 16 * k];
+        wait_for_place(memory, n, side);
         uint32_t const target = shared_address(memory + place::tiles) + (n & 1) * tile_bytes + first_piece(side) * piece_bytes +
                                 first_row * 128 + ((unit ^ (first_row & 7)) << 4);
-#pragma unroll 1
+#pragma unroll
         for (int k = 0; k < tile / 16; ++k) {
-            uint32_t const offset = offsets(memory, n)[first_row + 16 * k];
-            bool const there = offset != no_row;
-            const uint8_t* source = work.pool + (there ? static_cast<uint64_t>(offset) * 16 : 0) + first_piece(side) * 128 + unit * 16;
+            bool const there = found[k] != no_row;
+            const uint8_t* source = work.pool + (there ? static_cast<uint64_t>(found[k]) * 16 : 0) + first_piece(side) * 128 + unit * 16;
 #pragma unroll
             for (int i = 0; i < side_pieces(side); ++i) copy_async_16(target + k * 2048 + i * piece_bytes, source + i * 128, there);
         }
@@ -218,7 +268,8 @@ struct TileDecoder {
     const Item& item;
     const Span& span;
     int quarter;
-    RowOffsets<lists, half, page_scales> offsets;
+    static constexpr bool staged = lists && !page_scales;
+    std::conditional_t<staged, StagedRows, RowOffsets<lists, half, page_scales>> offsets;
     const uint8_t* row;  // to be fetched
     bool present;
     uint4 codes[value_pieces], rope_units[2];
@@ -244,7 +295,11 @@ struct TileDecoder {
     __device__ void run(uint8_t* memory) {
         int const warp = threadIdx.x % group / warp_size, lane = threadIdx.x % warp_size, own_row = lane / 4;
         quarter = lane % 4;
-        offsets.begin(work, item, span, warp * rows + own_row);
+        if constexpr (staged) {
+            offsets.begin(work, item, span, memory, warp * rows + own_row);
+        } else {
+            offsets.begin(work, item, span, warp * rows + own_row);
+        }
         find_row();
         scales = ask_scales();
 #pragma unroll
@@ -318,7 +373,11 @@ private:
 
     // The row's only scale, or its four.
     __device__ uint4 ask_scales() const {
-        return page_scales ? make_uint4(__float_as_uint(offsets.scale), 0, 0, 0) : load_in_order(row - quarter * 16 + rank);
+        if constexpr (page_scales) {
+            return make_uint4(__float_as_uint(offsets.scale), 0, 0, 0);
+        } else {
+            return load_in_order(row - quarter * 16 + rank);
+        }
     }
     // Asks for what the lane has of piece i, and with every fourth one for a unit of the rope.
     __device__ void fetch(int i) {

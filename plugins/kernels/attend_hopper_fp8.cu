@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(threads, 1)
         __syncthreads();
     } else {
         registers_increase<192>();
-        output_group<F>(work, item, ring, memory, warp / 4 - 2);
+        output_group<F>(work, item, ring, memory);
     }
     __syncthreads();
     write_rows(work, partials, item, memory);

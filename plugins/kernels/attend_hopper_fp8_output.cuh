@@ -27,30 +27,31 @@ __device__ inline void make_fragments(uint32_t (&a)[4][4]) {
     }
 }
 
-// 256 columns of the output, which are staged in shared memory in the end; `side` says which.
+// 256 columns of the output, which are staged in shared memory in the end; `side`, the group's number, says which.
 template <typename F>
-__device__ void output_group(const Attend& work, const Item& item, const Ring<F>& ring, uint8_t* memory, int side) {
+__device__ void output_group(const Attend& work, const Item& item, const Ring<F>& ring, uint8_t* memory) {
     using P = Places<F>;
     constexpr int values = F::rows / 2;  // of a thread, of 64 columns
-    int const warp = threadIdx.x / warp_size % 4, lane = threadIdx.x % warp_size;
-    int const g = lane / 4, t = lane % 4;
-    uint32_t const place = shared_address(memory) + side * piece_bytes + lane * 128 + ((warp ^ (lane & 7)) << 4);
+    unsigned const number = F::lists ? threadIdx.x : kept_thread();
+    int const warp = number / warp_size % 4, lane = number % warp_size;
+    uint32_t const place = shared_address(memory) + (number / group - 2) * piece_bytes + lane * 128 + ((warp ^ (lane & 7)) << 4);
     // what `place` says again, rather than in registers of its own
+    auto own_side = [&] { return static_cast<int>(F::lists ? threadIdx.x / group - 2 : (again(place) - shared_address(memory)) / piece_bytes); };
     auto own_lane = [&] { return (again(place) - shared_address(memory)) / 128 % warp_size; };
     auto own_warp = [&] { return (again(place) / 16 ^ (again(place) - shared_address(memory)) / 128) % 8; };
     auto own_thread = [&] { return static_cast<int>(own_warp() * warp_size + own_lane()); };
     ListFinder<F> finder;
     if constexpr (F::lists) {
-        if (own_thread() < half) finder.begin(work, item, ring, side * half + own_thread());
+        if (own_thread() < half) finder.begin(work, item, ring, own_side() * half + own_thread());
         named_sync(rows_found, 2 * group);
 #pragma unroll 1
-        for (int number = side; number < F::ring; number += 2) {
+        for (int number = own_side(); number < F::ring; number += 2) {
             // before the first piece whose place the queries had
             if (number >= P::early_pieces && number - 2 < P::early_pieces) named_sync(queries_there, threads);
             ring.gather(work, number / pieces, number % pieces, own_thread());
         }
     } else {
-        bool const orders = side == 0 && warp == 0;
+        bool const orders = number / warp_size == 8;
         if (orders) {
             ring.begin(work, lane);
 #pragma unroll 1
@@ -88,7 +89,7 @@ __device__ void output_group(const Attend& work, const Item& item, const Ring<F>
     // The table of a tile's scales: half of it by each group.
     auto make_scales = [&](int32_t n) {
         int const key = own_thread();
-        if (key < half) ring.make_scale(work, n, side * half + key, n % 3);
+        if (key < half) ring.make_scale(work, n, own_side() * half + key, n % 3);
     };
     if constexpr (!F::lists) make_scales(0);
     if (ring.count > 0) named_arrive(weights_free, threads);
@@ -99,16 +100,14 @@ __device__ void output_group(const Attend& work, const Item& item, const Ring<F>
         constexpr int buffer = decltype(parity)::value;  // known when compiled: that saves registers
         uint32_t a[4][4];
         auto fragments = [&](int m) {
-            if (m % 2 == 0) ring.wait(n, side + m / 2 * 2);
+            if (m % 2 == 0) ring.wait(n, own_side() + m / 2 * 2);
             uint32_t const line = F::ring == 10 ? place + buffer * (pieces * piece_bytes) + m / 2 * (2 * piece_bytes)
-                                                : place + (ring.slot(n, side + m / 2 * 2) - side) * piece_bytes;
+                                                : place + (ring.slot(n, own_side() + m / 2 * 2) - own_side()) * piece_bytes;
             value_fragments(a, m % 2 == 0 ? line : line ^ 64);
             make_fragments(a);
         };
         if constexpr (F::lists) {
-            if (own_thread() < half) finder.advance(work, item, ring, n, side * half + own_thread());
-        } else {
-            make_scales(n + 2);
+            if (own_thread() < half) finder.advance(work, item, ring, n, own_side() * half + own_thread());
         }
         bool const last = n + 1 == ring.count;  // its tail is cleared only behind the barrier
         if (!last) fragments(0);
@@ -127,25 +126,28 @@ __device__ void output_group(const Attend& work, const Item& item, const Ring<F>
             product_e4m3<2>(part, a[2], weights);
             product_e4m3<3>(part, a[3], weights);
             product_commit();
+            // while the products run
             if (m == 0) {
                 int4 const changed = reinterpret_cast<const int4*>(memory + P::changed)[buffer];
                 flags = changed.x | changed.y | changed.z | changed.w;
                 if ((flags & 1) != 0) rescale(buffer);
+                if (!F::lists && own_side() == 1 && own_warp() == 1) ring.order_after(work, n, 4);  // its scores are made
             }
-            product_wait();
-            pin(part);
-            if (m % 2 == 1) {  // the piece is used up
-                int const id = piece_used + 2 * side + m / 2;
-                if constexpr (F::lists) {
+            if (!F::lists && m % 2 == 1) {  // the piece's fragments are in registers, by now of all warps
+                int const id = piece_used + 2 * own_side() + m / 2;
+                if (own_warp() == 0) {
                     named_sync(id, group);
-                    ring.gather_after(work, n, side + m / 2 * 2, own_thread());
-                    if (m == 1 && side == buffer) ring.gather_after(work, n, 4, own_thread());  // both score groups are done
-                } else if (own_warp() == 0) {
-                    named_sync(id, group);
-                    ring.order_after(work, n, side + m / 2 * 2);
+                    ring.order_after(work, n, own_side() + m / 2 * 2);
                 } else {
                     named_arrive(id, group);
                 }
+            }
+            product_wait();
+            pin(part);
+            if (F::lists && m % 2 == 1) {  // behind the products, for registers' sake
+                named_sync(piece_used + 2 * own_side() + m / 2, group);
+                ring.gather_after(work, n, own_side() + m / 2 * 2, own_thread());
+                if (m == 1 && own_side() == buffer) ring.gather_after(work, n, 4, own_thread());  // both score groups are done
             }
             if (m < 3) fragments(m + 1);
             if ((flags & 2) == 0) {
@@ -163,6 +165,11 @@ __device__ void output_group(const Attend& work, const Item& item, const Ring<F>
                 }
             }
         }
+        if constexpr (!F::lists) {
+            // only now: until the weights of this tile are there, sums of the tile before are made with the table in that place
+            make_scales(n + 2);
+            if (own_warp() == 2) ring.bring_scales(work, n, own_side());
+        }
         if (n + 2 < ring.count) named_arrive(weights_free + buffer, threads);
     };
 #pragma unroll 1
@@ -171,6 +178,7 @@ __device__ void output_group(const Attend& work, const Item& item, const Ring<F>
         if (n + 1 < ring.count) tile_of(n + 1, std::integral_constant<int, 1>());
     }
 
+    int const g = own_lane() / 4, t = own_lane() % 4, column = own_side() * 256 + own_warp() * 16 + 2 * g;
     __syncthreads();  // the factors are there, and nobody needs keys and queries any more
     auto* staged = reinterpret_cast<float*>(memory);
     const auto* factors = reinterpret_cast<const float*>(memory + P::factors);
@@ -182,7 +190,7 @@ __device__ void output_group(const Attend& work, const Item& item, const Ring<F>
             float const factor = factors[row];
 #pragma unroll
             for (int m = 0; m < 4; ++m) {
-                *reinterpret_cast<float2*>(staged + row * staged_row + side * 256 + m * 64 + warp * 16 + 2 * g) =
+                *reinterpret_cast<float2*>(staged + row * staged_row + column + m * 64) =
                     make_float2(sums[m][4 * j + i] * factor, sums[m][4 * j + 2 + i] * factor);
             }
         }

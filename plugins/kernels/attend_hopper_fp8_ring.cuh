@@ -22,6 +22,8 @@ struct Form {
     static constexpr bool second = terms == 2 && !packed;
     static constexpr int ring = second ? 8 : 10;  // pieces in flight
     static constexpr int weight_bytes = rows * 128;
+    // Sums of a tile's weights are made between the next tile's products; not of lists, where the table's next one comes too early.
+    static constexpr bool late_sums = !lists;
 };
 
 // Where things lie in shared memory, in bytes.
@@ -91,7 +93,7 @@ struct Ring {
         barrier_wait(shared_address(memory + P::full) + 8 * slot(n, i), parity(n, i));
     }
 
-    // Finds the pages of four tiles and orders the scales of three. By a warp; the score groups go on from there.
+    // Finds the pages of four tiles and orders the scales of three. By a warp; `bring_scales` goes on from there.
     __device__ void begin(const Attend& work, int lane) const {
         if (lane < 8) fetch_page(work, lane / 2, lane % 2);
         copy_async_wait<0>();
@@ -134,6 +136,14 @@ struct Ring {
         }
     }
 
+    // At tile n: orders the scales of tile n + 3, whose pages have been asked for, and asks for those of n + 4. Of a half, by a warp.
+    __device__ void bring_scales(const Attend& work, int32_t n, int h) const {
+        copy_async_wait<0>();
+        __syncwarp();
+        order_scales(work, n + 3, h);
+        if (elect_lane()) fetch_page(work, n + 4, h);
+    }
+
     // What the softmax needs of the scale of key `key` of tile n. `third`: n % 3.
     __device__ void make_scale(const Attend& work, int32_t n, int key, int third) const {
         if (n >= count) return;
@@ -156,8 +166,10 @@ struct Ring {
     // Zeros for the values of a half's keys behind the last one, which were never written and may be NaN. By `group` threads.
     __device__ void clear_tail(int32_t n, int h, int thread) const {
         int const from = max(keys(n), h * half) * 8, to = (h + 1) * half * 8;
+#pragma unroll 1
         for (int i = 0; i < 4; ++i) {
             auto* units = reinterpret_cast<uint4*>(memory + slot(n, i) * piece_bytes);
+#pragma unroll 1
             for (int unit = from + thread; unit < to; unit += group) units[unit] = make_uint4(0, 0, 0, 0);
         }
     }

@@ -14,7 +14,7 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
                             uint8_t* memory) {
     using P = Places<F>;
     // a thread's place in everything follows from its number, each time again
-    unsigned const number = again(threadIdx.x);
+    unsigned const number = F::lists ? again(threadIdx.x) : kept_thread();
     auto side = [&] { return static_cast<int>(again(number) / group); };
     auto thread = [&] { return static_cast<int>(again(number) % group); };
     auto quad_thread = [&] { return static_cast<int>(again(number) % 4); };
@@ -41,6 +41,27 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
     uint32_t const query = tile_descriptor(shared_address(memory + P::query));
     uint32_t const query_low = tile_descriptor(shared_address(memory + P::query_low));
     int third = 0;  // n % 3
+    uint32_t words[own_rows<F>][4];  // the weights' codes of a tile
+    float tile_factor[own_rows<F>];
+    auto scales_of = [&](int which) {
+        return reinterpret_cast<const float4*>(memory + P::scales + which * (3 * tile * 4) + side() * (half * 4) + quad_thread() * 16);
+    };
+    float sums[own_rows<F>];  // of a tile's weights as they were rounded
+    // Adds those of each fourth 16 keys, from the `quarter`-th on, of the tile whose number % 3 is `which`.
+    auto add_weights = [&](int which, int quarter) {
+        float4 const inverse = scales_of(which)[4 * quarter + 2 * (tile / 4)];
+#pragma unroll
+        for (int r = 0; r < own_rows<F>; ++r) {
+            uint32_t const codes = words[r][quarter];
+            float sum = quarter == 0 ? 0.0f : sums[r];
+            sum = fmaf(__uint_as_float(codes << 20 & 0x07f00000u), inverse.x, sum);
+            sum = fmaf(__uint_as_float(codes << 12 & 0x07f00000u), inverse.y, sum);
+            sum = fmaf(__uint_as_float(codes << 4 & 0x07f00000u), inverse.z, sum);
+            sum = fmaf(__uint_as_float(codes >> 4 & 0x07f00000u), inverse.w, sum);
+            sums[r] = sum;
+            if (quarter == 3) total[r] = fmaf(sum, tile_factor[r], total[r]);
+        }
+    };
 
 #pragma unroll 1
     for (int32_t n = 0; n < ring.count; ++n) {
@@ -69,10 +90,17 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
                 product_e4m3<3, false>(scores, query_low + columns, keys);
             }
         };
+        // between the products, the sums of the tile before
+        int const before = third == 0 ? 2 : third - 1;
+        bool const adds = F::late_sums && n > 0;
         latent(std::integral_constant<int, 0>());
+        if (adds) add_weights(before, 0);
         latent(std::integral_constant<int, 1>());
+        if (adds) add_weights(before, 1);
         latent(std::integral_constant<int, 2>());
+        if (adds) add_weights(before, 2);
         latent(std::integral_constant<int, 3>());
+        if (adds) add_weights(before, 3);
         if constexpr (!F::lists) ring.wait(n, 4);
         {
             uint32_t const keys = keys_of(n, 4);
@@ -84,25 +112,26 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
             product_bf16<3>(scores, query + columns, keys);
         }
         product_commit();
-        if (!F::lists && thread() < warp_size) {
-            copy_async_wait<0>();  // the page of tile n + 3
-            __syncwarp();
-            ring.order_scales(work, n + 3, side());
-            if (thread() == 0) ring.fetch_page(work, n + 4, side());
-        }
         named_sync(weights_free + buffer, threads);  // with it comes this tile's table of scales
+        const float4* table = scales_of(third);
+        constexpr int at_once = F::lists ? 1 : 2;  // 16 keys each
+        float4 scale[at_once], logarithm[at_once];
+        auto read_table = [&](int first) {
+#pragma unroll
+            for (int i = 0; i < at_once; ++i) scale[i] = table[4 * (first + i)], logarithm[i] = table[4 * (first + i) + tile / 4];
+        };
+        if (!F::lists) read_table(0);
         product_wait();
         pin(scores);
 
         // y of each key, and the largest of each row over both groups
-        const auto* table =
-            reinterpret_cast<const float4*>(memory + P::scales + third * (3 * tile * 4) + side() * (half * 4) + quad_thread() * 16);
         float best[own_rows<F>];
 #pragma unroll
         for (int r = 0; r < own_rows<F>; ++r) best[r] = -INFINITY;
 #pragma unroll
         for (int j = 0; j < 8; j += 2) {
-            float4 const scale = table[2 * j], logarithm = table[2 * j + tile / 4];
+            if (j / 2 % at_once == 0 && (F::lists || j > 0)) read_table(j / 2);
+            const float4 &by = scale[j / 2 % at_once], &plus = logarithm[j / 2 % at_once];
 #pragma unroll
             for (int r = 0; r < own_rows<F>; ++r) {
                 float *low = scores + 4 * j + 2 * r, *high = low + 4;
@@ -112,10 +141,10 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
                     high[0] += high[2];
                     high[1] += high[3];
                 }
-                low[0] = fmaf(low[0] * factors[r], scale.x, logarithm.x);
-                low[1] = fmaf(low[1] * factors[r], scale.y, logarithm.y);
-                high[0] = fmaf(high[0] * factors[r], scale.z, logarithm.z);
-                high[1] = fmaf(high[1] * factors[r], scale.w, logarithm.w);
+                low[0] = fmaf(low[0] * factors[r], by.x, plus.x);
+                low[1] = fmaf(low[1] * factors[r], by.y, plus.y);
+                high[0] = fmaf(high[0] * factors[r], by.z, plus.z);
+                high[1] = fmaf(high[1] * factors[r], by.w, plus.w);
             }
         }
         if (!F::lists && n >= masked_from) {
@@ -141,10 +170,7 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
             }
         }
         named_sync(maxima_ready, 2 * group);
-        if constexpr (!F::lists) {
-            if (again(number) < warp_size) ring.order_after(work, n, 4);  // both groups are done with the rope part
-            if (n + 1 == ring.count && ring.keys(n) < tile) ring.clear_tail(n, side(), thread());
-        }
+        if (!F::lists && n + 1 == ring.count && ring.keys(n) < tile) ring.clear_tail(n, side(), thread());
         int changed = 0;  // 1: the reference, 2: the tile has its own
         float base[own_rows<F>];
 #pragma unroll
@@ -163,29 +189,19 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
             best[r] = factor;
         }
 
-        // weights, and their sums as they are rounded
-        uint32_t words[own_rows<F>][4];
-        float sums[own_rows<F>] = {};
-#pragma unroll
-        for (int j = 0; j < 8; j += 2) {
-            float4 const inverse = table[2 * j + 2 * (tile / 4)];
-#pragma unroll
-            for (int r = 0; r < own_rows<F>; ++r) {
-                const float *low = scores + 4 * j + 2 * r, *high = low + 4;
-                uint32_t const codes = encode_pair(power_of_two(low[0] + base[r]), power_of_two(low[1] + base[r])) |
-                                       encode_pair(power_of_two(high[0] + base[r]), power_of_two(high[1] + base[r])) << 16;
-                words[r][j / 2] = codes;
-                sums[r] = fmaf(__uint_as_float(codes << 20 & 0x07f00000u), inverse.x, sums[r]);
-                sums[r] = fmaf(__uint_as_float(codes << 12 & 0x07f00000u), inverse.y, sums[r]);
-                sums[r] = fmaf(__uint_as_float(codes << 4 & 0x07f00000u), inverse.z, sums[r]);
-                sums[r] = fmaf(__uint_as_float(codes >> 4 & 0x07f00000u), inverse.w, sums[r]);
-            }
-        }
-        float tile_factor[own_rows<F>];
 #pragma unroll
         for (int r = 0; r < own_rows<F>; ++r) {
             tile_factor[r] = power_of_two(weight_bits - base[r] - (top[r] == -INFINITY ? 0.0f : top[r]));
-            total[r] = fmaf(sums[r], tile_factor[r], total[r]);
+        }
+#pragma unroll
+        for (int j = 0; j < 8; j += 2) {
+#pragma unroll
+            for (int r = 0; r < own_rows<F>; ++r) {
+                const float *low = scores + 4 * j + 2 * r, *high = low + 4;
+                words[r][j / 2] = encode_pair(power_of_two(low[0] + base[r]), power_of_two(low[1] + base[r])) |
+                                  encode_pair(power_of_two(high[0] + base[r]), power_of_two(high[1] + base[r])) << 16;
+            }
+            if (!F::late_sums) add_weights(third, j / 2);
         }
         if (has_rows()) {
             int const row = first_row();
@@ -213,15 +229,19 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
         named_arrive(weights_ready + buffer, threads);
         third = third == 2 ? 0 : third + 1;
     }
+    if (F::late_sums && ring.count > 0) {
+#pragma unroll
+        for (int quarter = 0; quarter < 4; ++quarter) add_weights(third == 0 ? 2 : third - 1, quarter);
+    }
 
     // what divides the output
-    auto* sums = reinterpret_cast<float*>(memory + P::sums);
+    auto* all_sums = reinterpret_cast<float*>(memory + P::sums);
     bool const first_lane = quad_thread() == 0 && has_rows();
 #pragma unroll
     for (int r = 0; r < own_rows<F>; ++r) {
         total[r] += __shfl_xor_sync(0xffffffffu, total[r], 1);
         total[r] += __shfl_xor_sync(0xffffffffu, total[r], 2);
-        if (first_lane) sums[side() * 64 + first_row() + 8 * r] = total[r];
+        if (first_lane) all_sums[side() * 64 + first_row() + 8 * r] = total[r];
     }
     named_sync(maxima_ready, 2 * group);
     if (side() != 0 || !first_lane) return;
@@ -229,7 +249,7 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
     for (int r = 0; r < own_rows<F>; ++r) {
         int const row = first_row() + 8 * r;
         if (row >= item.count) continue;  // its factor is never read by write_rows
-        float sum = (sums[row] + sums[64 + row]) * half_code_unit;
+        float sum = (all_sums[row] + all_sums[64 + row]) * half_code_unit;
         int const flat = item.first_head + row;
         int64_t const token = item.first_token + flat / work.heads;
         int const head = flat % work.heads;

@@ -113,3 +113,17 @@ def test_times_are_shared() -> None:
     ):
         with pytest.raises(SystemExit, match=reason):
             validate.shares(steps, 500)
+
+
+def test_what_a_sanitizer_says_behind_the_tests_does_not_hide_that_they_ran(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    test = tmp_path / "test_one.py"
+    test.write_text("def test_it():\n    pass\n")
+    command = f"{sys.executable} -m pytest -q -p no:cacheprovider {test}; echo ========= ERROR SUMMARY: 0 errors"
+    monkeypatch.setattr(validate, "STEPS", {"memcheck": ["sh", "-c", command, "pytest"]})
+    assert validate.main(["-o", str(tmp_path), "memcheck"]) == 0
+    table = (tmp_path / "validation.md").read_text()
+    assert "| memcheck | passed |" in table
+    assert "1 passed in" in table
+    assert "ERROR SUMMARY: 0 errors" in table

@@ -47,6 +47,8 @@ PYTHON = sys.executable
 ENGINES = ("test_engines.py", "test_engine_faults.py", "test_gpu_triton.py")
 WORKERS = "8"
 FOLDER = "FOLDER"  # in a command: where the step's results go
+VERDICT = r"\b\d+ (passed|failed|skipped|errors?)\b.* in [\d.]+s|ERROR SUMMARY|RACECHECK SUMMARY"
+"""The last lines of pytest, and of a sanitizer behind it."""
 CLOSING_SECONDS = 10
 """After SIGINT, for a step to write what it has."""
 
@@ -77,7 +79,7 @@ NEEDED = {"racecheck": "MLA_TRT_PORTABLE", "soak": "MLA_TRT_SOAK_ENGINE"}
 
 @dataclass(frozen=True)
 class Outcome:
-    """``outcome``: passed, failed, ended (at its time) or not run. ``said``: the last line."""
+    """``outcome``: passed, failed, ended (at its time) or not run. ``said``: what it ended with."""
 
     step: str
     outcome: str
@@ -109,10 +111,11 @@ def run_step(name: str, command: Sequence[str], out: Path, seconds: float) -> Ou
             status = None
         finally:
             _end(process)
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    ran = "pytest" not in command or any(re.search(r"\b\d+ passed\b", line) for line in lines[-1:])
+    lines = [line.strip("= ") for line in log.read_text(errors="replace").splitlines()[1:] if line.strip("= ")]
+    verdicts = [line for line in lines[-3:] if re.search(VERDICT, line)] or lines[-1:]
+    ran = "pytest" not in command or any(re.search(r"\b\d+ passed\b", line) for line in verdicts)
     outcome = "ended" if status is None else "failed" if status or not ran else "passed"
-    return Outcome(name, outcome, round(time.monotonic() - start, 1), lines[-1].strip("= ") if len(lines) > 1 else "")
+    return Outcome(name, outcome, round(time.monotonic() - start, 1), "; ".join(verdicts))
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
