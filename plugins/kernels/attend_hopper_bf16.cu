@@ -5,11 +5,11 @@
 // shared memory. One warpgroup makes the scores and the softmax, two make the output, each 256 of its 512 columns. Keys lie as
 // rows, in nine pieces of 128 bytes of each: K-major for the scores, and for the output transposed by the tensor cores.
 //
-// - The queries come by the copy engine while the output groups bring the first keys.
-// - Each output group brings its side of the tile that takes the place of the one that it has used, and the scores begin when the
-//   first side is there: a tile's place is empty for less time. All keys come by the copy engine; rows behind the end may be
-//   anything, so the values of the last tile's are cleared. Listed keys are gathered, zeros where there is none. Codes are decoded
-//   by a fourth group: 32768 of a tile, while the tile before is multiplied.
+// - The queries come by the copy engine while the first keys are brought.
+// - All keys come by the copy engine: each output group orders its side of the tile that takes the place of the one that it has used,
+//   and the scores begin when the first side is there: a tile's place is empty for less time. Rows behind the end may be anything, so
+//   the values of the last tile's are cleared.
+// - Listed keys are gathered, zeros where there is none, and codes decoded by a fourth group, while the tile before is multiplied.
 // - The reference of a row is its first maximum, until one exceeds it by 2^8: the output is rarely rescaled.
 #include "attend_hopper_bf16_keys.cuh"
 
@@ -183,9 +183,9 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
 
 // Adds weights [64][16] x values [16][256] at step `step` of the keys. A block with four groups has no more than 128 registers a thread
 // for one instruction.
-template <bool codes, int step>
+template <bool fed, int step>
 __device__ void add_product(float (&sums)[128], uint32_t weights, uint32_t values) {
-    if constexpr (codes) {
+    if constexpr (fed) {
         auto& [left, right] = reinterpret_cast<float (&)[2][64]>(sums);
         product_bf16_wide<step, piece_bytes>(left, weights, values);
         product_bf16_wide<step, piece_bytes>(right, weights, values + (2 * piece_bytes >> 4));
@@ -194,12 +194,12 @@ __device__ void add_product(float (&sums)[128], uint32_t weights, uint32_t value
     }
 }
 
-// 256 columns of the output, which are staged in shared memory in the end.
-template <bool lists, bool codes, int side>
+// 256 columns of the output, which are staged in shared memory in the end. `fed`: a group of its own brings the keys.
+template <bool fed, int side>
 __device__ void output_group(const Attend& work, const Item& item, const Span& span, const CUtensorMap* map, uint8_t* memory) {
     int const thread = static_cast<int>(threadIdx.x) % group;
-    std::conditional_t<lists, TileGatherer<side>, TileBringer<side>> keys;
-    if constexpr (!codes) {
+    TileBringer<side> keys;
+    if constexpr (!fed) {
         keys.begin(work, item, span, thread);
         for (int n = 0; n < 2; ++n) {
             keys.prepare(work, item, span, memory, n, thread);
@@ -217,7 +217,7 @@ __device__ void output_group(const Attend& work, const Item& item, const Span& s
         uint32_t const values = tile_descriptor(shared_address(memory + place::tiles) + (n & 1) * tile_bytes +
                                                 side * (value_pieces / 2) * piece_bytes);
         barrier_wait(shared_address(memory + place::ready) + 8 * (n & 1), n / 2 & 1);
-        if (lists || codes) fence_async();
+        if (fed) fence_async();
         int4 const changed = reinterpret_cast<const int4*>(memory + place::changed)[n & 1];
         if ((changed.x | changed.y | changed.z | changed.w) != 0) {
             const auto* rescale = reinterpret_cast<const float*>(memory + place::rescale) + (n & 1) * 64 + first_row;
@@ -227,16 +227,16 @@ __device__ void output_group(const Attend& work, const Item& item, const Span& s
         }
         pin(sums);
         product_fence();
-        add_product<codes, 0>(sums, weights, values);
-        add_product<codes, 1>(sums, weights, values);
-        add_product<codes, 2>(sums, weights, values);
-        add_product<codes, 3>(sums, weights, values);
+        add_product<fed, 0>(sums, weights, values);
+        add_product<fed, 1>(sums, weights, values);
+        add_product<fed, 2>(sums, weights, values);
+        add_product<fed, 3>(sums, weights, values);
         product_commit();
-        if constexpr (!codes) keys.prepare(work, item, span, memory, n + 2, thread);
+        if constexpr (!fed) keys.prepare(work, item, span, memory, n + 2, thread);
         product_wait();
         pin(sums);
         if (lane == 0) barrier_arrive(barrier_of(memory, place::used, n, side));
-        if constexpr (!codes) keys.bring(work, item, span, map, memory, n + 2, thread);
+        if constexpr (!fed) keys.bring(work, item, span, map, memory, n + 2, thread);
     }
     __syncthreads();  // the factors are there, and nobody needs keys and queries any more
     auto* staged = reinterpret_cast<float*>(memory);
@@ -255,11 +255,11 @@ __device__ void output_group(const Attend& work, const Item& item, const Span& s
 #endif
 
 template <bool lists, int format>
-__global__ void __launch_bounds__(format == row_format::bf16 ? block_threads : decoding_threads, 1)
+__global__ void __launch_bounds__(lists || format != row_format::bf16 ? fed_threads : block_threads, 1)
     attend_hopper_bf16_kernel(const __grid_constant__ CUtensorMap map, const __grid_constant__ CUtensorMap query_map, Attend work,
                               Partials partials) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    constexpr bool codes = format != row_format::bf16;
+    constexpr bool codes = format != row_format::bf16, fed = lists || codes;
     extern __shared__ __align__(1024) uint8_t memory[];
     __shared__ Item shared_item;
     int const warp = threadIdx.x / warp_size;
@@ -267,14 +267,14 @@ __global__ void __launch_bounds__(format == row_format::bf16 ? block_threads : d
         for (int i = 0; i < 2; ++i) {
             barrier_init(shared_address(memory + place::ready) + 8 * i, group / warp_size);
             for (int side = 0; side < 2; ++side) {
-                barrier_init(barrier_of(memory, place::full, i, side), codes ? group : lists ? group + 1 : 1);
+                barrier_init(barrier_of(memory, place::full, i, side), codes ? group : lists ? group + 2 : 1);
                 barrier_init(barrier_of(memory, place::used, i, side), group / warp_size);
             }
         }
         barrier_init(shared_address(memory + place::queries_full), 1);
         fence_barrier_init();
         prefetch_map(&query_map);
-        if (!lists && !codes) prefetch_map(&map);
+        if (!fed) prefetch_map(&map);
     }
     if (warp == 0) take_item(work, partials, &shared_item);
     __syncthreads();
@@ -289,20 +289,24 @@ __global__ void __launch_bounds__(format == row_format::bf16 ? block_threads : d
     }
     Span const span{item.first_tile, item.last_tile - item.first_tile, min(item.keys - (item.last_tile - 1) * tile, tile)};
 
-    if (codes && warp >= block_threads / warp_size) {
+    if (fed && warp >= block_threads / warp_size) {
         registers_decrease<88>();
-        if constexpr (codes) TileDecoder<lists, format>{work, item, span}.run(memory);
+        if constexpr (codes) {
+            TileDecoder<lists, format>{work, item, span}.run(memory);
+        } else if constexpr (lists) {
+            TileGatherer{work, item, span}.run(memory);
+        }
         __syncthreads();
     } else if (warp < group / warp_size) {
-        if constexpr (codes) registers_decrease<104>();
+        if constexpr (fed) registers_decrease<104>();
         score_group<lists, format>(work, partials, item, span, memory);
         __syncthreads();
     } else {
-        if constexpr (codes) registers_increase<160>();
+        if constexpr (fed) registers_increase<160>();
         if (warp < 2 * group / warp_size) {
-            output_group<lists, codes, 0>(work, item, span, &map, memory);
+            output_group<fed, 0>(work, item, span, &map, memory);
         } else {
-            output_group<lists, codes, 1>(work, item, span, &map, memory);
+            output_group<fed, 1>(work, item, span, &map, memory);
         }
     }
     __syncthreads();
@@ -318,7 +322,7 @@ int launch(const Attend& work, const Partials& partials, cudaStream_t stream) {
         if (int status = make_map(&map, work, pieces, 1)) return status;
     }
     return launch_blocks(attend_hopper_bf16_kernel<lists, format>, work, partials,
-                         format == row_format::bf16 ? block_threads : decoding_threads, place::total, stream, map, query_map, work, partials);
+                         lists || format != row_format::bf16 ? fed_threads : block_threads, place::total, stream, map, query_map, work, partials);
 }
 
 template <bool lists>

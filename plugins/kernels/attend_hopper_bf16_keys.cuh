@@ -12,7 +12,7 @@ namespace hopper_bf16 {
 using namespace hopper;
 
 constexpr int block_threads = 3 * group;  // of which one group makes the scores and two the output
-constexpr int decoding_threads = 4 * group;  // of a block with a group more that decodes keys
+constexpr int fed_threads = 4 * group;  // of a block with a group more that gathers or decodes keys
 constexpr int tile = attend_tile;
 constexpr int value_pieces = rank / 64, pieces = value_pieces + 1;
 constexpr int piece_bytes = tile * 128;
@@ -26,9 +26,9 @@ constexpr int rescale = tiles + 2 * tile_bytes;  // [2][64]
 constexpr int changed = rescale + 2 * 64 * 4;  // [2][4], of the score group's warps
 constexpr int factors = changed + 2 * 4 * 4;  // [64]
 constexpr int limits = factors + 64 * 4;  // [64]
-constexpr int offsets = limits + 64 * 4;  // [2 sides][2][64], of listed bf16 rows
+constexpr int offsets = limits + 64 * 4;  // [2][64], of listed bf16 rows
 constexpr int scales = offsets;  // [2][64], of fp8 rows
-constexpr int there = offsets + 4 * tile * 4;  // [2], a bit for each key of a tile
+constexpr int there = offsets + 2 * tile * 4;  // [2], a bit for each key of a tile
 constexpr int lookups = there + 2 * 2 * 4;  // [2][group], of the decoding group's threads: a list's entry and a page on their way
 constexpr int full = lookups + 2 * group * 4;  // [2][2 sides] barriers: that side of a tile is there
 constexpr int used = full + 4 * 8;  // [2][2 sides]: the output has it
@@ -37,7 +37,7 @@ constexpr int queries_full = ready + 2 * 8;  // barrier: the queries are there
 constexpr int total = queries_full + 8;
 }  // namespace place
 
-enum : int { keys_read = 1, limits_there = 2, rows_found = 3 };  // named barriers, the last one of each side
+enum : int { keys_read = 1, limits_there = 2, rows_found = 3 };  // named barriers
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
@@ -204,50 +204,57 @@ private:
     }
 };
 
-// A side of listed keys, by the threads of its output group; of the rows' finding each of the first 64 has one key of every tile.
-template <int side>
+// Listed keys, by a group of its own: 72 KB of a tile in 36 copies a thread, which took the output groups a quarter of their time.
+// Of the rows' finding each of the first 64 threads has one key of every tile.
 struct TileGatherer {
-    RowOffsets<true, tile> rows;
+    static constexpr int step = group / 8;  // rows that all threads copy at once, a unit of each piece
 
-    __device__ void begin(const Attend& work, const Item& item, const Span& span, int thread) {
+    const Attend& work;
+    const Item& item;
+    const Span& span;
+    int thread;
+    uint32_t found[tile / step];  // offsets of the thread's rows
+    uint32_t present;  // a bit for each of the warp's 32 keys, in two warps
+
+    // All tiles one after the other.
+    __device__ void run(uint8_t* memory) {
+        thread = threadIdx.x % group;
+        RowOffsets<true, tile> rows;
         if (thread < tile) rows.begin(work, item, span, thread);
-    }
-    __device__ void prepare(const Attend& work, const Item& item, const Span& span, uint8_t* memory, int32_t n, int thread) {
-        if (n >= span.count) return;
-        if (thread < tile) {
-            uint32_t const offset = rows.next(work, item, span);
-            offsets(memory, n)[thread] = offset;
-            uint32_t const bits = __ballot_sync(0xffffffffu, offset != no_row);
-            if (side == 0 && thread % warp_size == 0) {
-                reinterpret_cast<uint32_t*>(memory + place::there)[(n & 1) * 2 + thread / warp_size] = bits;
+#pragma unroll 1
+        for (int32_t n = 0; n < span.count; ++n) {
+            auto* offsets = reinterpret_cast<uint32_t*>(memory + place::offsets) + (n & 1) * tile;
+            if (thread < tile) {
+                uint32_t const offset = rows.next(work, item, span);
+                offsets[thread] = offset;
+                present = __ballot_sync(0xffffffffu, offset != no_row);
             }
+            named_sync(rows_found, group);
+#pragma unroll
+            for (int k = 0; k < tile / step; ++k) found[k] = offsets[thread / 8 + step * k];
+            bring<0>(memory, n);
+            bring<1>(memory, n);
         }
-        named_sync(rows_found + side, group);
-    }
-    __device__ void bring(const Attend& work, const Item&, const Span& span, const CUtensorMap*, uint8_t* memory, int32_t n,
-                          int thread) {
-        if (n >= span.count) return;
-        int const unit = thread % 8, first_row = thread / 8;
-        uint32_t found[tile / 16];
-#pragma unroll
-        for (int k = 0; k < tile / 16; ++k) found[k] = offsets(memory, n)[first_row + 16 * k];
-        wait_for_place(memory, n, side);
-        uint32_t const target = shared_address(memory + place::tiles) + (n & 1) * tile_bytes + first_piece(side) * piece_bytes +
-                                first_row * 128 + ((unit ^ (first_row & 7)) << 4);
-#pragma unroll
-        for (int k = 0; k < tile / 16; ++k) {
-            bool const there = found[k] != no_row;
-            const uint8_t* source = work.pool + (there ? static_cast<uint64_t>(found[k]) * 16 : 0) + first_piece(side) * 128 + unit * 16;
-#pragma unroll
-            for (int i = 0; i < side_pieces(side); ++i) copy_async_16(target + k * 2048 + i * piece_bytes, source + i * 128, there);
-        }
-        barrier_arrive_after_copies(barrier_of(memory, place::full, n, side));
-        if (thread == 0) barrier_arrive(barrier_of(memory, place::full, n, side));  // for what was written besides
     }
 
 private:
-    __device__ static uint32_t* offsets(uint8_t* memory, int32_t n) {
-        return reinterpret_cast<uint32_t*>(memory + place::offsets) + (2 * side + (n & 1)) * tile;
+    template <int side>
+    __device__ void bring(uint8_t* memory, int32_t n) const {
+        wait_for_place(memory, n, side);
+        bool const tells = thread < tile && thread % warp_size == 0;
+        if (side == 0 && tells) reinterpret_cast<uint32_t*>(memory + place::there)[(n & 1) * 2 + thread / warp_size] = present;
+        int const unit = thread % 8, first_row = thread / 8;
+        uint32_t const target = shared_address(memory + place::tiles) + (n & 1) * tile_bytes + first_piece(side) * piece_bytes +
+                                first_row * 128 + ((unit ^ (first_row & 7)) << 4);
+#pragma unroll
+        for (int k = 0; k < tile / step; ++k) {
+            bool const there = found[k] != no_row;
+            const uint8_t* source = work.pool + (there ? static_cast<uint64_t>(found[k]) * 16 : 0) + first_piece(side) * 128 + unit * 16;
+#pragma unroll
+            for (int i = 0; i < side_pieces(side); ++i) copy_async_16(target + k * (step * 128) + i * piece_bytes, source + i * 128, there);
+        }
+        barrier_arrive_after_copies(barrier_of(memory, place::full, n, side));
+        if (tells) barrier_arrive(barrier_of(memory, place::full, n, side));
     }
 };
 

@@ -12,8 +12,8 @@
 // - The scale s of a key's row multiplies its score and its value. With y = score + log2 s, P = 2^(y - m + 7) is the weight of
 //   the codes, and the sum adds P / s of the rounded P: the weights that are used sum to one. m is a reference near the row's maximum.
 // - The e4m3 products' sums keep 14 bits (docs/kernels.md): each tile of the output is summed from zero and then added in f32.
-// - Keys come in five pieces of 128 bytes of a tile's rows into a ring; who has used a piece up orders the one that takes its
-//   place. Pages outside of the pool and behind the end are outside of the tensor map: zeros.
+// - Keys come in five pieces of 128 bytes of a tile's rows into a ring; who has a piece's last values in registers orders the one
+//   that takes its place. Pages outside of the pool and behind the end are outside of the tensor map: zeros.
 #include "attend_hopper_fp8_output.cuh"
 #include "attend_hopper_fp8_scores.cuh"
 

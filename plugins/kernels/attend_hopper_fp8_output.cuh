@@ -27,7 +27,7 @@ __device__ inline void make_fragments(uint32_t (&a)[4][4]) {
     }
 }
 
-// 256 columns of the output, which are staged in shared memory in the end; `side`, the group's number, says which.
+// 256 columns of the output, which are staged in shared memory in the end. Beside that it orders keys, and makes the tables of scales.
 template <typename F>
 __device__ void output_group(const Attend& work, const Item& item, const Ring<F>& ring, uint8_t* memory) {
     using P = Places<F>;
@@ -45,23 +45,23 @@ __device__ void output_group(const Attend& work, const Item& item, const Ring<F>
         if (own_thread() < half) finder.begin(work, item, ring, own_side() * half + own_thread());
         named_sync(rows_found, 2 * group);
 #pragma unroll 1
-        for (int number = own_side(); number < F::ring; number += 2) {
+        for (int i = own_side(); i < F::ring; i += 2) {
             // before the first piece whose place the queries had
-            if (number >= P::early_pieces && number - 2 < P::early_pieces) named_sync(queries_there, threads);
-            ring.gather(work, number / pieces, number % pieces, own_thread());
+            if (i >= P::early_pieces && i - 2 < P::early_pieces) named_sync(queries_there, threads);
+            ring.gather(work, i / pieces, i % pieces, own_thread());
         }
     } else {
         bool const orders = number / warp_size == 8;
         if (orders) {
             ring.begin(work, lane);
 #pragma unroll 1
-            for (int number = 0; number < P::early_pieces; ++number) ring.order(work, number / pieces, number % pieces);
+            for (int i = 0; i < P::early_pieces; ++i) ring.order(work, i / pieces, i % pieces);
         }
         make_query<F>(work, item, memory);
         named_sync(queries_there, threads);
         if (orders) {
 #pragma unroll 1
-            for (int number = P::early_pieces; number < F::ring; ++number) ring.order(work, number / pieces, number % pieces);
+            for (int i = P::early_pieces; i < F::ring; ++i) ring.order(work, i / pieces, i % pieces);
         }
     }
     if (F::lists && P::early_pieces == F::ring) named_sync(queries_there, threads);

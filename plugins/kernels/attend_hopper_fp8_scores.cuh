@@ -47,7 +47,7 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
         return reinterpret_cast<const float4*>(memory + P::scales + which * (3 * tile * 4) + side() * (half * 4) + quad_thread() * 16);
     };
     float sums[own_rows<F>];  // of a tile's weights as they were rounded
-    // Adds those of each fourth 16 keys, from the `quarter`-th on, of the tile whose number % 3 is `which`.
+    // Adds the `quarter`-th 16 of the group's keys, of the tile whose number % 3 is `which`.
     auto add_weights = [&](int which, int quarter) {
         float4 const inverse = scales_of(which)[4 * quarter + 2 * (tile / 4)];
 #pragma unroll
@@ -59,8 +59,11 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
             sum = fmaf(__uint_as_float(codes << 4 & 0x07f00000u), inverse.z, sum);
             sum = fmaf(__uint_as_float(codes >> 4 & 0x07f00000u), inverse.w, sum);
             sums[r] = sum;
-            if (quarter == 3) total[r] = fmaf(sum, tile_factor[r], total[r]);
         }
+    };
+    auto add_sums = [&] {
+#pragma unroll
+        for (int r = 0; r < own_rows<F>; ++r) total[r] = fmaf(sums[r], tile_factor[r], total[r]);
     };
 
 #pragma unroll 1
@@ -100,7 +103,10 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
         latent(std::integral_constant<int, 2>());
         if (adds) add_weights(before, 2);
         latent(std::integral_constant<int, 3>());
-        if (adds) add_weights(before, 3);
+        if (adds) {
+            add_weights(before, 3);
+            add_sums();
+        }
         if constexpr (!F::lists) ring.wait(n, 4);
         {
             uint32_t const keys = keys_of(n, 4);
@@ -190,10 +196,6 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
         }
 
 #pragma unroll
-        for (int r = 0; r < own_rows<F>; ++r) {
-            tile_factor[r] = power_of_two(weight_bits - base[r] - (top[r] == -INFINITY ? 0.0f : top[r]));
-        }
-#pragma unroll
         for (int j = 0; j < 8; j += 2) {
 #pragma unroll
             for (int r = 0; r < own_rows<F>; ++r) {
@@ -203,6 +205,11 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
             }
             if (!F::late_sums) add_weights(third, j / 2);
         }
+#pragma unroll
+        for (int r = 0; r < own_rows<F>; ++r) {
+            tile_factor[r] = power_of_two(weight_bits - base[r] - (top[r] == -INFINITY ? 0.0f : top[r]));
+        }
+        if (!F::late_sums) add_sums();
         if (has_rows()) {
             int const row = first_row();
             uint32_t const line = shared_address(memory + P::weights) + buffer * F::weight_bytes + row * 128 +
@@ -232,6 +239,7 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
     if (F::late_sums && ring.count > 0) {
 #pragma unroll
         for (int quarter = 0; quarter < 4; ++quarter) add_weights(third == 0 ? 2 : third - 1, quarter);
+        add_sums();
     }
 
     // what divides the output

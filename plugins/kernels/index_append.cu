@@ -1,4 +1,4 @@
-// The indexer's first stage: norm, rope, Hadamard transform and quantisation of new keys and queries, a warp a row.
+// The indexer's first stage: norm, rope, Hadamard transform and quantisation of new keys and queries, a warp a row at a time.
 //
 // The instructions are what takes time here, not the bytes. So a lane holds values that follow each other: it reads and writes
 // several at once, and short strides of the transform stay in its registers.
@@ -236,48 +236,72 @@ __device__ void store_query(const IndexWindow& window, int64_t place, float weig
     if (lane == 0) window.weights[place] = weight;
 }
 
-// One warp for each (row, padded head) of the window and then, with append.keys, for each token's key.
+// A warp for `each` padded heads of a row of the window, `warps` apart; behind them, with append.keys, one for each token's key.
 template <int values>
-__global__ void __launch_bounds__(warps* warp_size) append_kernel(IndexWindow window, IndexAppend append) {
+__global__ void __launch_bounds__(warps* warp_size) append_kernel(IndexWindow window, IndexAppend append, int32_t each) {
     __shared__ Row<values> shared[warps][warp_size];
     int const warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
-    uint32_t const blocks_per_row = window.padded_heads / warps, query_blocks = window.rows * blocks_per_row;
+    uint32_t const blocks_per_row = window.padded_heads / (warps * each), query_blocks = window.rows * blocks_per_row;
     bool const is_key = blockIdx.x >= query_blocks;
     int32_t const window_row = is_key ? 0 : blockIdx.x / blocks_per_row;
-    int32_t const head = is_key ? 0 : blockIdx.x % blocks_per_row * warps + warp;
+    int32_t const first_head = is_key ? 0 : blockIdx.x % blocks_per_row * (warps * each) + warp;
     int64_t const token = is_key ? int64_t{blockIdx.x - query_blocks} * warps + warp : window.first + window_row;
     if (is_key && (!append.keys || token >= window.step.tokens)) return;
     if (!is_key && window.scored_keys(window_row) == 0) return;
 
     int32_t const size = window.layout.head;
-    bool const given = is_key || head < window.heads, whole = append.aligned && size % values == 0;
-    int64_t const source = is_key ? token : token * window.heads + head;
+    bool const whole = append.aligned && size % values == 0;
     int32_t table_row = 0;
     if (append.rope > 0) {
         int32_t const last = static_cast<int32_t>(append.table_rows) - 1;
         table_row = append.rope_rows != nullptr ? append.rope_rows[token] : static_cast<int32_t>(min(token, int64_t{last}));
         table_row = max(0, min(table_row, last));
     }
-    Row<values> row =
-        load_row<values>(is_key ? append.key : append.query, append.type, source * size, given ? size : 0, whole, lane);
-    if (is_key && append.norm_weight != nullptr) normalize(append, size, whole, row, lane);
-    if (append.rope > 0) rotate(append, table_row, row, shared[warp], lane);
-    if (append.hadamard) transform(size, row, lane);
     if (is_key) {
+        Row<values> row = load_row<values>(append.key, append.type, token * size, size, whole, lane);
+        if (append.norm_weight != nullptr) normalize(append, size, whole, row, lane);
+        if (append.rope > 0) rotate(append, table_row, row, shared[warp], lane);
+        if (append.hadamard) transform(size, row, lane);
         store_key(window, append.pool, token, row, lane);
-    } else {
-        int64_t const place = int64_t{blockIdx.x} * warps + warp;
-        store_query(window, place, given ? append.weights[source] : 0.0f, row, lane);
+        return;
     }
+    auto load_query = [&](int32_t head) {
+        return load_row<values>(append.query, append.type, (token * window.heads + head) * size, head < window.heads ? size : 0, whole, lane);
+    };
+    Row<values> next = load_query(first_head);
+#pragma unroll 1
+    for (int32_t i = 0; i < each; ++i) {
+        int32_t const head = first_head + i * warps;
+        Row<values> row = next;
+        if (i + 1 < each) next = load_query(head + warps);  // on its way meanwhile
+        float const weight = head < window.heads ? append.weights[token * window.heads + head] : 0.0f;
+        if (append.rope > 0) {
+            __syncwarp();  // all have read the row before
+            rotate(append, table_row, row, shared[warp], lane);
+        }
+        if (append.hadamard) transform(size, row, lane);
+        store_query(window, int64_t{window_row} * window.padded_heads + head, weight, row, lane);
+    }
+}
+
+// Heads for a warp, so that there are blocks enough for all multiprocessors.
+int heads_each(const IndexWindow& window, const Device& device) {
+    int each = 1;
+    while (window.padded_heads % (2 * each * warps) == 0 &&
+           int64_t{window.rows} * window.padded_heads / (2 * each * warps) >= 4 * device.multiprocessors) {
+        each *= 2;
+    }
+    return each;
 }
 
 bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 
 }  // namespace
 
-int append_index_keys(const Call& call, const IndexWindow& window, IndexAppend append) {
-    int64_t const items = int64_t{window.rows} * window.padded_heads + (append.keys ? window.step.tokens : 0);
-    int64_t const blocks = ceil_div<int64_t>(items, warps);
+int append_index_keys(const Call& call, const IndexWindow& window, const Device& device, IndexAppend append) {
+    int const each = heads_each(window, device);
+    int64_t const query_blocks = int64_t{window.rows} * window.padded_heads / (warps * each);
+    int64_t const blocks = query_blocks + (append.keys ? ceil_div<int64_t>(window.step.tokens, warps) : 0);
     if (blocks > 0x7fffffff) return fail(MLA_UNSUPPORTED, "MlaIndexer: too many tokens for one call");
     append.aligned = aligned(append.query) && aligned(append.key) && aligned(append.norm_weight) &&
                      aligned(append.norm_bias) && aligned(append.cos) && aligned(append.sin);
@@ -285,7 +309,7 @@ int append_index_keys(const Call& call, const IndexWindow& window, IndexAppend a
     append.table_rows = std::min<int64_t>(append.table_rows, 0x7fffffff);  // what rope_rows can name
     int32_t const size = window.layout.head;
     auto const kernel = size <= 64 ? append_kernel<2> : size <= 128 ? append_kernel<4> : append_kernel<8>;
-    kernel<<<static_cast<unsigned>(blocks), warps * warp_size, 0, call.stream>>>(window, append);
+    kernel<<<static_cast<unsigned>(blocks), warps * warp_size, 0, call.stream>>>(window, append, each);
     return check_launch("MlaIndexer: keys and queries");
 }
 

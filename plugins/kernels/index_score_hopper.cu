@@ -47,6 +47,9 @@ __device__ void order_keys(const IndexWindow& window, int32_t page, bool there, 
     copy_async_4(shared_address(&stage.scales[threadIdx.x]), data + window.layout.scales_offset + 4 * (slot + 8 * (quarter % 2)), there);
 }
 
+// Not by a maximum: sums go through the pipe of products, maxima through one of half its rate. NaN stays.
+__device__ inline float twice_relu(float value) { return value + fabsf(value); }
+
 // A warpgroup's tile of keys against a run's queries. A unit is `columns` heads of a token; units follow each other in shared memory.
 // Products of one are made while another's are summed. `whole`: a unit is all heads.
 template <int chunks, int columns, bool whole>
@@ -60,6 +63,7 @@ struct TileScores {
     int32_t key;
     float scale;
     bool visible, all;  // all: every token scores every key of the tile
+    uint32_t* target;  // where the lane's next score goes
     float sums[2][2] = {};  // of two tokens, each for a key in the upper and one in the lower half
 
     using Products = float[columns / 2];
@@ -86,12 +90,13 @@ struct TileScores {
         for (int eight = 0; eight < columns / 8; ++eight) {
             float2 const w = *reinterpret_cast<const float2*>(weight + 8 * eight);
             const float* const p = products + 4 * eight;
-            sum[0] = fmaf(w.x, relu(p[0]), fmaf(w.y, relu(p[1]), sum[0]));
-            sum[1] = fmaf(w.x, relu(p[2]), fmaf(w.y, relu(p[3]), sum[1]));
+            sum[0] = fmaf(w.x, twice_relu(p[0]), fmaf(w.y, twice_relu(p[1]), sum[0]));
+            sum[1] = fmaf(w.x, twice_relu(p[2]), fmaf(w.y, twice_relu(p[3]), sum[1]));
         }
     }
 
     // Of four lanes the first writes the first token's key in the upper half, then come the lower half, and the second token's.
+    template <bool all_seen>
     __device__ void write(int32_t token, int32_t tokens) {
         int const quarter = threadIdx.x % 4;
         bool const low = quarter % 2 == 0, second = quarter >= 2;
@@ -102,24 +107,32 @@ struct TileScores {
             sums[i][0] = sums[i][1] = 0.0f;
         }
         float const score = (second ? halves[1] : halves[0]) + __shfl_xor_sync(0xffffffffu, second ? halves[0] : halves[1], 2);
-        int32_t const own = row + token + second;
-        if (quarter < 2 * tokens && (all || key < rows.keys[own])) {
-            window.ranks[own * window.stride + key] = visible ? rank_of(score * scale) : 0;
-        }
+        if (quarter < 2 * tokens && (all_seen || key < rows.keys[row + token + second])) *target = visible ? rank_of(score * scale) : 0;
+        target += (whole ? 2 : 1) * window.stride;
     }
 
-    template <bool odd>
+    template <bool odd, bool all_seen>
     __device__ void finish(Products& products, int32_t unit) {
         if constexpr (whole) {
             add(products, unit, sums[odd]);
-            if (odd) write(unit - 1, 2);
+            if (odd) write<all_seen>(unit - 1, 2);
         } else {
             add(products, unit, sums[0]);
-            if (unit % blocks == blocks - 1) write(unit / blocks, 1);
+            if (unit % blocks == blocks - 1) write<all_seen>(unit / blocks, 1);
         }
     }
 
     __device__ void run() {
+        target = window.ranks + (row + (whole && threadIdx.x % 4 >= 2)) * window.stride + key;
+        if (all) {
+            run_seen<true>();
+        } else {
+            run_seen<false>();
+        }
+    }
+
+    template <bool all_seen>
+    __device__ void run_seen() {
         using namespace hopper;
         Products even, odd;
         int32_t const units = count * blocks;
@@ -128,21 +141,21 @@ struct TileScores {
         for (; unit + 2 < units; unit += 2) {
             order(odd, unit + 1);
             product_wait<1>();
-            finish<false>(even, unit);
+            finish<false, all_seen>(even, unit);
             order(even, unit + 2);
             product_wait<1>();
-            finish<true>(odd, unit + 1);
+            finish<true, all_seen>(odd, unit + 1);
         }
         if (unit + 1 < units) {
             order(odd, unit + 1);
             product_wait<1>();
-            finish<false>(even, unit);
+            finish<false, all_seen>(even, unit);
             product_wait();
-            finish<true>(odd, unit + 1);
+            finish<true, all_seen>(odd, unit + 1);
         } else {
             product_wait();
-            finish<false>(even, unit);
-            if (whole) write(unit, 1);
+            finish<false, all_seen>(even, unit);
+            if (whole) write<all_seen>(unit, 1);
         }
     }
 };
@@ -235,7 +248,7 @@ __global__ void __launch_bounds__(threads, 2) score_codes_kernel(IndexWindow win
                 fragments[2 * chunk + 1][half + 2] = words.w;
             }
         }
-        float const scale = stages[turn].scales[threadIdx.x];
+        float const scale = 0.5f * stages[turn].scales[threadIdx.x];  // of twice the sum
         bool const there = visible >> (ahead - 1) & 1;
         order(stages[turn]);
         int32_t const base = cursor.tile * block_keys;
@@ -251,7 +264,7 @@ __global__ void __launch_bounds__(threads, 2) score_codes_kernel(IndexWindow win
             }
             TileScores<chunks, columns, whole>{window, rows, queries, weights + 2 * quarter, fragments, cursor.row,
                                                __shfl_sync(0xffffffffu, run.count, 0), shape.heads / columns,
-                                               base + own_row + 8 * (quarter % 2), scale, there, run.least >= base + block_keys}
+                                               base + own_row + 8 * (quarter % 2), scale, there, run.least >= base + block_keys, nullptr}
                 .run();
         }
     }

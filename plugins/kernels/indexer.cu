@@ -116,7 +116,7 @@ int run_indexer(Call& call) {
     IndexAppend append = append_of(call);
     for (window.first = 0; window.first < tokens; window.first += rows) {
         window.rows = static_cast<int32_t>(std::min(rows, tokens - window.first));
-        if (int status = append_index_keys(call, window, append)) return status;
+        if (int status = append_index_keys(call, window, device, append)) return status;
         append.keys = false;
         if (window.top_k == 0) break;
         if (int status = score_index_keys(call, window, device)) return status;

@@ -103,7 +103,7 @@ struct IndexAppend {
     bool aligned;  // several values may be read at once; `append_index_keys` finds out
 };
 
-int append_index_keys(const Call& call, const IndexWindow& window, IndexAppend append);
+int append_index_keys(const Call& call, const IndexWindow& window, const Device& device, IndexAppend append);
 int score_index_keys(const Call& call, const IndexWindow& window, const Device& device);
 // By warpgroup products of codes, where `index_takes_hopper`.
 bool index_takes_hopper(const IndexWindow& window, const Device& device);
