@@ -11,7 +11,7 @@
 //   the values of the last tile's are cleared.
 // - Listed keys are gathered, zeros where there is none, and codes decoded by a fourth group, while the tile before is multiplied.
 // - The reference of a row is its first maximum, until one exceeds it by 2^8: the output is rarely rescaled.
-#include "attend_hopper_bf16_keys.cuh"
+#include "attend_hopper_bf16_feed.cuh"
 
 namespace mla {
 namespace {

@@ -1,0 +1,107 @@
+// Where the rows of keys lie that a thread brings, for attend_hopper_bf16_feed.cuh.
+#pragma once
+
+#include "attend_hopper_bf16_keys.cuh"
+
+namespace mla {
+namespace hopper_bf16 {
+
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+// Where the rows of the keys lie that a thread has, every `step`-th of the block's: what `next` needs was asked for one and two
+// steps before.
+template <bool lists, int step, bool page_scales = false>
+struct RowOffsets {
+    int32_t at;  // of the key to ask for
+    int32_t last;  // the last key that there is
+    int32_t key, later_key, page;
+    int page_shift;
+
+    __device__ void begin(const Attend& work, const Item& item, const Span& span, int line) {
+        page_shift = __ffs(work.layout.page_size) - 1;
+        at = span.first * tile + line;
+        last = lists ? last_key(work, item.first_token) : span.end() - 1;
+        key = ask(work, item, span);
+        later_key = ask(work, item, span);
+        page = page_of(work, item, key);
+    }
+    float scale;  // of the row that `next` gave
+
+    // In 16 bytes from the pool's beginning; no_row where there is none.
+    __device__ uint32_t next(const Attend& work, const Item& item, const Span& span) {
+        bool const there = page >= 0 && page < work.step.pages;
+        int64_t const of_page = static_cast<int64_t>(page) * work.layout.page_bytes;
+        int32_t const slot = key & (work.layout.page_size - 1);
+        if (page_scales) {
+            scale = there ? reinterpret_cast<const float*>(work.pool + of_page + work.layout.scales_offset)[slot] : 0.0f;
+        }
+        key = later_key;
+        page = page_of(work, item, key);
+        later_key = ask(work, item, span);
+        return there ? static_cast<uint32_t>((of_page + slot * work.layout.row_bytes) / 16) : no_row;
+    }
+
+private:
+    __device__ int32_t ask(const Attend& work, const Item& item, const Span& span) {
+        int32_t const index = at;
+        at += step;
+        if (!lists) return index;
+        return index < span.end() ? work.indices[item.first_token * work.top_k + index] : -1;
+    }
+    __device__ int32_t page_of(const Attend& work, const Item& item, int32_t of_key) const {
+        if (of_key < 0 || of_key > last) return -1;
+        return work.step.block_table[item.sequence * work.step.max_pages + (of_key >> page_shift)];
+    }
+};
+
+// The same of listed keys for the decoding group, one of every half tile, whose entries and pages come through shared memory: loads to
+// registers would be waited for together with those of the rows' codes. Faster where a row is found without more: its scales lie in it.
+struct StagedRows {
+    static constexpr int step = tile / 2;
+    int32_t at;  // of the key to ask for
+    int32_t key, last;
+    int page_shift;
+    int32_t volatile *entry, *page;  // of this thread
+
+    __device__ void begin(const Attend& work, const Item& item, const Span& span, uint8_t* memory, int line) {
+        page_shift = __ffs(work.layout.page_size) - 1;
+        at = span.first * tile + line;
+        last = last_key(work, item.first_token);
+        entry = reinterpret_cast<int32_t volatile*>(memory + place::lookups) + threadIdx.x % group;
+        page = entry + group;
+        ask(entry, at < span.end() ? work.indices + item.first_token * work.top_k + at : nullptr);
+        copy_async_commit();
+        copy_async_wait<0>();
+        advance(work, item, span);
+    }
+
+    __device__ uint32_t next(const Attend& work, const Item& item, const Span& span) {
+        copy_async_wait<0>();
+        int32_t const of_page = *page, slot = key & (work.layout.page_size - 1);
+        advance(work, item, span);
+        bool const there = of_page >= 0 && of_page < work.step.pages;
+        return there ? static_cast<uint32_t>((of_page * work.layout.page_bytes + slot * work.layout.row_bytes) / 16) : no_row;
+    }
+
+private:
+    // To the next key; its page is asked for, and the key behind it.
+    __device__ void advance(const Attend& work, const Item& item, const Span& span) {
+        key = *entry;
+        at += step;
+        ask(page, key < 0 || key > last ? nullptr : work.step.block_table + item.sequence * work.step.max_pages + (key >> page_shift));
+        ask(entry, at < span.end() ? work.indices + item.first_token * work.top_k + at : nullptr);
+        copy_async_commit();
+    }
+    __device__ static void ask(int32_t volatile* place, const int32_t* source) {
+        if (source != nullptr) {
+            copy_async_4(shared_address(const_cast<int32_t*>(place)), source);
+        } else {
+            *place = -1;
+        }
+    }
+};
+
+#endif
+
+}  // namespace hopper_bf16
+}  // namespace mla
