@@ -48,7 +48,7 @@ __device__ void order_keys(const IndexWindow& window, int32_t page, bool there, 
 }
 
 // Not by a maximum: sums go through the pipe of products, maxima through one of half its rate. NaN stays.
-__device__ inline float twice_relu(float value) { return value + fabsf(value); }
+[[maybe_unused]] __device__ inline float twice_relu(float value) { return value + fabsf(value); }
 
 // A warpgroup's tile of keys against a run's queries. A unit is `columns` heads of a token; units follow each other in shared memory.
 // Products of one are made while another's are summed. `whole`: a unit is all heads.
