@@ -1,15 +1,11 @@
-// Fibers for the threads of a grid, and what they wait for.
+// Runs the machine: a fiber for each thread, blocks that begin and end, and who comes next.
 #include <cstdarg>
 #include <cstdio>
-#include <deque>
 #include <map>
-#include <string>
-#include <unordered_map>
-#include <vector>
 
 #include <sys/mman.h>
 
-#include "scheduler.h"
+#include "machine.h"
 
 #if !defined(__x86_64__)
 #error "the switch between fibers is written for x86-64"
@@ -44,120 +40,10 @@ dim3 blockDim, gridDim;
 namespace emulator {
 
 const Place* place = nullptr;
+Machine machine;
 
 namespace {
 
-constexpr size_t window_bytes = 256 << 10, stack_bytes = 256 << 10, page = 4096;
-constexpr size_t reserved_bytes = 1024;    // of a block's shared memory, by the system: no address is 0
-constexpr size_t usable_bytes = 228 << 10;  // of all of it, on Hopper
-constexpr uint8_t poison = 0xff;           // NaN, and -1: what nobody wrote
-
-struct Fiber;
-struct Block;
-using Waiting = std::vector<Fiber*>;
-
-struct Meeting {  // of all of a number of threads, again and again
-    const char* what = nullptr;
-    int arrived = 0;
-    uint64_t values[2][warp_size];  // of this time and the last, which some may not have read yet
-    int time = 0;
-    void* given[warp_size];
-    Waiting waiting;
-};
-
-struct Warp {
-    Meeting meeting;
-    std::deque<Fiber*> ready;
-    int number = 0;  // in its block
-    std::vector<std::function<void()>> open;  // products that were ordered since the last commit
-    std::deque<std::vector<std::function<void()>>> committed;
-    uint64_t products = 0;  // a digest of what was multiplied
-};
-
-struct Gate {  // a barrier that counts
-    int arrived = 0;
-    Waiting waiting;
-};
-
-struct Fiber {
-    void* stack_end = nullptr;
-    char* stack = nullptr;
-    Place place{};
-    uint3 thread{};
-    Block* block = nullptr;
-    int number = 0;
-    const char* waits_for = "";
-    uint32_t detail = 0;
-    // copies of its own: how many were ordered and done, and how many there were at each commit
-    std::deque<std::function<void()>> copies;
-    int64_t ordered = 0, done = 0;
-    std::deque<int64_t> commits;
-
-    void copy_until(int64_t count) {
-        for (; done < count; ++done) {
-            copies.front()();
-            copies.pop_front();
-        }
-    }
-};
-
-struct Cluster {
-    std::vector<Block*> blocks;
-    Gate gate;
-};
-
-struct Launched {  // a grid, or a copy that the stream does
-    Grid grid;
-    std::function<void()> thread;  // or the copy
-    bool is_copy = false;
-    Launched* before = nullptr;
-    int64_t count = 0, begun = 0, ended = 0, let = 0;  // blocks; those that let the next grid begin, or have ended
-    std::vector<Warp*> ready;  // those with threads that can run
-    Waiting for_end;
-    Gate gate;
-    std::vector<std::unique_ptr<Cluster>> clusters;
-
-    int64_t live() const { return begun - ended; }
-    bool complete() const { return ended == count; }
-};
-
-struct Block {
-    uint3 index{};
-    Launched* launched = nullptr;
-    Cluster* cluster = nullptr;
-    std::vector<Fiber> fibers;
-    std::vector<Warp> warps;
-    Gate named[16];
-    int live = 0, any = 0;
-    int copies_under_way = 0;
-    bool let = false, waited = false;
-    uint32_t window = 0;
-    size_t used = 0;
-    std::map<const void*, void*> statics;
-};
-
-struct Given {};  // up: on the stack that begins and ends blocks
-
-struct Job {
-    std::function<void()> work;
-    Block* block;
-};
-
-struct Machine {
-    std::deque<std::unique_ptr<Launched>> stream;
-    Fiber* running = nullptr;
-    void* main_stack = nullptr;
-    std::vector<Job> jobs;
-    std::unordered_map<uint32_t, Waiting> barriers;
-    std::vector<std::unique_ptr<Block>> blocks;  // that live
-    Block* ended = nullptr;
-    Warp* last = nullptr;  // that ran, and its grid
-    Launched* last_grid = nullptr;
-    int held = 0, turns = 0;
-    uint32_t random = 1;
-};
-
-Machine machine;
 std::vector<uint32_t> free_windows;
 std::vector<char*> free_stacks;
 std::string error;
@@ -205,7 +91,7 @@ void resume(Fiber* fiber, void** save) {
     emulator_switch(save, fiber->stack_end);
 }
 
-Warp& warp_of(Fiber* fiber) { return fiber->block->warps[static_cast<size_t>(fiber->number / warp_size)]; }
+}  // namespace
 
 void make_ready(Fiber* fiber) {
     Warp& warp = warp_of(fiber);
@@ -217,6 +103,8 @@ void wake(Waiting& waiting) {
     for (Fiber* fiber : waiting) make_ready(fiber);
     waiting.clear();
 }
+
+namespace {
 
 [[noreturn]] void leave() {
     void* nowhere;
@@ -287,7 +175,9 @@ Fiber* take_next() {
     return next;
 }
 
-void wait(Waiting& waiting, const char* what, uint32_t detail = 0) {
+}  // namespace
+
+void wait(Waiting& waiting, const char* what, uint32_t detail) {
     Fiber* self = machine.running;
     self->waits_for = what;
     self->detail = detail;
@@ -296,6 +186,8 @@ void wait(Waiting& waiting, const char* what, uint32_t detail = 0) {
     if (next != self) resume(next, &self->stack_end);
     self->waits_for = "running";
 }
+
+namespace {
 
 void thread_main();
 
@@ -382,16 +274,6 @@ void end_block(Block* block) {
     machine.blocks.erase(std::find_if(machine.blocks.begin(), machine.blocks.end(), same));
 }
 
-void pass(Gate& gate, int threads, const char* what, uint32_t detail, bool waits) {
-    if (++gate.arrived > threads) fail("%s %u: more than %d threads came", what, detail, threads);
-    if (gate.arrived == threads) {
-        gate.arrived = 0;
-        wake(gate.waiting);
-    } else if (waits) {
-        wait(gate.waiting, what, detail);
-    }
-}
-
 // The last act of a thread. Its stack may be another's as soon as the block has ended, which `run` sees to on a stack of its own.
 void thread_end() {
     Fiber* self = machine.running;
@@ -417,46 +299,6 @@ void thread_main() {
     thread_end();
 }
 
-// Comes back when all have come. Whoever comes last finds the others waiting.
-template <typename Last>
-void meet(Meeting& meeting, const char* what, Last&& last) {
-    if (meeting.arrived > 0 && meeting.what != what && std::strcmp(meeting.what, what) != 0) {
-        fail("lanes of a warp part: %s and %s, block %u thread %d", meeting.what, what, blockIdx.x, machine.running->number);
-    }
-    meeting.what = what;
-    if (++meeting.arrived < warp_size) {
-        wait(meeting.waiting, what);
-        return;
-    }
-    last();
-    meeting.arrived = 0;
-    ++meeting.time;
-    wake(meeting.waiting);
-}
-
-
-// An mbarrier's eight bytes.
-struct Barrier {
-    uint64_t mark : 12, phase : 1, count : 10, pending : 10;
-    int64_t bytes : 31;
-
-    static constexpr uint64_t made = 0xba7;
-
-    static Barrier& at(uint32_t address, const char* what) {
-        if (address % 8 != 0) fail("%s: a barrier at address %u, no multiple of 8", what, address % window_bytes);
-        Barrier& barrier = *reinterpret_cast<Barrier*>(size_t{address});
-        if (barrier.mark != made) fail("%s: there is no barrier at address %u", what, static_cast<unsigned>(address % window_bytes));
-        return barrier;
-    }
-    void check(uint32_t address) {
-        if (pending > 0 || bytes != 0) return;
-        phase ^= 1;
-        pending = count;
-        auto const found = machine.barriers.find(address);
-        if (found != machine.barriers.end()) wake(found->second);
-    }
-};
-static_assert(sizeof(Barrier) == 8);
 
 }  // namespace
 
@@ -550,161 +392,6 @@ uint32_t shared_base_of(int rank) {
     const Cluster& cluster = *machine.running->block->cluster;
     if (static_cast<int>(cluster.blocks.size()) != place->cluster_size) fail("a block reads from one of its cluster that has ended");
     return cluster.blocks[static_cast<size_t>(rank)]->window;
-}
-
-void block_sync() {
-    Block& block = *machine.running->block;
-    pass(block.named[0], block.live, "__syncthreads", 0, true);
-}
-
-int block_sync_or(int value) {
-    Block& block = *machine.running->block;
-    block.any |= value;
-    block_sync();
-    int const result = block.any;
-    block_sync();
-    block.any = 0;
-    block_sync();
-    return result;
-}
-
-void cluster_sync() {
-    Cluster& cluster = *machine.running->block->cluster;
-    size_t threads = 0;
-    for (const Block* block : cluster.blocks) threads += static_cast<size_t>(block->live);
-    pass(cluster.gate, static_cast<int>(threads), "the cluster's barrier", 0, true);
-}
-
-void grid_sync() {
-    Launched& launched = *machine.running->block->launched;
-    if (!launched.grid.all_at_once) fail("a barrier of the grid in a kernel whose blocks were not launched together");
-    int threads = 0;
-    for (auto const& block : machine.blocks) threads += block->launched == &launched ? block->live : 0;
-    pass(launched.gate, threads, "the grid's barrier", 0, true);
-}
-
-void named_sync(int id, int threads) {
-    pass(machine.running->block->named[id], threads, "named barrier", static_cast<uint32_t>(id), true);
-}
-void named_arrive(int id, int threads) {
-    pass(machine.running->block->named[id], threads, "named barrier", static_cast<uint32_t>(id), false);
-}
-
-void yield() {
-    machine.last = nullptr;  // others come first
-    make_ready(machine.running);
-    Waiting nobody;
-    wait(nobody, "a moment");
-}
-
-const uint64_t* exchange(const char* what, uint64_t value) {
-    Meeting& warp = warp_of(machine.running).meeting;
-    uint64_t* values = warp.values[warp.time & 1];
-    values[place->lane] = value;
-    meet(warp, what, [] {});
-    return values;
-}
-
-void together(const char* what, void* given, Work work) {
-    Meeting& warp = warp_of(machine.running).meeting;
-    warp.given[place->lane] = given;
-    meet(warp, what, [&] { work(warp.given); });
-}
-
-void barrier_init(uint32_t address, uint32_t arrivals) {
-    Barrier& barrier = *reinterpret_cast<Barrier*>(size_t{address});
-    if (arrivals == 0 || arrivals > 1023) fail("a barrier of %u arrivals", arrivals);
-    barrier.mark = Barrier::made;
-    barrier.phase = 0;
-    barrier.count = barrier.pending = arrivals;
-    barrier.bytes = 0;
-}
-
-void barrier_arrive(uint32_t address, uint32_t bytes) {
-    Barrier& barrier = Barrier::at(address, "an arrival");
-    if (barrier.pending == 0) fail("an arrival too many at the barrier at address %u", static_cast<unsigned>(address % window_bytes));
-    barrier.bytes += bytes;
-    --barrier.pending;
-    barrier.check(address);
-}
-
-void barrier_complete(uint32_t address, uint32_t bytes) {
-    Barrier& barrier = Barrier::at(address, "a copy's end");
-    barrier.bytes -= bytes;
-    barrier.check(address);
-}
-
-void barrier_wait(uint32_t address, uint32_t parity) {
-    while (Barrier::at(address, "a wait").phase == parity) {
-        wait(machine.barriers[address], "the barrier at address", static_cast<uint32_t>(address % window_bytes));
-    }
-}
-
-namespace {
-void order_job(Block* block, std::function<void()> work) {
-    if (settings.order == Order::early) {
-        work();
-        return;
-    }
-    ++block->copies_under_way;
-    machine.jobs.push_back({std::move(work), block});
-}
-}  // namespace
-
-void engine_copy(std::function<void()> copy) { order_job(machine.running->block, std::move(copy)); }
-
-void thread_copy(std::function<void()> copy) {
-    Fiber* self = machine.running;
-    ++self->ordered;
-    self->copies.push_back(std::move(copy));
-    if (settings.order == Order::early) self->copy_until(self->ordered);
-}
-void thread_copies_commit() { machine.running->commits.push_back(machine.running->ordered); }
-void thread_copies_wait(int pending) {
-    Fiber* self = machine.running;
-    if (pending < 0) {
-        self->commits.clear();
-        self->copy_until(self->ordered);
-        return;
-    }
-    while (static_cast<int>(self->commits.size()) > pending) {
-        self->copy_until(self->commits.front());
-        self->commits.pop_front();
-    }
-}
-void arrive_after_thread_copies(uint32_t barrier) {
-    Fiber* self = machine.running;
-    order_job(self->block, [self, count = self->ordered, barrier] {
-        self->copy_until(count);
-        barrier_arrive(barrier, 0);
-    });
-}
-
-int warp_in_group() { return warp_of(machine.running).number % group_warps; }
-
-void order_product(std::function<void()> product, uint64_t mark) {
-    Warp& warp = warp_of(machine.running);
-    warp.products = (warp.products ^ mark) * 0x100000001b3u;
-    if (settings.order == Order::early) {
-        product();
-    } else {
-        warp.open.push_back(std::move(product));
-    }
-}
-void products_commit() {
-    together("the products' commit", nullptr, [](void* const*) {
-        Warp& warp = warp_of(machine.running);
-        warp.committed.push_back(std::move(warp.open));
-        warp.open.clear();
-    });
-}
-void products_wait(int pending) {
-    together("the products' wait", &pending, [](void* const* given) {
-        Warp& warp = warp_of(machine.running);
-        for (int const most = *static_cast<int*>(given[0]); static_cast<int>(warp.committed.size()) > most; warp.committed.pop_front()) {
-            for (auto const& product : warp.committed.front()) product();
-        }
-    });
 }
 
 }  // namespace emulator
