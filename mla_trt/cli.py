@@ -85,7 +85,8 @@ exit status: 0 ended by Ctrl-C or SIGTERM; 1 there is no tritonserver, or it end
 
 kernels needs a GPU and the kernel library (mla-trt plugins build --kernels-only). Peers run where flash_mla, flash_mla_vllm,
 deep_gemm and torch are importable. layer needs what 'mla-trt build' needs.
-exit status: 0 done; 2 nothing to measure with; 4 a kernel or an engine was refused or wrong (it has no figure).""",
+exit status: 0 done; 2 nothing to measure with; 4 a kernel or an engine was refused or wrong (it has no figure);
+130 interrupted (kernels writes what it has measured by then).""",
     "export": """examples:
   mla-trt export deepseek-v3 -o model.onnx
   mla-trt export deepseek-v3.2 -o model.onnx --attention eager --opset 23

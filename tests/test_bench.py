@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -192,6 +194,25 @@ def test_uneven_cases_are_compared_with_even_ones_by_their_share_of_the_ceiling(
     result = bench._beside("x", case, beside, CEILINGS, 0.0, [200.0], [250.0])
     assert (result.peer, result.peer_us) == ("even", 250.0)
     assert result.ratio == pytest.approx(0.5 / 0.8)
+
+
+def test_what_was_measured_is_written_when_the_rest_is_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measure(name: str, *rest: object) -> Result:
+        if name == "append-bf16-4096":
+            raise KeyboardInterrupt
+        return replace(RESULTS[0], name=name)
+
+    monkeypatch.setattr(bench, "check_usable", lambda: None)
+    monkeypatch.setattr(bench, "find_library", lambda **_: SimpleNamespace(path=tmp_path))
+    monkeypatch.setattr(bench, "KernelLibrary", lambda _: SimpleNamespace(build=BUILD))
+    monkeypatch.setattr(bench, "measure_ceilings", lambda: CEILINGS)
+    monkeypatch.setattr(bench, "bench_case", measure)
+    assert main(["bench", "kernels", "--cases", "^append", "-o", str(tmp_path)]) == 130
+    results = json.loads((tmp_path / "bench.json").read_text())["results"]
+    assert [result["us"] for result in results] == [RESULTS[0].us, None]
+    assert results[1]["note"] == "interrupted; the rest was not run"
 
 
 def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:

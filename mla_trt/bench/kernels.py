@@ -46,7 +46,7 @@ MOST_LAUNCHES = 100
 ROUNDS = 15
 SECONDS = 1.5  # of alternating rounds
 SAMPLED_HEADS = 3
-WRONG = 4  # exit status
+WRONG, INTERRUPTED = 4, 130  # exit statuses
 
 PLACES = {"kv_cache", "indexer_cache"}
 
@@ -516,13 +516,15 @@ def run(options: argparse.Namespace) -> int:
     library = KernelLibrary(find_library(name=KERNELS).path)
     ceilings = measure_ceilings()
     results: list[Result] = []
+    status = 0
     for name in names:
         try:
             results.append(bench_case(name, library, ceilings, options.peers))
         except CudaError as error:  # the process has lost the GPU
             results.append(Result(name, note=f"{error}; the rest was not run"))
-        except KeyboardInterrupt:
+        except KeyboardInterrupt:  # what was measured is written all the same
             results.append(Result(name, note="interrupted; the rest was not run"))
+            status = INTERRUPTED
         result = results[-1]
         shown = result.note if result.us is None else f"{result.us:.1f} us, {result.of_ceiling:.0%} of the ceiling"
         versus = f", {result.ratio:.2f} times as fast as {result.peer}" if result.ratio else ""
@@ -532,7 +534,7 @@ def run(options: argparse.Namespace) -> int:
     print(markdown(library.build, ceilings, results), end="")
     if options.output is not None:
         write_results(options.output, library.build, ceilings, results)
-    return WRONG if any(result.note for result in results) else 0
+    return status or (WRONG if any(result.note for result in results) else 0)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -69,7 +69,7 @@ struct StagedRows {
         last = last_key(work, item.first_token);
         entry = reinterpret_cast<int32_t volatile*>(memory + place::lookups) + threadIdx.x % group;
         page = entry + group;
-        ask(entry, at < span.end() ? work.indices + item.first_token * work.top_k + at : nullptr);
+        ask(entry, listed(work, item, span));
         copy_async_commit();
         copy_async_wait<0>();
         advance(work, item, span);
@@ -89,14 +89,19 @@ private:
         key = *entry;
         at += step;
         ask(page, key < 0 || key > last ? nullptr : work.step.block_table + item.sequence * work.step.max_pages + (key >> page_shift));
-        ask(entry, at < span.end() ? work.indices + item.first_token * work.top_k + at : nullptr);
+        ask(entry, listed(work, item, span));
         copy_async_commit();
     }
-    __device__ static void ask(int32_t volatile* place, const int32_t* source) {
+    // The list's entry at `at`.
+    __device__ const int32_t* listed(const Attend& work, const Item& item, const Span& span) const {
+        return at < span.end() ? work.indices + item.first_token * work.top_k + at : nullptr;
+    }
+    // -1 where there is no source.
+    __device__ static void ask(int32_t volatile* target, const int32_t* source) {
         if (source != nullptr) {
-            copy_async_4(shared_address(const_cast<int32_t*>(place)), source);
+            copy_async_4(shared_address(const_cast<int32_t*>(target)), source);
         } else {
-            *place = -1;
+            *target = -1;
         }
     }
 };
