@@ -53,7 +53,8 @@ __global__ void __launch_bounds__(threads, 1)
         order_queries(work, &query_map, item, F::rows, queries_full,
                       [&](int column) { return shared_address(memory + P::raw_query(column)); });
     }
-    Ring<F> const ring{memory, &map, &item, item.last_tile - item.first_tile};
+    // from a lane, so that the compiler knows the number of tiles, and with it where pieces lie, to be uniform
+    Ring<F> const ring{memory, &map, &item, __shfl_sync(0xffffffffu, item.last_tile - item.first_tile, 0)};
     if (threadIdx.x < 2 * group) {
         registers_decrease<64>();
         make_query<F>(work, item, memory);

@@ -34,18 +34,18 @@ __device__ void output_group(const Attend& work, const Item& item, const Ring<F>
     constexpr int values = F::rows / 2;  // of a thread, of 64 columns
     unsigned const number = F::lists ? threadIdx.x : kept_thread();
     int const warp = number / warp_size % 4, lane = number % warp_size;
-    uint32_t const place = shared_address(memory) + (number / group - 2) * piece_bytes + lane * 128 + ((warp ^ (lane & 7)) << 4);
+    int const side = __shfl_sync(0xffffffffu, number / group - 2, 0);  // from a lane, so that the compiler knows it to be uniform
+    uint32_t const place = shared_address(memory) + lane * 128 + ((warp ^ (lane & 7)) << 4);
     // what `place` says again, rather than in registers of its own
-    auto own_side = [&] { return static_cast<int>(F::lists ? threadIdx.x / group - 2 : (again(place) - shared_address(memory)) / piece_bytes); };
     auto own_lane = [&] { return (again(place) - shared_address(memory)) / 128 % warp_size; };
     auto own_warp = [&] { return (again(place) / 16 ^ (again(place) - shared_address(memory)) / 128) % 8; };
     auto own_thread = [&] { return static_cast<int>(own_warp() * warp_size + own_lane()); };
     ListFinder<F> finder;
     if constexpr (F::lists) {
-        if (own_thread() < half) finder.begin(work, item, ring, own_side() * half + own_thread());
+        if (own_thread() < half) finder.begin(work, item, ring, side * half + own_thread());
         named_sync(rows_found, 2 * group);
 #pragma unroll 1
-        for (int i = own_side(); i < F::ring; i += 2) {
+        for (int i = side; i < F::ring; i += 2) {
             // before the first piece whose place the queries had
             if (i >= P::early_pieces && i - 2 < P::early_pieces) named_sync(queries_there, threads);
             ring.gather(work, i / pieces, i % pieces, own_thread());
@@ -89,31 +89,32 @@ __device__ void output_group(const Attend& work, const Item& item, const Ring<F>
     // The table of a tile's scales: half of it by each group.
     auto make_scales = [&](int32_t n) {
         int const key = own_thread();
-        if (key < half) ring.make_scale(work, n, own_side() * half + key, n % 3);
+        if (key < half) ring.make_scale(work, n, side * half + key, n % 3);
     };
     if constexpr (!F::lists) make_scales(0);
     if (ring.count > 0) named_arrive(weights_free, threads);
     if constexpr (!F::lists) make_scales(1);
     if (ring.count > 1) named_arrive(weights_free + 1, threads);
 
-    auto tile_of = [&](int32_t n, auto parity) {
-        constexpr int buffer = decltype(parity)::value;  // known when compiled: that saves registers
+#pragma unroll 1
+    for (int32_t number = 0; number < ring.count; ++number) {
+        int32_t const n = __shfl_sync(0xffffffffu, number, 0);
+        int const buffer = n & 1;
         uint32_t a[4][4];
         auto fragments = [&](int m) {
-            if (m % 2 == 0) ring.wait(n, own_side() + m / 2 * 2);
-            uint32_t const line = F::ring == 10 ? place + buffer * (pieces * piece_bytes) + m / 2 * (2 * piece_bytes)
-                                                : place + (ring.slot(n, own_side() + m / 2 * 2) - own_side()) * piece_bytes;
+            if (m == 0) ring.wait(n, side);  // of the next tile; when a tile's weights are there, all of it is
+            uint32_t const line = place + ring.slot(n, side + m / 2 * 2) * piece_bytes;
             value_fragments(a, m % 2 == 0 ? line : line ^ 64);
             make_fragments(a);
         };
         if constexpr (F::lists) {
-            if (own_thread() < half) finder.advance(work, item, ring, n, own_side() * half + own_thread());
+            if (own_thread() < half) finder.advance(work, item, ring, n, side * half + own_thread());
         }
         bool const last = n + 1 == ring.count;  // its tail is cleared only behind the barrier
         if (!last) fragments(0);
         named_sync(weights_ready + buffer, threads);
         if (last) fragments(0);
-        uint32_t const weights = tile_descriptor(shared_address(memory + P::weights) + buffer * F::weight_bytes);
+        uint32_t const weights = tile_descriptor(ring.weights(n));
         int flags = 0;
 #pragma unroll
         for (int m = 0; m < 4; ++m) {
@@ -131,13 +132,12 @@ __device__ void output_group(const Attend& work, const Item& item, const Ring<F>
                 int4 const changed = reinterpret_cast<const int4*>(memory + P::changed)[buffer];
                 flags = changed.x | changed.y | changed.z | changed.w;
                 if ((flags & 1) != 0) rescale(buffer);
-                if (!F::lists && own_side() == 1 && own_warp() == 1) ring.order_after(work, n, 4);  // its scores are made
             }
             if (!F::lists && m % 2 == 1) {  // the piece's fragments are in registers, by now of all warps
-                int const id = piece_used + 2 * own_side() + m / 2;
+                int const id = piece_used + 2 * side + m / 2;
                 if (own_warp() == 0) {
                     named_sync(id, group);
-                    ring.order_after(work, n, own_side() + m / 2 * 2);
+                    ring.order_after(work, n, side + m / 2 * 2);
                 } else {
                     named_arrive(id, group);
                 }
@@ -145,9 +145,8 @@ __device__ void output_group(const Attend& work, const Item& item, const Ring<F>
             product_wait();
             pin(part);
             if (F::lists && m % 2 == 1) {  // behind the products, for registers' sake
-                named_sync(piece_used + 2 * own_side() + m / 2, group);
-                ring.gather_after(work, n, own_side() + m / 2 * 2, own_thread());
-                if (m == 1 && own_side() == buffer) ring.gather_after(work, n, 4, own_thread());  // both score groups are done
+                named_sync(piece_used + 2 * side + m / 2, group);
+                ring.gather_after(work, n, side + m / 2 * 2, own_thread());
             }
             if (m < 3) fragments(m + 1);
             if ((flags & 2) == 0) {
@@ -168,17 +167,24 @@ __device__ void output_group(const Attend& work, const Item& item, const Ring<F>
         if constexpr (!F::lists) {
             // only now: until the weights of this tile are there, sums of the tile before are made with the table in that place
             make_scales(n + 2);
-            if (own_warp() == 2) ring.bring_scales(work, n, own_side());
+            if (own_warp() == 2) ring.bring_scales(work, n, side);
         }
         if (n + 2 < ring.count) named_arrive(weights_free + buffer, threads);
-    };
-#pragma unroll 1
-    for (int32_t n = 0; n < ring.count; n += 2) {
-        tile_of(n, std::integral_constant<int, 0>());
-        if (n + 1 < ring.count) tile_of(n + 1, std::integral_constant<int, 1>());
+        // the weights are used, by both groups
+        if (F::lists ? side == buffer : side == 1 && own_warp() == 1) {
+            named_sync(tile_done, 2 * group);
+            if constexpr (F::lists) {
+                ring.gather_after(work, n, 4, own_thread());
+            } else {
+                ring.order_after(work, n, 4);
+            }
+        } else {
+            named_arrive(tile_done, 2 * group);
+        }
     }
 
-    int const g = own_lane() / 4, t = own_lane() % 4, column = own_side() * 256 + own_warp() * 16 + 2 * g;
+    unsigned const thread = threadIdx.x % (2 * group);
+    int const t = thread % 4, column = thread / group * 256 + thread / warp_size % 4 * 16 + thread % warp_size / 4 * 2;
     __syncthreads();  // the factors are there, and nobody needs keys and queries any more
     auto* staged = reinterpret_cast<float*>(memory);
     const auto* factors = reinterpret_cast<const float*>(memory + P::factors);

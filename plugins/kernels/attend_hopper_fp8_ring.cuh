@@ -20,8 +20,7 @@ struct Form {
     static constexpr bool lists = with_lists;
     static constexpr bool packed = rows <= 32;  // both terms in one product
     static constexpr bool second = terms == 2 && !packed;
-    static constexpr int ring = second ? 8 : 10;  // pieces in flight
-    static constexpr int weight_bytes = rows * 128;
+    static constexpr int ring = second ? 9 : 11;  // pieces in flight
     // Sums of a tile's weights are made between the next tile's products; not of lists, where the table's next one comes too early.
     static constexpr bool late_sums = !lists;
 };
@@ -31,10 +30,9 @@ template <typename F>
 struct Places {
     static constexpr int query = F::ring * piece_bytes;
     static constexpr int query_low = query + pieces * row_piece_bytes;
-    static constexpr int weights = query_low + (F::second ? 4 * row_piece_bytes : 0);
     // Of the scales s of three tiles: s, log2 s, 1 / s, each [8][4][4]: of each 16 keys four threads' fours, so that what threads
     // read together meets no bank twice.
-    static constexpr int scales = weights + 2 * F::weight_bytes;
+    static constexpr int scales = query_low + (F::second ? 4 * row_piece_bytes : 0);
     static constexpr int rescale = scales + 3 * 3 * tile * 4;  // [2][64]
     static constexpr int tile_factors = rescale + 2 * 64 * 4;  // [2][64]
     static constexpr int changed = tile_factors + 2 * 64 * 4;  // [2][4]
@@ -72,7 +70,7 @@ constexpr float weight_bits = 7.0f, spare_bits = 1.75f, low_bits = 8.0f, most_bi
 constexpr float half_code_unit = 0x1p60f;
 
 // Named barriers. Ready and free: of the weights' two buffers.
-enum : int { weights_ready = 1, weights_free = 3, maxima_ready = 5, piece_used = 6, rows_found = 10, queries_there = 11 };
+enum : int { weights_ready = 1, weights_free = 3, maxima_ready = 5, piece_used = 6, rows_found = 10, queries_there = 11, tile_done = 12 };
 
 // The ring of pieces. Piece `i` of the block's tile `n` is number 5 n + i, in slot (5 n + i) % ring. Columns of the pieces in
 // order: the two output groups' first ones, their second ones, rope.
@@ -85,12 +83,19 @@ struct Ring {
     int32_t count;  // tiles of this block
 
     __device__ static constexpr int column(int i) { return i == 1 ? 2 : i == 2 ? 1 : i; }
-    __device__ static int slot(int32_t n, int i) { return F::ring == 10 ? (n & 1) * pieces + i : (pieces * n + i) % F::ring; }
-    __device__ static int parity(int32_t n, int i) { return (F::ring == 10 ? n >> 1 : (pieces * n + i) / F::ring) & 1; }
+    __device__ static int slot(int32_t n, int i) { return static_cast<int>(static_cast<uint32_t>(pieces * n + i) % F::ring); }
+    __device__ static int parity(int32_t n, int i) { return static_cast<int>(static_cast<uint32_t>(pieces * n + i) / F::ring & 1); }
 
     __device__ uint32_t piece(int32_t n, int i) const { return shared_address(memory) + slot(n, i) * piece_bytes; }
+    // A tile's weights lie where its rope was.
+    __device__ uint32_t weights(int32_t n) const { return piece(n, 4); }
     __device__ void wait(int32_t n, int i) const {
         barrier_wait(shared_address(memory + P::full) + 8 * slot(n, i), parity(n, i));
+    }
+
+    // Whether `wait` would return at once: asked for before the answer is needed.
+    __device__ bool there(int32_t n, int i) const {
+        return barrier_done(shared_address(memory + P::full) + 8 * slot(n, i), parity(n, i));
     }
 
     // Finds the pages of four tiles and orders the scales of three. By a warp; `bring_scales` goes on from there.

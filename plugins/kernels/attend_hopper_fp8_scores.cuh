@@ -35,9 +35,9 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
     int32_t const masked_from =
         (reinterpret_cast<const int32_t*>(memory + P::limits)[0] + 1 - (side() + 1) * half + tile) / tile - ring.first_tile();
 
-    auto keys_of = [&](int32_t n, int i) {
-        return tile_descriptor(shared_address(memory)) + ring.slot(n, i) * (piece_bytes >> 4) + side() * (piece_bytes >> 5);
-    };
+    // from a lane, so that the compiler knows it to be uniform
+    uint32_t const own_keys = __shfl_sync(0xffffffffu, tile_descriptor(shared_address(memory)) + side() * (piece_bytes >> 5), 0);
+    auto keys_of = [&](int32_t n, int i) { return own_keys + ring.slot(n, i) * (piece_bytes >> 4); };
     uint32_t const query = tile_descriptor(shared_address(memory + P::query));
     uint32_t const query_low = tile_descriptor(shared_address(memory + P::query_low));
     int third = 0;  // n % 3
@@ -47,9 +47,10 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
         return reinterpret_cast<const float4*>(memory + P::scales + which * (3 * tile * 4) + side() * (half * 4) + quad_thread() * 16);
     };
     float sums[own_rows<F>];  // of a tile's weights as they were rounded
-    // Adds the `quarter`-th 16 of the group's keys, of the tile whose number % 3 is `which`.
-    auto add_weights = [&](int which, int quarter) {
-        float4 const inverse = scales_of(which)[4 * quarter + 2 * (tile / 4)];
+    float4 inverse;
+    // 1 / s of the `quarter`-th 16 of the group's keys, of the tile whose number % 3 is `which`; adds their weights.
+    auto read_inverse = [&](int which, int quarter) { inverse = scales_of(which)[4 * quarter + 2 * (tile / 4)]; };
+    auto add_weights = [&](int quarter) {
 #pragma unroll
         for (int r = 0; r < own_rows<F>; ++r) {
             uint32_t const codes = words[r][quarter];
@@ -66,6 +67,7 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
         for (int r = 0; r < own_rows<F>; ++r) total[r] = fmaf(sums[r], tile_factor[r], total[r]);
     };
 
+    bool full = false;  // the next piece is there
 #pragma unroll 1
     for (int32_t n = 0; n < ring.count; ++n) {
         int const buffer = n & 1;
@@ -76,9 +78,17 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
             for (int i = 0; i < pieces; ++i) ring.wait(n, i);
             fence_async();
         }
+        // sums of the tile before are made between the products, and what they need is read a piece earlier: behind products that are
+        // under way a read takes as long as they do
+        int const before = third == 0 ? 2 : third - 1;
+        bool const adds = F::late_sums && n > 0;
+        if (adds) read_inverse(before, 0);
         auto latent = [&](auto number) {
             constexpr int i = decltype(number)::value;
-            if constexpr (!F::lists) ring.wait(n, i);
+            if constexpr (!F::lists) {
+                if (!full) ring.wait(n, i);
+                full = ring.there(n, i + 1);
+            }
             uint32_t const keys = keys_of(n, i);
             constexpr uint32_t columns = Ring<F>::column(i) * (row_piece_bytes >> 4);
             product_fence();
@@ -93,21 +103,25 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
                 product_e4m3<3, false>(scores, query_low + columns, keys);
             }
         };
-        // between the products, the sums of the tile before
-        int const before = third == 0 ? 2 : third - 1;
-        bool const adds = F::late_sums && n > 0;
+        auto add_quarter = [&](int quarter) {
+            if (!adds) return;
+            add_weights(quarter);
+            if (quarter < 3) {
+                read_inverse(before, quarter + 1);
+            } else {
+                add_sums();
+            }
+        };
         latent(std::integral_constant<int, 0>());
-        if (adds) add_weights(before, 0);
         latent(std::integral_constant<int, 1>());
-        if (adds) add_weights(before, 1);
+        add_quarter(0);
         latent(std::integral_constant<int, 2>());
-        if (adds) add_weights(before, 2);
+        add_quarter(1);
         latent(std::integral_constant<int, 3>());
-        if (adds) {
-            add_weights(before, 3);
-            add_sums();
+        add_quarter(2);
+        if constexpr (!F::lists) {
+            if (!full) ring.wait(n, 4);
         }
-        if constexpr (!F::lists) ring.wait(n, 4);
         {
             uint32_t const keys = keys_of(n, 4);
             constexpr uint32_t columns = 4 * (row_piece_bytes >> 4);
@@ -118,15 +132,16 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
             product_bf16<3>(scores, query + columns, keys);
         }
         product_commit();
+        add_quarter(3);
         named_sync(weights_free + buffer, threads);  // with it comes this tile's table of scales
         const float4* table = scales_of(third);
         constexpr int at_once = F::lists ? 1 : 2;  // 16 keys each
         float4 scale[at_once], logarithm[at_once];
-        auto read_table = [&](int first) {
-#pragma unroll
-            for (int i = 0; i < at_once; ++i) scale[i] = table[4 * (first + i)], logarithm[i] = table[4 * (first + i) + tile / 4];
+        auto read_table = [&](int quarter) {
+            scale[quarter % at_once] = table[4 * quarter], logarithm[quarter % at_once] = table[4 * quarter + tile / 4];
         };
-        if (!F::lists) read_table(0);
+#pragma unroll
+        for (int quarter = 0; quarter < at_once; ++quarter) read_table(quarter);
         product_wait();
         pin(scores);
 
@@ -136,7 +151,6 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
         for (int r = 0; r < own_rows<F>; ++r) best[r] = -INFINITY;
 #pragma unroll
         for (int j = 0; j < 8; j += 2) {
-            if (j / 2 % at_once == 0 && (F::lists || j > 0)) read_table(j / 2);
             const float4 &by = scale[j / 2 % at_once], &plus = logarithm[j / 2 % at_once];
 #pragma unroll
             for (int r = 0; r < own_rows<F>; ++r) {
@@ -152,6 +166,7 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
                 high[0] = fmaf(high[0] * factors[r], by.z, plus.z);
                 high[1] = fmaf(high[1] * factors[r], by.w, plus.w);
             }
+            if (j / 2 + at_once < 4) read_table(j / 2 + at_once);
         }
         if (!F::lists && n >= masked_from) {
             int32_t const first_key = (ring.first_tile() + n) * tile + side() * half + 2 * quad_thread();
@@ -203,7 +218,10 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
                 words[r][j / 2] = encode_pair(power_of_two(low[0] + base[r]), power_of_two(low[1] + base[r])) |
                                   encode_pair(power_of_two(high[0] + base[r]), power_of_two(high[1] + base[r])) << 16;
             }
-            if (!F::late_sums) add_weights(third, j / 2);
+            if (!F::late_sums) {
+                read_inverse(third, j / 2);
+                add_weights(j / 2);
+            }
         }
 #pragma unroll
         for (int r = 0; r < own_rows<F>; ++r) {
@@ -212,7 +230,7 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
         if (!F::late_sums) add_sums();
         if (has_rows()) {
             int const row = first_row();
-            uint32_t const line = shared_address(memory + P::weights) + buffer * F::weight_bytes + row * 128 +
+            uint32_t const line = ring.weights(n) + row * 128 +
                                   (((4 * side()) ^ (row & 7)) << 4) + 4 * quad_thread();
 #pragma unroll
             for (int r = 0; r < own_rows<F>; ++r) {
@@ -234,11 +252,15 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
         }
         fence_async();
         named_arrive(weights_ready + buffer, threads);
+        if constexpr (!F::lists) full = ring.there(n + 1, 0);
         third = third == 2 ? 0 : third + 1;
     }
     if (F::late_sums && ring.count > 0) {
 #pragma unroll
-        for (int quarter = 0; quarter < 4; ++quarter) add_weights(third == 0 ? 2 : third - 1, quarter);
+        for (int quarter = 0; quarter < 4; ++quarter) {
+            read_inverse(third == 0 ? 2 : third - 1, quarter);
+            add_weights(quarter);
+        }
         add_sums();
     }
 
