@@ -32,13 +32,9 @@ int launch_blocks(void (*kernel)(Parameters...), const Attend& work, const Parti
     int64_t const blocks = block_count(work, partials);
     if (blocks > 0x7fffffff) return fail(MLA_UNSUPPORTED, "%lld query tokens are too many for one step",
                                          static_cast<long long>(work.step.tokens));
-    if (partials.plan.items != nullptr) {
-        Device device;
-        if (int status = current_device(&device)) return status;
-        return launch_early(kernel, static_cast<unsigned>(blocks), threads, bytes, device, stream, arguments...);
-    }
-    kernel<<<static_cast<unsigned>(blocks), threads, bytes, stream>>>(arguments...);
-    return check_launch("attention");
+    Device device;
+    if (int status = current_device(&device)) return status;
+    return launch_early(kernel, static_cast<unsigned>(blocks), threads, bytes, device, stream, arguments...);
 }
 
 // Copied rows to the tile of keys, by `threads` threads of which this is number `thread`, value by value.

@@ -56,6 +56,7 @@ __device__ inline unsigned again(unsigned value) {
 __device__ inline unsigned kept_thread() { return __shfl_sync(0xffffffffu, threadIdx.x, threadIdx.x % warp_size); }
 
 // The staged rows to their places, by all threads: a warp writes a row.
+template <int staged_row = hopper::staged_row>
 __device__ inline void write_rows(const Attend& work, const Partials& partials, const Item& item, const uint8_t* memory) {
     int const warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
 #pragma unroll 1

@@ -9,7 +9,8 @@
 // - All keys come by the copy engine: each output group orders its side of the tile that takes the place of the one that it has used,
 //   and the scores begin when the first side is there: a tile's place is empty for less time. Rows behind the end may be anything, so
 //   the values of the last tile's are cleared.
-// - Listed keys are gathered, zeros where there is none, and codes decoded by a fourth group, while the tile before is multiplied.
+// - Listed keys are gathered, zeros where there is none, and codes decoded by a fourth group, while the tile before is multiplied. Codes
+//   of one or two tiles are decoded by all groups.
 // - The reference of a row is its first maximum, until one exceeds it by 2^8: the output is rarely rescaled.
 #include "attend_hopper_bf16_feed.cuh"
 
@@ -31,11 +32,13 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
     float const scale = work.softmax_scale * log2e;
     uint32_t const query = tile_descriptor(shared_address(memory));
     float top[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f};
-    if (thread < 64) {
-        reinterpret_cast<int32_t*>(memory + place::limits)[thread] =
-            thread < item.count ? last_key(work, item.first_token + (item.first_head + thread) / work.heads) : -1;
+    if constexpr (!lists) {
+        if (thread < 64) {
+            reinterpret_cast<int32_t*>(memory + place::limits)[thread] =
+                thread < item.count ? last_key(work, item.first_token + (item.first_head + thread) / work.heads) : -1;
+        }
+        named_sync(limits_there, group);
     }
-    named_sync(limits_there, group);
     barrier_wait(shared_address(memory + place::queries_full), 0);
 
 #pragma unroll 1
@@ -86,7 +89,7 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
         bool const masks = present != ~uint64_t{0} || (!lists && first_key + tile > min(limits[0], limits[8]) + 1);
         if (masks) {
             uint64_t const own = present >> 2 * t;
-            int32_t const before = first_key + 2 * t, room[2] = {limits[0] - before, limits[8] - before};
+            int32_t const before = first_key + 2 * t, room[2] = {lists ? 0 : limits[0] - before, lists ? 0 : limits[8] - before};
 #pragma unroll
             for (int j = 0; j < 32; ++j) {
                 int const key = j / 4 * 8 + j % 2;
@@ -194,9 +197,11 @@ __device__ void add_product(float (&sums)[128], uint32_t weights, uint32_t value
     }
 }
 
-// 256 columns of the output, which are staged in shared memory in the end. `fed`: a group of its own brings the keys.
+// 256 columns of the output, which are staged in shared memory in the end. `fed`: a group of its own brings the keys. Parts go on from
+// there by the copy engine, each warp's as soon as it has staged them.
 template <bool fed, int side>
-__device__ void output_group(const Attend& work, const Item& item, const Span& span, const CUtensorMap* map, uint8_t* memory) {
+__device__ void output_group(const Attend& work, const Partials& partials, const Item& item, const Span& span, const CUtensorMap* map,
+                             uint8_t* memory) {
     int const thread = static_cast<int>(threadIdx.x) % group;
     TileBringer<side> keys;
     if constexpr (!fed) {
@@ -246,9 +251,20 @@ __device__ void output_group(const Attend& work, const Item& item, const Span& s
         float const factor = reinterpret_cast<const float*>(memory + place::factors)[row];
 #pragma unroll
         for (int j = 0; j < 32; ++j) {
-            *reinterpret_cast<float2*>(staged + row * staged_row + side * 256 + 8 * j + 2 * t) =
+            *reinterpret_cast<float2*>(staged + row * own_staged_row + side * 256 + 8 * j + 2 * t) =
                 make_float2(sums[4 * j + 2 * r] * factor, sums[4 * j + 2 * r + 1] * factor);
         }
+    }
+    if (item.slot < 0) return;
+    fence_async();
+    __syncwarp();
+    if (elect_lane()) {
+        int const rows = min(item.count - warp * 16, 16);
+        float* target = partials.output + partials.row(item.slot, warp * 16) * rank + side * 256;
+        uint32_t const source = shared_address(memory) + (warp * 16 * own_staged_row + side * 256) * 4;
+#pragma unroll 1
+        for (int i = 0; i < rows; ++i) store_bytes(target + i * rank, source + i * own_staged_row * 4, 256 * 4);
+        store_wait();
     }
 }
 
@@ -277,18 +293,21 @@ __global__ void __launch_bounds__(lists || format != row_format::bf16 ? fed_thre
         if (!fed) prefetch_map(&map);
     }
     if (warp == 0) take_item(work, partials, &shared_item);
+    if (lists && warp == 2) prefetch_list(work, partials);
     __syncthreads();
     Item const& item = shared_item;
     if (item.sequence < 0) {
         zero_padding(work, partials, item);
         return;
     }
-    if (threadIdx.x == 0) {
+    constexpr int ordering_warp = codes ? fed_threads / warp_size - 1 : 0;  // not one that is waited for first
+    if (warp == ordering_warp && elect_lane()) {
         order_queries(work, &query_map, item, hopper_bf16_rows, shared_address(memory + place::queries_full),
                       [&](int column) { return shared_address(memory) + column * piece_bytes; });
     }
     Span const span{item.first_tile, item.last_tile - item.first_tile, min(item.keys - (item.last_tile - 1) * tile, tile)};
 
+    if constexpr (codes) TileDecoder<lists, format>{work, item, span}.run_few(memory);
     if (fed && warp >= block_threads / warp_size) {
         registers_decrease<88>();
         if constexpr (codes) {
@@ -304,13 +323,14 @@ __global__ void __launch_bounds__(lists || format != row_format::bf16 ? fed_thre
     } else {
         if constexpr (fed) registers_increase<160>();
         if (warp < 2 * group / warp_size) {
-            output_group<fed, 0>(work, item, span, &map, memory);
+            output_group<fed, 0>(work, partials, item, span, &map, memory);
         } else {
-            output_group<fed, 1>(work, item, span, &map, memory);
+            output_group<fed, 1>(work, partials, item, span, &map, memory);
         }
     }
+    if (item.slot >= 0) return;
     __syncthreads();
-    write_rows(work, partials, item, memory);
+    write_rows<own_staged_row>(work, partials, item, memory);
 #endif
 }
 

@@ -71,10 +71,13 @@ __device__ const uint4 missing_row[(rank + rank / scale_group * 4 + rope * 2) / 
 // the scores' group, and what the codes become is exact; else they are rounded with their scales, which are two bf16 numbers each. These
 // have the 2^120 of `decode_pair` in them, unless one of the scales is too large for that.
 // Rows are fetched half a tile at a time, eight by a warp, each part while that of the rows before is decoded. Four lanes have a row:
-// 16 of its columns of each piece, and two units of its rope.
+// 16 of its columns of each piece, and two units of its rope. Where there are no more than two tiles all of the block's warps decode them
+// at once, for nobody has anything else to do.
 template <bool lists, int format>
 struct TileDecoder {
-    static constexpr int half = tile / 2, rows = half / 4;
+    static constexpr int half = tile / 2, rows = half / 4, tile_warps = tile / rows;
+    static constexpr int few_tiles = fed_threads / warp_size / tile_warps;
+    static_assert(few_tiles == 2);  // as many as there are places
     static constexpr bool page_scales = format == row_format::fp8;
     static constexpr int rope_offset = rank + (page_scales ? 0 : rank / scale_group * 4), row_bytes = rope_offset + 2 * rope;
 
@@ -105,8 +108,35 @@ struct TileDecoder {
         uint32_t high, low;
     };
 
-    // All tiles one after the other.
+    // All tiles at once where they are few, by all threads.
+    __device__ void run_few(uint8_t* memory) {
+        if (span.count > few_tiles) return;
+        int const warp = threadIdx.x / warp_size % tile_warps, lane = threadIdx.x % warp_size, own_row = lane / 4;
+        int const n = threadIdx.x / warp_size / tile_warps, line = warp * rows + own_row;
+        if (n >= span.count) return;
+        quarter = lane % 4;
+        RowOffsets<lists, half, page_scales> first;
+        first.begin(work, item, span, n * tile + line);
+        take_row(first.next(work, item, span));
+        if constexpr (page_scales) {
+            scales.x = __float_as_uint(first.scale);
+        } else {
+            scales = load_in_order(row - quarter * 16 + rank);
+        }
+#pragma unroll
+        for (int i = 0; i < value_pieces; ++i) fetch(i);
+        uint32_t const bits = rows_of(__ballot_sync(0xffffffffu, present));
+        if (lane == 0) memory[place::there + n * 8 + warp] = static_cast<uint8_t>(bits);
+        decode_row<false>(memory, n, line, own_row);
+        fence_async();
+        __syncwarp();
+        static_assert(tile_warps * warp_size / 2 == group);
+        if (lane % 2 == 0) barrier_arrive(barrier_of(memory, place::full, n, 0));
+    }
+
+    // All tiles one after the other where they are more, by a group.
     __device__ void run(uint8_t* memory) {
+        if (span.count <= few_tiles) return;
         int const warp = threadIdx.x % group / warp_size, lane = threadIdx.x % warp_size, own_row = lane / 4;
         quarter = lane % 4;
         if constexpr (staged) {
@@ -125,18 +155,10 @@ struct TileDecoder {
             int32_t const n = m / 2;
             if (m % 2 == 0) wait_for_place(memory, n, 1);
             int const line = m % 2 * half + warp * rows + own_row;
-            if (page_scales && quarter == 0) {
-                reinterpret_cast<float*>(memory + place::scales)[(n & 1) * tile + line] = __uint_as_float(scales.x);
-            }
             uint32_t const bits = rows_of(__ballot_sync(0xffffffffu, fetched));
             if (lane == 0) memory[place::there + (n & 1) * 8 + m % 2 * 4 + warp] = static_cast<uint8_t>(bits);
             fetched = present;
-            uint32_t const target = shared_address(memory) + place::tiles + (n & 1) * tile_bytes + line * 128;
-            if (!page_scales && __any_sync(0xffffffffu, most(most(scales.x, scales.y), most(scales.z, scales.w)) >= large_scale)) {
-                decode_half<true>(target, own_row);
-            } else {
-                decode_half<false>(target, own_row);
-            }
+            decode_row<true>(memory, n, line, own_row);
             find_row();
             // without a fence, which would wait for the next rows: those who use the tile have one
             if (m % 2 == 1) barrier_arrive(barrier_of(memory, place::full, n, 0));
@@ -147,12 +169,25 @@ private:
     static constexpr uint32_t large_scale = 0x43000000;  // 2^7 as bits
     __device__ static uint32_t most(uint32_t a, uint32_t b) { return a > b ? a : b; }
 
-    // The lane's codes to their places, while those of the row after are fetched.
-    template <bool large>
-    __device__ void decode_half(uint32_t target, int own_row) {
+    // The lane's codes to their places; `more`: while those of the row after are fetched.
+    template <bool more>
+    __device__ void decode_row(uint8_t* memory, int32_t n, int line, int own_row) {
+        if (page_scales && quarter == 0) {
+            reinterpret_cast<float*>(memory + place::scales)[(n & 1) * tile + line] = __uint_as_float(scales.x);
+        }
+        uint32_t const target = shared_address(memory) + place::tiles + (n & 1) * tile_bytes + line * 128;
+        if (!page_scales && __any_sync(0xffffffffu, most(most(scales.x, scales.y), most(scales.z, scales.w)) >= large_scale)) {
+            decode_codes<more, true>(target, own_row);
+        } else {
+            decode_codes<more, false>(target, own_row);
+        }
+    }
+
+    template <bool more, bool large>
+    __device__ void decode_codes(uint32_t target, int own_row) {
         constexpr float unit_of_codes = large || page_scales ? 1.0f : 0x1p120f;
         Scales const pairs[2] = {{scales.x, scales.y, unit_of_codes}, {scales.z, scales.w, unit_of_codes}};
-        scales = ask_scales();
+        if (more) scales = ask_scales();
         uint32_t const unit = (2 * quarter ^ own_row) * 16;
 #pragma unroll
         for (int i = 0; i < value_pieces; ++i) {
@@ -163,14 +198,16 @@ private:
             if (i % 4 == 0) {
                 store_in_order(target + value_pieces * piece_bytes + ((quarter + i) * 16 ^ own_row * 16), rope_units[i / 4]);
             }
-            fetch(i);
+            if (more) fetch(i);
         }
     }
 
-    __device__ void find_row() {
-        uint32_t const offset = offsets.next(work, item, span);
+    __device__ void take_row(uint32_t offset) {
         present = offset != no_row;
         row = (present ? work.pool + static_cast<uint64_t>(offset) * 16 : reinterpret_cast<const uint8_t*>(missing_row)) + quarter * 16;
+    }
+    __device__ void find_row() {
+        take_row(offsets.next(work, item, span));
         // to L2 before they are asked for: what is on its way to registers is too little to cover the latency of DRAM
         prefetch(row + quarter * 112);
         if (quarter * 128 + 512 < row_bytes) prefetch(row + quarter * 112 + 512);

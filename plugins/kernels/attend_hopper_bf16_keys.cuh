@@ -14,6 +14,7 @@ constexpr int tile = attend_tile;
 constexpr int value_pieces = rank / 64, pieces = value_pieces + 1;
 constexpr int piece_bytes = tile * 128;
 constexpr int tile_bytes = pieces * piece_bytes;
+constexpr int own_staged_row = rank + 8;  // values: eight lanes' pairs of four rows are in banks of their own
 
 // Where things lie in shared memory, in bytes.
 namespace place {

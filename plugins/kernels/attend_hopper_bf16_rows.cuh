@@ -8,6 +8,21 @@ namespace hopper_bf16 {
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
+// What listed rows are found by, to the L2 cache while the item is made: the entries of the block's first tiles, where lists are as long as
+// they can be, its token's sequence and position, and of one sequence the table's beginning. Nothing is read, so that the kernel before
+// may be at work.
+__device__ inline void prefetch_list(const Attend& work, const Partials& partials) {
+    constexpr int line = 128 / 4;  // entries
+    int32_t const lane = threadIdx.x % warp_size, block = blockIdx.x, item = block / partials.splits, part = block - item * partials.splits;
+    int32_t const token = item / ceil_div(work.heads, partials.rows), first = line * lane;
+    auto const tiles = static_cast<int32_t>(ceil_div<int64_t>(work.top_k, tile));
+    int32_t const entry = tiles * part / partials.splits * tile + first;
+    if (lane < 2 * tile / line && entry < work.top_k) prefetch(work.indices + token * work.top_k + entry);
+    if (lane == 2 * tile / line) prefetch(work.step.positions + token);
+    if (lane == 2 * tile / line + 1) prefetch(work.step.token_sequence + token);
+    if (work.step.sequences == 1 && first < work.step.max_pages) prefetch(work.step.block_table + first);
+}
+
 // Where the rows of the keys lie that a thread has, every `step`-th of the block's: what `next` needs was asked for one and two
 // steps before.
 template <bool lists, int step, bool page_scales = false>

@@ -113,12 +113,13 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
             }
         };
         latent(std::integral_constant<int, 0>());
-        latent(std::integral_constant<int, 1>());
         add_quarter(0);
-        latent(std::integral_constant<int, 2>());
+        latent(std::integral_constant<int, 1>());
         add_quarter(1);
-        latent(std::integral_constant<int, 3>());
+        latent(std::integral_constant<int, 2>());
         add_quarter(2);
+        latent(std::integral_constant<int, 3>());
+        add_quarter(3);
         if constexpr (!F::lists) {
             if (!full) ring.wait(n, 4);
         }
@@ -132,7 +133,6 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
             product_bf16<3>(scores, query + columns, keys);
         }
         product_commit();
-        add_quarter(3);
         named_sync(weights_free + buffer, threads);  // with it comes this tile's table of scales
         const float4* table = scales_of(third);
         constexpr int at_once = F::lists ? 1 : 2;  // 16 keys each

@@ -64,7 +64,7 @@ __device__ inline void take_keys(const Attend& work, const Partials& partials, I
 
 // Item number `item` where the host cuts, without its keys; of no rows where there is none.
 __device__ inline Item rows_of_item(const Attend& work, const Partials& partials, int32_t item) {
-    int const rows = partials.rows, tiles = ceil_div(work.heads, rows), first_head = item % tiles * rows;
+    int const rows = partials.rows, tiles = (work.heads + rows - 1) >> (31 - __clz(rows)), first_head = item % tiles * rows;
     if (!partials.by_token) return rows_of_sequence(work, rows, 0, work.step.query_offsets[0], new_tokens_of(work, 0) * work.heads, item);
     return {item / tiles, work.step.sequence_of(item / tiles), first_head, min(rows, work.heads - first_head)};
 }
@@ -83,8 +83,25 @@ __device__ inline void take_item(const Attend& work, const Partials& partials, I
         }
         return;
     }
-    if (lane != 0) return;
     int32_t const splits = partials.splits;
+    if (partials.by_token) {  // what is not read waits neither for the kernel before nor for the item's sequence
+        int const rows = partials.rows, tiles = (work.heads + rows - 1) >> (31 - __clz(rows));
+        int32_t const number = block / splits, token = number / tiles, first_head = (number - token * tiles) * rows;
+        Item item{token, -1, first_head, min(rows, work.heads - first_head)};
+        item.slot = splits > 1 ? block : -1;
+        bool const reads_keys = work.indices == nullptr || work.index_lengths != nullptr;
+        if (!reads_keys) take_keys(work, partials, item, block - number * splits, 1, splits);
+        wait_for_kernel_before();
+        let_next_kernel_begin();  // only now: the merge reads of its item before it waits for this kernel
+        int32_t const sequence = work.step.token_sequence[token];
+        if (reads_keys) take_keys(work, partials, item, block - number * splits, 1, splits);
+        item.sequence = sequence >= 0 && sequence < work.step.sequences ? sequence : -1;
+        if (lane == 0) *shared_item = item;
+        return;
+    }
+    wait_for_kernel_before();
+    let_next_kernel_begin();
+    if (lane != 0) return;
     Item item = rows_of_item(work, partials, block / splits);
     item.slot = splits > 1 ? block : -1;
     if (item.count == 0) item.sequence = item.slot = -1;

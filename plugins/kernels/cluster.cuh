@@ -34,6 +34,20 @@ __device__ inline void cluster_barrier() {
 #endif
 }
 
+// The same in two halves for those who have read, and write no more: what a thread wrote before it arrives need not be seen.
+__device__ inline void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
+__device__ inline void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+    __syncthreads();
+#endif
+}
+
 // The value at this place in the shared memory of the cluster's block `rank`.
 __device__ inline int32_t load_from_block(const int32_t* shared, int rank) {
 #if __CUDA_ARCH__ >= 900
@@ -42,6 +56,19 @@ __device__ inline int32_t load_from_block(const int32_t* shared, int rank) {
     int32_t value;
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(local), "r"(rank));
     asm volatile("ld.shared::cluster.s32 %0, [%1];" : "=r"(value) : "r"(remote) : "memory");
+    return value;
+#else
+    (void)rank;
+    return *shared;
+#endif
+}
+__device__ inline uint64_t load_from_block(const uint64_t* shared, int rank) {
+#if __CUDA_ARCH__ >= 900
+    uint32_t const local = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+    uint32_t remote;
+    uint64_t value;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(local), "r"(rank));
+    asm volatile("ld.shared::cluster.u64 %0, [%1];" : "=l"(value) : "r"(remote) : "memory");
     return value;
 #else
     (void)rank;

@@ -11,6 +11,8 @@ constexpr int merge_warps = 4;
 constexpr int most_slices = 4;  // of a row: R 512
 // Where there is a plan: blocks on a multiprocessor, and parts of a row whose values are in flight.
 constexpr int merge_blocks = 5, merge_batch = 3;
+// Where there is none, all parts of a row are in flight: more of them than elsewhere are written and read in a tile's time.
+constexpr double host_merge_bytes = 1e7;
 
 // Four values of a part from `column` on, zero behind the last column.
 __device__ float4 load_columns(const float* part, int column, int rank) {
@@ -116,6 +118,7 @@ __device__ void merge_row(const Attend& work, const Partials& partials, const Me
 // Where the host cuts: block (row of an item, slice), whose warps take turns with the parts.
 __global__ void __launch_bounds__(merge_warps* warp_size) merge_kernel(Attend work, Partials partials) {
     int32_t const number = static_cast<int32_t>(blockIdx.x) / partials.rows, row = static_cast<int32_t>(blockIdx.x) % partials.rows;
+    let_next_kernel_begin();
     Item const item = rows_of_item(work, partials, number);
     wait_for_kernel_before();
     if (row >= item.count) return;
@@ -125,6 +128,7 @@ __global__ void __launch_bounds__(merge_warps* warp_size) merge_kernel(Attend wo
 
 // What the plan says. Warps take whole rows in turn; those that follow each other are of different blocks.
 __global__ void __launch_bounds__(merge_warps* warp_size, merge_blocks) merge_planned_kernel(Attend work, Partials partials) {
+    let_next_kernel_begin();
     wait_for_kernel_before();
     int32_t const items = partials.plan.counts->merges, row_mask = partials.rows - 1, row_shift = __popc(row_mask);
     int const slices = ceil_div(work.layout.rank, merge_columns);
@@ -142,11 +146,11 @@ __global__ void __launch_bounds__(merge_warps* warp_size, merge_blocks) merge_pl
 
 int merge_parts(const Attend& work, const Partials& partials, int64_t items, const Device& device, cudaStream_t stream) {
     constexpr int threads = merge_warps * warp_size;
-    if (partials.plan.items != nullptr) {
-        return launch_early(merge_planned_kernel, merge_blocks * device.multiprocessors, threads, 0, device, stream, work, partials);
-    }
+    bool const planned = partials.plan.items != nullptr;
+    auto const kernel = planned ? merge_planned_kernel : merge_kernel;
+    if (planned) return launch_early(kernel, merge_blocks * device.multiprocessors, threads, 0, device, stream, work, partials);
     dim3 const grid(static_cast<unsigned>(items * partials.rows), ceil_div(work.layout.rank, merge_columns));
-    return launch_early(merge_kernel, grid, threads, 0, device, stream, work, partials);
+    return launch_early(kernel, grid, threads, 0, device, stream, work, partials);
 }
 
 // How many parts the keys of each item are cut into: as many as fill the GPU evenly, as few as that takes.
@@ -156,7 +160,7 @@ int choose_splits(const Partials& partials, int64_t items, int64_t keys, int ran
     if (limit > partials.slots / items) limit = partials.slots / items;
     // In units of a tile's time on a multiprocessor: each wave takes its blocks' tiles and what a block takes besides; parts
     // are written and read again.
-    double const merged = static_cast<double>(items) * partials.rows * rank * 2 * sizeof(float) / merge_bytes;
+    double const merged = static_cast<double>(items) * partials.rows * rank * 2 * sizeof(float) / host_merge_bytes;
     int best = 1;
     double best_cost = 1e30;
     for (int splits = 1; splits <= limit; ++splits) {

@@ -75,6 +75,15 @@ __device__ inline void copy_bytes(uint32_t target, const void* source, uint32_t 
                  : "memory");
 }
 
+// The other way, by the thread's own count of copies.
+__device__ inline void store_bytes(void* target, uint32_t source, uint32_t bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(target), "r"(source), "r"(bytes) : "memory");
+}
+// Until all that this thread has stored so is there.
+__device__ inline void store_wait() {
+    asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group 0;" ::: "memory");
+}
+
 // Before the tensor cores or the copy engine read shared memory that this thread wrote.
 __device__ inline void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

@@ -31,9 +31,10 @@ struct Stage {
 };
 
 // Orders the keys of rows `slot` and `slot` + 8 of a page, which a lane shares with three others, and the scale of the key whose
-// score the lane writes; zeros where there is no page.
+// score the lane writes; zeros where there is no page. Keys that no other run reads (`once`) come by whole lines and leave the room in L2
+// to the ranks, which the selection reads.
 template <int chunks>
-__device__ void order_keys(const IndexWindow& window, int32_t page, bool there, int32_t slot, Stage<chunks>& stage) {
+__device__ void order_keys(const IndexWindow& window, int32_t page, bool there, int32_t slot, Stage<chunks>& stage, bool once) {
     int const quarter = threadIdx.x % 4;
     const char* const data = window.page_data(there ? page : 0);
     const char* const row = data + slot * window.layout.row_bytes + 16 * quarter;
@@ -41,7 +42,13 @@ __device__ void order_keys(const IndexWindow& window, int32_t page, bool there, 
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
         for (int chunk = 0; chunk < chunks; ++chunk) {
-            copy_async_16(shared_address(&stage.rows[2 * chunk + half][threadIdx.x]), row + 8 * half * 64 * chunks + 64 * chunk, there);
+            uint32_t const target = shared_address(&stage.rows[2 * chunk + half][threadIdx.x]);
+            const char* const source = row + 8 * half * 64 * chunks + 64 * chunk;
+            if (once) {
+                copy_async_16_once(target, source, there);
+            } else {
+                copy_async_16(target, source, there);
+            }
         }
     }
     copy_async_4(shared_address(&stage.scales[threadIdx.x]), data + window.layout.scales_offset + 4 * (slot + 8 * (quarter % 2)), there);
@@ -212,6 +219,7 @@ __global__ void __launch_bounds__(threads, 2) score_codes_kernel(IndexWindow win
     Cursor ordered(Part(total, rows.ends, window.rows), rows.ends), cursor = ordered;
     int32_t table = -1, next_table = -1;
     if (ordered.there()) table = look_up(ordered.row, ordered.tile), next_table = look_up(ordered.row, ordered.tile + 32);
+    bool const once = window.rows <= shape.slots * window.step.sequences;
     uint32_t visible = 0;  // bit i: the tile ordered i tiles ago
     auto order = [&](Stage<chunks>& stage) {
         visible *= 2;
@@ -219,7 +227,7 @@ __global__ void __launch_bounds__(threads, 2) score_codes_kernel(IndexWindow win
             int32_t const page = __shfl_sync(0xffffffffu, table, ordered.tile & 31);
             bool const there = page >= 0 && page < pages;
             visible |= there;
-            order_keys(window, page, there, (ordered.tile * block_keys + own_row) & (window.layout.page_size - 1), stage);
+            order_keys(window, page, there, (ordered.tile * block_keys + own_row) & (window.layout.page_size - 1), stage, once);
             if (ordered.advance()) {
                 table = look_up(ordered.row, 0);
                 next_table = look_up(ordered.row, 32);
@@ -233,7 +241,11 @@ __global__ void __launch_bounds__(threads, 2) score_codes_kernel(IndexWindow win
     for (int i = 0; i < ahead; ++i) order(stages[i]);
 
     RunFacts run{};
-    bool fresh = true;
+    bool fresh = false;
+    if (cursor.there()) {  // while the first keys are on their way
+        run = runs[cursor.row];
+        load_queries(cursor.row, run.count);
+    }
     for (int turn = 0; cursor.there(); turn ^= 1, fresh = cursor.advance()) {
         copy_async_wait<ahead - 1>();
         uint32_t fragments[2 * chunks][4];

@@ -28,8 +28,8 @@ struct IndexWindow {
 
     // Keys that the token of a row can see, were all its pages in the pool.
     __device__ int32_t keys(int32_t row) const {
+        int32_t const position = step.positions[first + row], limit = step.key_limit(layout.page_size);  // not after the sequence
         if (step.sequence_of(first + row) < 0) return 0;
-        int32_t const position = step.positions[first + row], limit = step.key_limit(layout.page_size);
         return position < 0 ? 0 : position < limit ? position + 1 : limit;
     }
 
@@ -80,8 +80,8 @@ __device__ inline T block_scan(T value, T* scratch, T* total) {
     if (lane == warp_size - 1) scratch[warp] = sum;
     __syncthreads();
     T const part = lane < warps ? scratch[lane] : T(0);
-    *total = warp_sum(part);
-    return sum + warp_sum(lane < warp ? part : T(0));
+    *total = __reduce_add_sync(0xffffffffu, part);
+    return sum + __reduce_add_sync(0xffffffffu, lane < warp ? part : T(0));
 }
 
 // Appends the keys of all tokens to the pool where `keys` is set, and makes `queries` and `weights` of the window.

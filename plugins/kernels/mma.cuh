@@ -52,6 +52,15 @@ __device__ inline void copy_async_16(uint32_t shared, const void* global, bool v
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
 }
 
+// The same of what is read once: the whole line comes to the L2 cache, and is the first to go there.
+__device__ inline void copy_async_16_once(uint32_t shared, const void* global, bool valid) {
+    int const bytes = valid ? 16 : 0;
+    asm volatile("{\n.reg .b64 first;\ncreatepolicy.fractional.L2::evict_first.b64 first, 1.0;\n"
+                 "cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, first;\n}" ::"r"(shared),
+                 "l"(global), "r"(bytes)
+                 : "memory");
+}
+
 __device__ inline void copy_async_4(uint32_t shared, const void* global, bool valid) {
     int const bytes = valid ? 4 : 0;
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");

@@ -8,10 +8,13 @@ namespace mla {
 inline int cluster_rank() { return emulator::place->cluster_rank; }
 inline int cluster_size() { return emulator::place->cluster_size; }
 inline void cluster_barrier() { emulator::cluster_sync(); }
+inline void cluster_arrive() {}
+inline void cluster_wait() { emulator::cluster_sync(); }
 
-inline int32_t load_from_block(const int32_t* shared, int rank) {
+template <typename T>
+T load_from_block(const T* shared, int rank) {
     auto const address = static_cast<uint32_t>(reinterpret_cast<size_t>(shared)) - emulator::shared_base() + emulator::shared_base_of(rank);
-    return *reinterpret_cast<const int32_t*>(static_cast<size_t>(address));
+    return *reinterpret_cast<const T*>(static_cast<size_t>(address));
 }
 
 }  // namespace mla

@@ -38,6 +38,12 @@ inline void copy_bytes(uint32_t target, const void* source, uint32_t bytes, uint
     });
 }
 
+inline void store_bytes(void* target, uint32_t source, uint32_t bytes) {
+    if (bytes % 16 != 0 || source % 16 != 0 || reinterpret_cast<size_t>(target) % 16 != 0) emulator::fail("store_bytes: not multiples of 16");
+    emulator::thread_copy([=] { std::memcpy(target, reinterpret_cast<const void*>(size_t{source}), bytes); });
+}
+inline void store_wait() { emulator::thread_copies_wait(-1); }
+
 inline void fence_async() {}
 inline void fence_copies() {}
 

@@ -85,6 +85,7 @@ inline void copy_async(uint32_t shared, const void* global, size_t bytes, bool v
     emulator::thread_copy([=] { valid ? static_cast<void>(std::memcpy(to, global, bytes)) : static_cast<void>(std::memset(to, 0, bytes)); });
 }
 inline void copy_async_16(uint32_t shared, const void* global, bool valid) { copy_async(shared, global, 16, valid); }
+inline void copy_async_16_once(uint32_t shared, const void* global, bool valid) { copy_async(shared, global, 16, valid); }
 inline void copy_async_4(uint32_t shared, const void* global, bool valid) { copy_async(shared, global, 4, valid); }
 inline void copy_async_4(uint32_t shared, const void* global) { copy_async(shared, global, 4, true); }
 inline void copy_async_commit() { emulator::thread_copies_commit(); }
