@@ -93,11 +93,6 @@ struct Ring {
         barrier_wait(shared_address(memory + P::full) + 8 * slot(n, i), parity(n, i));
     }
 
-    // Whether `wait` would return at once: asked for before the answer is needed.
-    __device__ bool there(int32_t n, int i) const {
-        return barrier_done(shared_address(memory + P::full) + 8 * slot(n, i), parity(n, i));
-    }
-
     // Finds the pages of four tiles and orders the scales of three. By a warp; `bring_scales` goes on from there.
     __device__ void begin(const Attend& work, int lane) const {
         if (lane < 8) fetch_page(work, lane / 2, lane % 2);

@@ -35,9 +35,10 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
     int32_t const masked_from =
         (reinterpret_cast<const int32_t*>(memory + P::limits)[0] + 1 - (side() + 1) * half + tile) / tile - ring.first_tile();
 
-    // from a lane, so that the compiler knows it to be uniform
-    uint32_t const own_keys = __shfl_sync(0xffffffffu, tile_descriptor(shared_address(memory)) + side() * (piece_bytes >> 5), 0);
-    auto keys_of = [&](int32_t n, int i) { return own_keys + ring.slot(n, i) * (piece_bytes >> 4); };
+    // known to be uniform where it comes from a lane: faster with few rows, where keys are waited for, slower with many
+    auto own_keys = [&] { return tile_descriptor(shared_address(memory)) + side() * (piece_bytes >> 5); };
+    uint32_t const uniform_keys = F::packed ? __shfl_sync(0xffffffffu, own_keys(), 0) : 0;
+    auto keys_of = [&](int32_t n, int i) { return (F::packed ? uniform_keys : own_keys()) + ring.slot(n, i) * (piece_bytes >> 4); };
     uint32_t const query = tile_descriptor(shared_address(memory + P::query));
     uint32_t const query_low = tile_descriptor(shared_address(memory + P::query_low));
     int third = 0;  // n % 3
@@ -67,7 +68,6 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
         for (int r = 0; r < own_rows<F>; ++r) total[r] = fmaf(sums[r], tile_factor[r], total[r]);
     };
 
-    bool full = false;  // the next piece is there
 #pragma unroll 1
     for (int32_t n = 0; n < ring.count; ++n) {
         int const buffer = n & 1;
@@ -79,16 +79,14 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
             fence_async();
         }
         // sums of the tile before are made between the products, and what they need is read a piece earlier: behind products that are
-        // under way a read takes as long as they do
+        // under way a read takes as long as they do; but where these are few, and keys are waited for
         int const before = third == 0 ? 2 : third - 1;
         bool const adds = F::late_sums && n > 0;
-        if (adds) read_inverse(before, 0);
+        constexpr bool ahead = !F::packed;
+        if (adds && ahead) read_inverse(before, 0);
         auto latent = [&](auto number) {
             constexpr int i = decltype(number)::value;
-            if constexpr (!F::lists) {
-                if (!full) ring.wait(n, i);
-                full = ring.there(n, i + 1);
-            }
+            if constexpr (!F::lists) ring.wait(n, i);
             uint32_t const keys = keys_of(n, i);
             constexpr uint32_t columns = Ring<F>::column(i) * (row_piece_bytes >> 4);
             product_fence();
@@ -105,11 +103,12 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
         };
         auto add_quarter = [&](int quarter) {
             if (!adds) return;
+            if (!ahead) read_inverse(before, quarter);
             add_weights(quarter);
-            if (quarter < 3) {
-                read_inverse(before, quarter + 1);
-            } else {
+            if (quarter == 3) {
                 add_sums();
+            } else if (ahead) {
+                read_inverse(before, quarter + 1);
             }
         };
         latent(std::integral_constant<int, 0>());
@@ -120,9 +119,7 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
         add_quarter(2);
         latent(std::integral_constant<int, 3>());
         add_quarter(3);
-        if constexpr (!F::lists) {
-            if (!full) ring.wait(n, 4);
-        }
+        if constexpr (!F::lists) ring.wait(n, 4);
         {
             uint32_t const keys = keys_of(n, 4);
             constexpr uint32_t columns = 4 * (row_piece_bytes >> 4);
@@ -252,7 +249,6 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
         }
         fence_async();
         named_arrive(weights_ready + buffer, threads);
-        if constexpr (!F::lists) full = ring.there(n + 1, 0);
         third = third == 2 ? 0 : third + 1;
     }
     if (F::late_sums && ring.count > 0) {

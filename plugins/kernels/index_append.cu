@@ -80,26 +80,9 @@ __device__ inline float turn(float value, float other, float cos, float sin, boo
     return __fadd_rn(__fmul_rn(value, cos), __fmul_rn(other, second ? sin : -sin));
 }
 
-// Cosines and sines of a lane's values, where they can be read at once.
-template <int values>
-struct Angles {
-    bool there = false;
-    Row<values> cos{}, sin{};
-
-    __device__ Angles(const IndexAppend& append, int32_t table_row, int lane) {
-        int32_t const half = append.rope / 2, first = lane * values, pair = first < half ? first : first - half;
-        if (append.rope_interleaved || !append.aligned || half % values != 0) return;
-        there = true;
-        if (first >= append.rope) return;
-        cos = *reinterpret_cast<const Row<values>*>(append.cos + int64_t{table_row} * half + pair);
-        sin = *reinterpret_cast<const Row<values>*>(append.sin + int64_t{table_row} * half + pair);
-    }
-};
-
 // `shared` holds the row for the lanes of the warp.
 template <int values>
-__device__ void rotate(const IndexAppend& append, int32_t table_row, const Angles<values>& angles, Row<values>& row, Row<values>* shared,
-                       int lane) {
+__device__ void rotate(const IndexAppend& append, int32_t table_row, Row<values>& row, Row<values>* shared, int lane) {
     int32_t const half = append.rope / 2, first = lane * values;
     const float* const cos = append.cos + int64_t{table_row} * half;
     const float* const sin = append.sin + int64_t{table_row} * half;
@@ -116,11 +99,14 @@ __device__ void rotate(const IndexAppend& append, int32_t table_row, const Angle
     }
     shared[lane] = row;
     __syncwarp();
-    if (angles.there) {
+    if (append.aligned && half % values == 0) {
+        bool const second = first >= half;
+        int const pair = second ? first - half : first;
         if (first < append.rope) {
-            bool const second = first >= half;
-            Row<values> const other = shared[(second ? first - half : first + half) / values];
-            for (int i = 0; i < values; ++i) row.v[i] = turn(row.v[i], other.v[i], angles.cos.v[i], angles.sin.v[i], second);
+            Row<values> const c = *reinterpret_cast<const Row<values>*>(cos + pair);
+            Row<values> const s = *reinterpret_cast<const Row<values>*>(sin + pair);
+            Row<values> const other = shared[(second ? pair : first + half) / values];
+            for (int i = 0; i < values; ++i) row.v[i] = turn(row.v[i], other.v[i], c.v[i], s.v[i], second);
         }
     } else {
         for (int i = 0; i < values; ++i) {
@@ -203,8 +189,11 @@ __device__ void store_floats(float* data, int end, const Row<values>& row, int l
 }
 
 template <int values>
-__device__ void store_key(const IndexWindow& window, char* pool, int32_t page, int32_t position, const Row<values>& row, int lane) {
+__device__ void store_key(const IndexWindow& window, char* pool, int64_t token, const Row<values>& row, int lane) {
     const IndexLayout& layout = window.layout;
+    int32_t const sequence = window.step.sequence_of(token);
+    int32_t const position = window.step.positions[token];
+    int32_t const page = sequence < 0 ? -1 : window.page(sequence, position);
     if (page < 0) return;
     char* const page_data = pool + page * layout.page_bytes;
     int32_t const slot = position % layout.page_size;
@@ -249,8 +238,7 @@ __device__ void store_query(const IndexWindow& window, int64_t place, float weig
 
 // A warp for `each` padded heads of a row of the window, `warps` apart; behind them, with append.keys, one for each token's key.
 template <int values>
-__global__ void __launch_bounds__(warps* warp_size)
-    append_kernel(IndexWindow window, IndexAppend append, int32_t each) {
+__global__ void __launch_bounds__(warps* warp_size) append_kernel(IndexWindow window, IndexAppend append, int32_t each) {
     __shared__ Row<values> shared[warps][warp_size];
     int const warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
     uint32_t const blocks_per_row = window.padded_heads / (warps * each), query_blocks = window.rows * blocks_per_row;
@@ -259,6 +247,7 @@ __global__ void __launch_bounds__(warps* warp_size)
     int32_t const first_head = is_key ? 0 : blockIdx.x % blocks_per_row * (warps * each) + warp;
     int64_t const token = is_key ? int64_t{blockIdx.x - query_blocks} * warps + warp : window.first + window_row;
     if (is_key && (!append.keys || token >= window.step.tokens)) return;
+    if (!is_key && window.scored_keys(window_row) == 0) return;
 
     int32_t const size = window.layout.head;
     bool const whole = append.aligned && size % values == 0;
@@ -268,35 +257,27 @@ __global__ void __launch_bounds__(warps* warp_size)
         table_row = append.rope_rows != nullptr ? append.rope_rows[token] : static_cast<int32_t>(min(token, int64_t{last}));
         table_row = max(0, min(table_row, last));
     }
-    // All that a row needs is asked for before it, as it is waited for (its conversion is) where it is read.
-    Angles<values> const angles(append, table_row, lane);
     if (is_key) {
-        int32_t const sequence = window.step.sequence_of(token), position = window.step.positions[token];
         Row<values> row = load_row<values>(append.key, append.type, token * size, size, whole, lane);
-        int32_t const page = sequence < 0 ? -1 : window.page(sequence, position);  // meanwhile
         if (append.norm_weight != nullptr) normalize(append, size, whole, row, lane);
-        if (append.rope > 0) rotate(append, table_row, angles, row, shared[warp], lane);
+        if (append.rope > 0) rotate(append, table_row, row, shared[warp], lane);
         if (append.hadamard) transform(size, row, lane);
-        store_key(window, append.pool, page, position, row, lane);
+        store_key(window, append.pool, token, row, lane);
         return;
     }
     auto load_query = [&](int32_t head) {
         return load_row<values>(append.query, append.type, (token * window.heads + head) * size, head < window.heads ? size : 0, whole, lane);
     };
-    auto load_weight = [&](int32_t head) { return head < window.heads ? append.weights[token * window.heads + head] : 0.0f; };
-    int32_t const scored = window.scored_keys(window_row);
-    float next_weight = load_weight(first_head);
     Row<values> next = load_query(first_head);
-    if (scored == 0) return;
 #pragma unroll 1
     for (int32_t i = 0; i < each; ++i) {
         int32_t const head = first_head + i * warps;
         Row<values> row = next;
-        float const weight = next_weight;
-        if (i + 1 < each) next_weight = load_weight(head + warps), next = load_query(head + warps);  // on its way meanwhile
+        if (i + 1 < each) next = load_query(head + warps);  // on its way meanwhile
+        float const weight = head < window.heads ? append.weights[token * window.heads + head] : 0.0f;
         if (append.rope > 0) {
             __syncwarp();  // all have read the row before
-            rotate(append, table_row, angles, row, shared[warp], lane);
+            rotate(append, table_row, row, shared[warp], lane);
         }
         if (append.hadamard) transform(size, row, lane);
         store_query(window, int64_t{window_row} * window.padded_heads + head, weight, row, lane);

@@ -31,10 +31,10 @@ struct Stage {
 };
 
 // Orders the keys of rows `slot` and `slot` + 8 of a page, which a lane shares with three others, and the scale of the key whose
-// score the lane writes; zeros where there is no page. Keys that no other run reads (`once`) come by whole lines and leave the room in L2
-// to the ranks, which the selection reads.
-template <int chunks>
-__device__ void order_keys(const IndexWindow& window, int32_t page, bool there, int32_t slot, Stage<chunks>& stage, bool once) {
+// score the lane writes; zeros where there is no page. `once`: no other run reads them, so that they leave the room in the L2 cache to the
+// ranks, which the selection reads.
+template <bool once, int chunks>
+__device__ void order_keys(const IndexWindow& window, int32_t page, bool there, int32_t slot, Stage<chunks>& stage) {
     int const quarter = threadIdx.x % 4;
     const char* const data = window.page_data(there ? page : 0);
     const char* const row = data + slot * window.layout.row_bytes + 16 * quarter;
@@ -44,7 +44,7 @@ __device__ void order_keys(const IndexWindow& window, int32_t page, bool there, 
         for (int chunk = 0; chunk < chunks; ++chunk) {
             uint32_t const target = shared_address(&stage.rows[2 * chunk + half][threadIdx.x]);
             const char* const source = row + 8 * half * 64 * chunks + 64 * chunk;
-            if (once) {
+            if constexpr (once) {
                 copy_async_16_once(target, source, there);
             } else {
                 copy_async_16(target, source, there);
@@ -167,8 +167,8 @@ struct TileScores {
     }
 };
 
-// `columns`: heads of one product, all where `whole`.
-template <int chunks, int columns, bool whole>
+// `columns`: heads of one product, all where `whole`. `once`: no keys are read by two runs, as where each sequence has a token.
+template <int chunks, int columns, bool whole, bool once>
 __global__ void __launch_bounds__(threads, 2) score_codes_kernel(IndexWindow window, QueryTile shape) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     using namespace hopper;
@@ -219,7 +219,6 @@ __global__ void __launch_bounds__(threads, 2) score_codes_kernel(IndexWindow win
     Cursor ordered(Part(total, rows.ends, window.rows), rows.ends), cursor = ordered;
     int32_t table = -1, next_table = -1;
     if (ordered.there()) table = look_up(ordered.row, ordered.tile), next_table = look_up(ordered.row, ordered.tile + 32);
-    bool const once = window.rows <= shape.slots * window.step.sequences;
     uint32_t visible = 0;  // bit i: the tile ordered i tiles ago
     auto order = [&](Stage<chunks>& stage) {
         visible *= 2;
@@ -227,7 +226,7 @@ __global__ void __launch_bounds__(threads, 2) score_codes_kernel(IndexWindow win
             int32_t const page = __shfl_sync(0xffffffffu, table, ordered.tile & 31);
             bool const there = page >= 0 && page < pages;
             visible |= there;
-            order_keys(window, page, there, (ordered.tile * block_keys + own_row) & (window.layout.page_size - 1), stage, once);
+            order_keys<once>(window, page, there, (ordered.tile * block_keys + own_row) & (window.layout.page_size - 1), stage);
             if (ordered.advance()) {
                 table = look_up(ordered.row, 0);
                 next_table = look_up(ordered.row, 32);
@@ -241,10 +240,11 @@ __global__ void __launch_bounds__(threads, 2) score_codes_kernel(IndexWindow win
     for (int i = 0; i < ahead; ++i) order(stages[i]);
 
     RunFacts run{};
-    bool fresh = false;
-    if (cursor.there()) {  // while the first keys are on their way
+    bool fresh = true;
+    if (once && cursor.there()) {  // while the first keys are on their way
         run = runs[cursor.row];
         load_queries(cursor.row, run.count);
+        fresh = false;
     }
     for (int turn = 0; cursor.there(); turn ^= 1, fresh = cursor.advance()) {
         copy_async_wait<ahead - 1>();
@@ -294,10 +294,9 @@ int slots_of(const IndexWindow& window, const Device& device, int64_t rows) {
     return static_cast<int>(std::min(most_slots, budget / (line * window.padded_heads)));
 }
 
-template <int chunks, int columns, bool whole>
-int launch(const Call& call, const IndexWindow& window, const Device& device) {
-    auto const kernel = score_codes_kernel<chunks, columns, whole>;
-    QueryTile const shape{slots_of(window, device, window.rows), window.padded_heads};
+template <int chunks, int columns, bool whole, bool once>
+int launch(const Call& call, const IndexWindow& window, const QueryTile& shape, const Device& device) {
+    auto const kernel = score_codes_kernel<chunks, columns, whole, once>;
     int const stages = ahead * static_cast<int>(sizeof(Stage<chunks>));
     int const shared = stages + shape.slots * shape.heads * (line_bytes + 4) + row_bytes * window.rows;
     if (int status = check_cuda("MlaIndexer: shared memory",
@@ -306,6 +305,13 @@ int launch(const Call& call, const IndexWindow& window, const Device& device) {
     }
     kernel<<<2 * device.multiprocessors, threads, shared, call.stream>>>(window, shape);
     return check_launch("MlaIndexer: scores");
+}
+
+template <int chunks, int columns, bool whole>
+int launch(const Call& call, const IndexWindow& window, const Device& device) {
+    QueryTile const shape{slots_of(window, device, window.rows), window.padded_heads};
+    return window.rows <= shape.slots * window.step.sequences ? launch<chunks, columns, whole, true>(call, window, shape, device)
+                                                              : launch<chunks, columns, whole, false>(call, window, shape, device);
 }
 
 }  // namespace
@@ -318,7 +324,7 @@ bool index_takes_hopper(const IndexWindow& window, const Device& device) {
     }
     // code for sm_90a alone has the kernel's body, and with it its static shared memory
     cudaFuncAttributes attributes;
-    return cudaFuncGetAttributes(&attributes, score_codes_kernel<2, 64, true>) == cudaSuccess && attributes.sharedSizeBytes > 0;
+    return cudaFuncGetAttributes(&attributes, score_codes_kernel<2, 64, true, false>) == cudaSuccess && attributes.sharedSizeBytes > 0;
 }
 
 int score_index_keys_hopper(const Call& call, const IndexWindow& window, const Device& device) {

@@ -140,10 +140,8 @@ void barrier_complete(uint32_t address, uint32_t bytes) {
     barrier.check(address);
 }
 
-bool barrier_done(uint32_t address, uint32_t parity) { return Barrier::at(address, "a wait").phase != parity; }
-
 void barrier_wait(uint32_t address, uint32_t parity) {
-    while (!barrier_done(address, parity)) {
+    while (Barrier::at(address, "a wait").phase == parity) {
         wait(machine.barriers[address], "the barrier at address", static_cast<uint32_t>(address % window_bytes));
     }
 }

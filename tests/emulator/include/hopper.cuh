@@ -15,8 +15,6 @@ inline void barrier_arrive(uint32_t barrier) { emulator::barrier_arrive(barrier,
 inline void barrier_arrive_after_copies(uint32_t barrier) { emulator::arrive_after_thread_copies(barrier); }
 inline void barrier_wait(uint32_t barrier, uint32_t parity) { emulator::barrier_wait(barrier, parity); }
 
-inline bool barrier_done(uint32_t barrier, uint32_t parity) { return emulator::barrier_done(barrier, parity); }
-
 inline bool elect_lane() {
     __syncwarp();
     return emulator::place->lane == 0;
