@@ -13,7 +13,8 @@
 //   the codes, and the sum adds P / s of the rounded P: the weights that are used sum to one. m is a reference near the row's maximum.
 // - The e4m3 products' sums keep 14 bits (docs/kernels.md): each tile of the output is summed from zero and then added in f32.
 // - Keys come in five pieces of 128 bytes of a tile's rows into a ring; who has a piece's last values in registers orders the one
-//   that takes its place. Pages outside of the pool and behind the end are outside of the tensor map: zeros.
+//   that takes its place. Pages outside of the pool and behind the end are outside of the tensor map: zeros. A tile's weights lie
+//   where its rope was.
 #include "attend_hopper_fp8_output.cuh"
 #include "attend_hopper_fp8_scores.cuh"
 
@@ -53,7 +54,7 @@ __global__ void __launch_bounds__(threads, 1)
         order_queries(work, &query_map, item, F::rows, queries_full,
                       [&](int column) { return shared_address(memory + P::raw_query(column)); });
     }
-    // from a lane, so that the compiler knows the number of tiles, and with it where pieces lie, to be uniform
+    // from a lane, so that the compiler knows the number of tiles to be uniform
     Ring<F> const ring{memory, &map, &item, __shfl_sync(0xffffffffu, item.last_tile - item.first_tile, 0)};
     if (threadIdx.x < 2 * group) {
         registers_decrease<64>();

@@ -97,8 +97,8 @@ __device__ void output_group(const Attend& work, const Item& item, const Ring<F>
     if (ring.count > 1) named_arrive(weights_free + 1, threads);
 
 #pragma unroll 1
-    for (int32_t number = 0; number < ring.count; ++number) {
-        int32_t const n = __shfl_sync(0xffffffffu, number, 0);
+    for (int32_t counted = 0; counted < ring.count; ++counted) {
+        int32_t const n = __shfl_sync(0xffffffffu, counted, 0);  // as `side`: where pieces lie takes no registers of threads then
         int const buffer = n & 1;
         uint32_t a[4][4];
         auto fragments = [&](int m) {

@@ -92,6 +92,7 @@ def run_op(
     in_place: bool = True,
     repeat: int = 1,
     graph: bool = False,
+    in_a_row: int = 1,
     **attributes: Any,
 ) -> dict[str, Array]:
     """The outputs by name, of the kernel library; bf16 outputs come back as f32.
@@ -105,6 +106,8 @@ def run_op(
         in_place: the caches' outputs are the memory of their inputs, as in an engine; else memory of their own.
         repeat: run this often from the same inputs; all runs must give the same bits.
         graph: launch a captured graph instead of enqueueing.
+        in_a_row: calls of each run, over the same memory and without a pause: kernels of one may begin beside those of
+            the one before. For ops that give the same when they are done again.
         attributes: of the op; defaults for those not given.
 
     Raises:
@@ -128,7 +131,7 @@ def run_op(
             {name: _device_tensor(memory, kinds[name]) for name, memory in run.inputs.items()},
             {name: _device_tensor(memory, results[name]) for name, memory in run.outputs.items()},
         )
-        return run.repeated(call, repeat, graph)
+        return run.repeated(call, repeat, graph, in_a_row)
     finally:
         run.close()
 
@@ -173,13 +176,14 @@ class _Run:
             memory.memory.close()
         self.stream.close()
 
-    def repeated(self, call: Call, repeat: int, graph: bool) -> dict[str, Array]:
+    def repeated(self, call: Call, repeat: int, graph: bool, in_a_row: int) -> dict[str, Array]:
         size = call.workspace_bytes()
         self.workspace = Guarded("the workspace", size, GUARD)
         address = self.workspace.address
 
         def enqueue() -> None:
-            call.enqueue(address, size, self.stream.handle)
+            for _ in range(in_a_row):
+                call.enqueue(address, size, self.stream.handle)
 
         captured = self.stream.capture(enqueue) if graph else None
         launch: Callable[[], None] = enqueue if captured is None else lambda: self.stream.launch(captured)

@@ -331,6 +331,24 @@ def test_a_graph_gives_the_same_bits(kind: Kind) -> None:
 @pytest.mark.small
 @LISTED
 @KINDS
+@pytest.mark.parametrize("cached", [[500], [300, 62, 0]], ids=["one sequence", "three"])
+def test_calls_in_a_row_give_the_same_bits(cached: list[int], kind: Kind, listed: bool) -> None:
+    """Kernels are launched early: those of a call may begin while the merge of the one before is at work in the same memory."""
+    rng = np.random.default_rng(15)
+    step = step_of(rng, [1] * len(cached), cached)
+    inputs, attributes = _case(rng, step, 128, kind)
+    if listed:
+        inputs["indices"] = key_lists(rng, step, 300)
+    alone = run_op("MlaDecoding", inputs, **attributes)
+    for graph in (False, True):
+        found = run_op("MlaDecoding", inputs, graph=graph, in_a_row=3, repeat=2, **attributes)
+        for name in ("output", "lse"):
+            compare_exactly(name, found[name].view(np.int32), alone[name].view(np.int32))
+
+
+@pytest.mark.small
+@LISTED
+@KINDS
 def test_garbage_is_survived(kind: Kind, listed: bool) -> None:
     rng = np.random.default_rng(13)
     step = step_of(rng, [1, 3, 2], [200, 62, 5])
