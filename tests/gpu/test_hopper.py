@@ -340,10 +340,9 @@ def test_calls_in_a_row_give_the_same_bits(cached: list[int], kind: Kind, listed
     if listed:
         inputs["indices"] = key_lists(rng, step, 300)
     alone = run_op("MlaDecoding", inputs, **attributes)
-    for graph in (False, True):
-        found = run_op("MlaDecoding", inputs, graph=graph, in_a_row=3, repeat=2, **attributes)
-        for name in ("output", "lse"):
-            compare_exactly(name, found[name].view(np.int32), alone[name].view(np.int32))
+    found = run_op("MlaDecoding", inputs, graph=True, in_a_row=3, **attributes)
+    for name in ("output", "lse"):
+        compare_exactly(name, found[name].view(np.int32), alone[name].view(np.int32))
 
 
 @pytest.mark.small
