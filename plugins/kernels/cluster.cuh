@@ -48,27 +48,19 @@ __device__ inline void cluster_wait() {
 #endif
 }
 
-// The value at this place in the shared memory of the cluster's block `rank`.
-__device__ inline int32_t load_from_block(const int32_t* shared, int rank) {
+// The value of four or eight bytes at this place in the shared memory of the cluster's block `rank`.
+template <typename T>
+__device__ inline T load_from_block(const T* shared, int rank) {
 #if __CUDA_ARCH__ >= 900
     uint32_t const local = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
     uint32_t remote;
-    int32_t value;
+    T value;
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(local), "r"(rank));
-    asm volatile("ld.shared::cluster.s32 %0, [%1];" : "=r"(value) : "r"(remote) : "memory");
-    return value;
-#else
-    (void)rank;
-    return *shared;
-#endif
-}
-__device__ inline uint64_t load_from_block(const uint64_t* shared, int rank) {
-#if __CUDA_ARCH__ >= 900
-    uint32_t const local = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-    uint32_t remote;
-    uint64_t value;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(local), "r"(rank));
-    asm volatile("ld.shared::cluster.u64 %0, [%1];" : "=l"(value) : "r"(remote) : "memory");
+    if constexpr (sizeof(T) == 8) {
+        asm volatile("ld.shared::cluster.u64 %0, [%1];" : "=l"(value) : "r"(remote) : "memory");
+    } else {
+        asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(value) : "r"(remote) : "memory");
+    }
     return value;
 #else
     (void)rank;

@@ -146,11 +146,11 @@ __global__ void __launch_bounds__(merge_warps* warp_size, merge_blocks) merge_pl
 
 int merge_parts(const Attend& work, const Partials& partials, int64_t items, const Device& device, cudaStream_t stream) {
     constexpr int threads = merge_warps * warp_size;
-    bool const planned = partials.plan.items != nullptr;
-    auto const kernel = planned ? merge_planned_kernel : merge_kernel;
-    if (planned) return launch_early(kernel, merge_blocks * device.multiprocessors, threads, 0, device, stream, work, partials);
+    if (partials.plan.items != nullptr) {
+        return launch_early(merge_planned_kernel, merge_blocks * device.multiprocessors, threads, 0, device, stream, work, partials);
+    }
     dim3 const grid(static_cast<unsigned>(items * partials.rows), ceil_div(work.layout.rank, merge_columns));
-    return launch_early(kernel, grid, threads, 0, device, stream, work, partials);
+    return launch_early(merge_kernel, grid, threads, 0, device, stream, work, partials);
 }
 
 // How many parts the keys of each item are cut into: as many as fill the GPU evenly, as few as that takes.
