@@ -55,6 +55,12 @@ __device__ inline void copy_box(uint32_t target, const void* map, uint32_t barri
         : "memory");
 }
 
+// The same to the L2 cache.
+__device__ inline void prefetch_box(const void* map, int c0, int c1, int c2, int c3) {
+    asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global [%0, {%1, %2, %3, %4}];" ::"l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+                 : "memory");
+}
+
 // The map is fetched before it is needed.
 __device__ inline void prefetch_map(const void* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 
@@ -206,7 +212,7 @@ __device__ inline void product_bf16_values(float (&d)[64], const uint32_t (&a)[4
 }
 
 // D [64][N] += A [64][16] B [16][N], bf16: step `step` of K in both. B's rows are those of N / 64 tiles of 64 columns, `tile_stride`
-// bytes from one to the next.
+// bytes from one to the next; `clear`: D is overwritten.
 template <int step, int tile_stride>
 __device__ inline void product_bf16_wide(float (&d)[128], uint32_t a, uint32_t b) {
     asm volatile("{\n.reg .b64 x, y;\n.reg .b32 low;\n"
@@ -215,13 +221,13 @@ __device__ inline void product_bf16_wide(float (&d)[128], uint32_t a, uint32_t b
                  : MLA_D128(d)
                  : "r"(a), "r"(b), "n"(2 * step), "n"(128 * step + (((tile_stride >> 4) - 1) << 16)));
 }
-template <int step, int tile_stride>
+template <int step, int tile_stride, bool clear = false>
 __device__ inline void product_bf16_wide(float (&d)[64], uint32_t a, uint32_t b) {
     asm volatile("{\n.reg .b64 x, y;\n.reg .b32 low;\n"
                  "add.u32 low, %64, %66;\nmov.b64 x, {low, 0x40000040};\nadd.u32 low, %65, %67;\nmov.b64 y, {low, 0x40000040};\n"
-                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" MLA_R64 "}, x, y, 1, 1, 1, 0, 1;\n}"
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" MLA_R64 "}, x, y, %68, 1, 1, 0, 1;\n}"
                  : MLA_D64(d)
-                 : "r"(a), "r"(b), "n"(2 * step), "n"(128 * step + (((tile_stride >> 4) - 1) << 16)));
+                 : "r"(a), "r"(b), "n"(2 * step), "n"(128 * step + (((tile_stride >> 4) - 1) << 16)), "n"(clear ? 0 : 1));
 }
 
 // D [64][N] (+)= A [64][32] B [N][32]^T, all e4m3, A in registers. Step 0 overwrites D.

@@ -65,9 +65,10 @@ Plan make_plan(const PrefillArguments& a, Workspace& workspace) {
     int64_t const chunk_keys = std::min({all_expanded / (group_heads * key_bytes), all_keys, most_chunk_keys});
     plan.chunk_tiles = static_cast<int32_t>(std::max<int64_t>(chunk_keys / prefill_tensor::key_tile, 1));
     // whole tiles of the expansion, which reads what lies behind a chunk's last key
+    plan.places = static_cast<int32_t>(std::min(heads, all_expanded / (plan.chunk_keys() * key_bytes)));
     plan.gathered = std::min(round_up<int64_t>(all_keys, prefill_tensor::expand_tile), most_chunk_keys);
 
-    plan.counter = workspace.take<int32_t>(2);
+    plan.counter = workspace.take<int32_t>(1 + 2 * heads);
     plan.query_tiles = workspace.take<int32_t>(sequences + 1);
     plan.key_tiles = workspace.take<int32_t>(sequences + 1);
     plan.key_masks = workspace.take<uint64_t>(plan.gathered / prefill_tensor::key_tile);
@@ -131,10 +132,19 @@ int launch_hopper(const Plan& plan, const Device& device, cudaStream_t stream) {
     std::array<int, 4> const box{128, 128, 1, 1};
     std::array<int64_t, 3> const of_ranks{1024, 1024, 1024};
     if (int status = make_tensor_map(&maps.latents, plan.latents, {1024, plan.gathered, 1, 1}, of_ranks, box)) return status;
-    if (int status = make_tensor_map(&maps.weights, plan.weights, {1024, heads * plan.columns(), 1, 1}, of_ranks, box)) {
+    using S = prefill_hopper::HopperShape;
+    auto const are_plain = [](const BlockScaledWeight& weight) {
+        return weight.type == MLA_BFLOAT16 && weight.scale == nullptr && reinterpret_cast<uintptr_t>(weight.data) % 16 == 0;
+    };
+    maps.weights = a.layout.rank == plan.rank && are_plain(a.w_uk) && are_plain(a.w_uv);
+    const void* const key_weights = maps.weights ? a.w_uk.data : plan.weights;
+    const void* const value_weights = maps.weights ? a.w_uv.data : plan.weights + heads * S::nope * plan.rank;
+    if (int status = make_tensor_map(&maps.key_weights, key_weights, {2 * S::nope, heads * plan.rank, 1, 1}, {256, 256, 256},
+                                     {128, 64, 1, 1})) {
         return status;
     }
-    if (int status = make_tensor_map(&maps.expanded, plan.expanded, {512, chunk_keys, plan.group_heads, 1},
+    if (int status = make_tensor_map(&maps.value_weights, value_weights, {1024, heads * S::width, 1, 1}, of_ranks, box)) return status;
+    if (int status = make_tensor_map(&maps.expanded, plan.expanded, {512, chunk_keys, plan.places, 1},
                                      {512, 512 * chunk_keys, 512}, box)) {
         return status;
     }

@@ -10,13 +10,14 @@ namespace mla::prefill_hopper {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 // Attention of one unit over its key tiles of this chunk, two of them at a time, by the warpgroups. `vectors`: see Maps::outputs.
-__device__ inline void attend_unit(const Plan& plan, uint8_t* memory, const Unit& unit, int32_t head0, uint32_t unit_number,
-                                   uint32_t tiles, bool vectors) {
+__device__ inline void attend_unit(const Plan& plan, uint8_t* memory, const Work& work, uint32_t unit_number, uint32_t tiles,
+                                   bool vectors) {
     const PrefillArguments& a = plan.arguments;
+    const Unit& unit = work.unit;
     int const warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
     int const g = lane / 4, t = lane % 4, first_row = warp * 16 + g;
     int const side = uniform(warp / 4), group_row = side * 64;
-    int const head = head0 + unit.head;
+    int const head = work.head;
     int32_t const count = uniform(tile_count(unit));
     float const factor = fmaxf(fabsf(a.softmax_scale) * log2e, 1e-30f);
 
@@ -222,8 +223,8 @@ __device__ inline void attend_unit(const Plan& plan, uint8_t* memory, const Unit
             pin(sums);
             pin_weights();
         };
-        // what lies behind the unit's last key tile is another sequence's, or was never written
-        if (own == count && unit.key_start + 2 * count > unit.key_end) {
+        // what lies behind the unit's last key tile is another sequence's, or was never written; rows may see no key of a tile's half
+        if ((own == count && unit.key_start + 2 * count > unit.key_end) || seen < (own - 1) * keys_of_tile + key_tile) {
             last_values(std::false_type());
         } else {
             last_values(std::true_type());
@@ -244,6 +245,7 @@ __device__ inline void attend_unit(const Plan& plan, uint8_t* memory, const Unit
         if (tile < count) keys_used(tile);
         values_used(tile - 1);
     }
+    if (threadIdx.x == 0) count_up(plan.counter + work.counts);  // all its keys and values have been copied
 
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

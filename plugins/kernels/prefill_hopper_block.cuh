@@ -18,8 +18,10 @@ struct Maps {
     CUtensorMap query_nope;   // [T, H, Dn]
     CUtensorMap query_rope;   // [T, H, Dr]
     CUtensorMap latents;      // [chunk keys, R]
-    CUtensorMap weights;      // [H x (Dn + Dv), R]
-    CUtensorMap expanded;     // [group heads, chunk keys, Dn + Dv]
+    bool weights;             // whether the engine can copy them from where they are; otherwise from plan.weights
+    CUtensorMap key_weights;    // [H x R, Dn], boxes of 64 rows
+    CUtensorMap value_weights;  // [H x Dv, R]
+    CUtensorMap expanded;     // [places, chunk keys, Dn + Dv]
     CUtensorMap ropes;        // [chunk keys, Dr]
 };
 
@@ -38,15 +40,18 @@ static_assert(2 * multiply_registers + feed_registers <= 3 * launch_registers, "
 constexpr int piece_bytes = 128 * 128;  // 128 rows of 64 values
 constexpr int keys_of_tile = 128;
 constexpr int key_pieces = 3, value_pieces = 2;
-constexpr int latent_pieces = 512 / 64, weight_pieces = 2;
+constexpr int rank = 512, latent_pieces = rank / 64;
+constexpr int weight_bytes = piece_bytes;  // of a piece of the latents and one head, for its key, and as many for its value
 constexpr int weight_ring = 3;
-constexpr int job_heads = 3;  // that are expanded from one tile of latents
+constexpr int most_job_heads = 5;  // that are expanded from one tile of latents
 
 // What a block does next. `attention`: `unit`. `expansion`: key and value of `heads` heads from `head` on, for 128 keys.
 enum class Kind : int32_t { none, attention, expansion };
 struct Work {
     Kind kind;
     int32_t key, head, heads;
+    int32_t place;   // of the (first) head in `expanded`
+    int32_t counts;  // which of plan.counter says that it is done
     Unit unit;
 };
 
@@ -57,12 +62,12 @@ constexpr int values = keys + 2 * key_pieces * piece_bytes;  // [2]
 constexpr int queries = values + 2 * value_pieces * piece_bytes;
 constexpr int latents = 0;  // of the expansion, instead of these
 constexpr int weights = latents + latent_pieces * piece_bytes;  // [weight_ring]
-constexpr int work = weights + weight_ring * weight_pieces * piece_bytes;  // [2]
+constexpr int work = weights + weight_ring * 2 * weight_bytes;  // [2]
 constexpr int work_bytes = 96;
 constexpr int barriers = work + 2 * work_bytes;
 constexpr int keys_full = barriers, keys_used = keys_full + 16, values_full = keys_used + 16, values_used = values_full + 16;
-constexpr int work_full = values_used + 16, work_used = work_full + 16;
-constexpr int queries_full = work_used + 16, queries_used = queries_full + 8;
+constexpr int work_full = values_used + 16, work_used = work_full + 16, work_wanted = work_used + 16;
+constexpr int queries_full = work_wanted + 8, queries_used = queries_full + 8;
 constexpr int latents_full = queries_used + 8, latents_used = latents_full + 8 * latent_pieces;
 constexpr int weights_full = latents_used + 8 * latent_pieces, weights_used = weights_full + 8 * weight_ring;
 constexpr int total = weights_used + 8 * weight_ring;
@@ -81,6 +86,7 @@ __device__ inline void init_barriers(uint8_t* memory) {
     init(place::keys_full, place::keys_used, 2);
     init(place::values_full, place::values_used, 2);
     init(place::work_full, place::work_used, 2);
+    barrier_init(shared_address(memory + place::work_wanted), 1);
     init(place::queries_full, place::queries_used, 1);
     init(place::latents_full, place::latents_used, latent_pieces);
     init(place::weights_full, place::weights_used, weight_ring);
@@ -101,18 +107,17 @@ __device__ inline void wait_replaceable(uint8_t* memory, int barriers, uint32_t 
 // What a block has done so far; the barriers' phases follow from it.
 struct Progress {
     uint32_t work;     // places of the ring
+    uint32_t wanted;   // of these, those that were waited for
     uint32_t units;    // of attention
     uint32_t tiles;    // of keys
     uint32_t jobs;     // of expansion
     uint32_t weights;  // places of their ring
 };
 
-// What all blocks do between two barriers of the grid: attention for one group of heads, expansion for another.
+// What all blocks do between two barriers of the grid: expansion of, and attention for, these heads and key tiles.
 struct Stage {
-    int32_t chunk_start, chunk_end;                // key tiles
-    int32_t head0, heads, slot0;                   // attention: heads, and where `expanded` has the first; heads 0: none
-    int32_t expand_head0, expand_heads, expand_slot0;  // the same of the expansion
-    int32_t* counter;
+    int32_t chunk_start, chunk_end;
+    int32_t head0, heads;
 };
 
 // The same for all lanes, which the compiler then knows.

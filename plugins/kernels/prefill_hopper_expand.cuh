@@ -7,55 +7,54 @@ namespace mla::prefill_hopper {
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// prefill_tensor::convert_weights for bf16 weights, eight at once: W_UV as it is, W_UK's parts of 64 x 64 turned round.
-__device__ inline bool weights_are_vectors(const PrefillArguments& a) {
-    auto const fits = [](const BlockScaledWeight& weight) {
-        return weight.type == MLA_BFLOAT16 && weight.scale == nullptr && reinterpret_cast<uintptr_t>(weight.data) % 16 == 0;
-    };
-    return fits(a.w_uk) && fits(a.w_uv);
-}
-__device__ inline void turn_weights(const Plan& plan, uint16_t* tile) {
+// Weights that the copy engine cannot read where they are, as bf16 [H, 512, Dn] and, behind them, [H, Dv, 512]; zeros in what was
+// added.
+template <typename T>
+__device__ void copy_weight(const BlockScaledWeight& weight, const T* data, int32_t heads, int32_t rows, int32_t columns,
+                            int32_t all_rows, int32_t all_columns, __nv_bfloat16* target) {
     using S = HopperShape;
-    constexpr int rank = 512, side = 64, stride = side + 2, vectors = side * side / 8;
+    int64_t const count = static_cast<int64_t>(heads) * all_rows * all_columns;
+    int64_t const threads = static_cast<int64_t>(gridDim.x) * S::threads;
+    for (int64_t i = (blockIdx.x * S::threads + threadIdx.x) * int64_t{8}; i < count; i += threads * 8) {
+        int32_t const column = static_cast<int32_t>(i % all_columns), row = static_cast<int32_t>(i / all_columns % all_rows);
+        int64_t const head = i / all_columns / all_rows;
+        float scale = 1.0f;  // one for all eight
+        if (weight.scale != nullptr) {
+            int64_t const block_row = head * ceil_div(rows, scale_group) + row / scale_group;
+            scale = weight.scale[block_row * ceil_div(columns, scale_group) + column / scale_group];
+        }
+        const T* const source = data + (head * rows + row) * columns + column;
+        uint32_t pairs[4];
+#pragma unroll
+        for (int k = 0; k < 8; k += 2) {
+            auto const value = [&](int j) { return row < rows && column + j < columns ? static_cast<float>(source[j]) * scale : 0.0f; };
+            pairs[k / 2] = pack(value(k), value(k + 1));
+        }
+        *reinterpret_cast<uint4*>(target + i) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+    }
+}
+__device__ inline void copy_weights(const Plan& plan) {
+    using S = HopperShape;
     const PrefillArguments& a = plan.arguments;
-    auto* const weights = reinterpret_cast<uint4*>(plan.weights);
-    int const of_head = (S::nope + S::width) * rank / 8, values_of_head = S::width * rank / 8;
-    const auto* const values = static_cast<const uint4*>(a.w_uv.data);
-    int64_t const count = static_cast<int64_t>(a.heads) * values_of_head;
-#pragma unroll 4
-    for (int64_t i = blockIdx.x * S::threads + threadIdx.x; i < count; i += gridDim.x * S::threads) {
-        weights[i / values_of_head * of_head + S::nope * rank / 8 + i % values_of_head] = values[i];
-    }
-    constexpr int jobs_of_head = rank / side * (S::nope / side);
-    for (int32_t job = blockIdx.x; job < a.heads * jobs_of_head; job += gridDim.x) {
-        int32_t const head = job / jobs_of_head, r0 = job % jobs_of_head / (S::nope / side) * side;
-        int32_t const n0 = job % (S::nope / side) * side;
-        const auto* const source = static_cast<const uint4*>(a.w_uk.data) + (static_cast<int64_t>(head) * rank + r0) * (S::nope / 8) + n0 / 8;
-        S::sync();
-#pragma unroll
-        for (int i = threadIdx.x; i < vectors; i += S::threads) {
-            int const row = i / (side / 8), unit = i % (side / 8);
-            uint4 const found = source[row * (S::nope / 8) + unit];
-            auto* const target = reinterpret_cast<uint32_t*>(tile + row * stride + unit * 8);
-            target[0] = found.x;
-            target[1] = found.y;
-            target[2] = found.z;
-            target[3] = found.w;
+    auto const copy = [&](const BlockScaledWeight& weight, int32_t rows, int32_t columns, int32_t all_rows, int32_t all_columns,
+                          __nv_bfloat16* target) {
+        auto const of_type = [&](auto const* data) {
+            copy_weight(weight, data, a.heads, rows, columns, all_rows, all_columns, target);
+        };
+        switch (weight.type) {
+            case MLA_FLOAT: return of_type(static_cast<const float*>(weight.data));
+            case MLA_FLOAT16: return of_type(static_cast<const __half*>(weight.data));
+            case MLA_BFLOAT16: return of_type(static_cast<const __nv_bfloat16*>(weight.data));
+            default: return of_type(static_cast<const __nv_fp8_e4m3*>(weight.data));
         }
-        S::sync();
-#pragma unroll
-        for (int i = threadIdx.x; i < vectors; i += S::threads) {
-            int const column = i / (side / 8), unit = i % (side / 8);
-            const uint16_t* const from = tile + unit * 8 * stride + column;
-            auto const pair = [&](int k) { return from[2 * k * stride] | static_cast<uint32_t>(from[(2 * k + 1) * stride]) << 16; };
-            weights[static_cast<int64_t>(head) * of_head + ((n0 + column) * rank + r0) / 8 + unit] =
-                make_uint4(pair(0), pair(1), pair(2), pair(3));
-        }
-    }
+    };
+    copy(a.w_uk, a.layout.rank, S::nope, rank, S::nope, plan.weights);
+    copy(a.w_uv, S::width, a.layout.rank, S::width, rank, plan.weights + static_cast<int64_t>(a.heads) * S::nope * rank);
 }
 
-// expanded = row scale x latents x weights^T for one job, by the warpgroups. `slot`: where `expanded` has its first head.
-__device__ inline void expand(const Plan& plan, uint8_t* memory, const Work& job, int32_t slot, int32_t keys, Progress& done) {
+// Keys and values of one job, by the warpgroups: row scale x latents x weights. W_UK lies with its columns next to each other, W_UV
+// with the latent's.
+__device__ inline void expand(const Plan& plan, uint8_t* memory, const Work& job, int32_t keys, Progress& done) {
     int const warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
     int const g = lane / 4, side = uniform(warp / 4);
     uint32_t const base = shared_address(memory);
@@ -66,24 +65,31 @@ __device__ inline void expand(const Plan& plan, uint8_t* memory, const Work& job
 #pragma unroll
     for (int half = 0; half < 2; ++half) scale[half] = row0 + half * 8 < keys ? plan.row_scales[row0 + half * 8] : 0.0f;
     for (int32_t head = 0; head < heads; ++head) {
-        float sums[128];
-        pin(sums);
+        float key_sums[64], value_sums[64];
+        pin(key_sums);
+        pin(value_sums);
 #pragma unroll
         for (int i = 0; i < latent_pieces; ++i) {
             uint32_t const ring_slot = (number + i) % weight_ring;
             uint32_t const x = latents + i * (piece_bytes >> 4);
-            uint32_t const w = tile_descriptor(base + place::weights + ring_slot * (weight_pieces * piece_bytes));
+            uint32_t const w = tile_descriptor(base + place::weights + ring_slot * (2 * weight_bytes));
             if (head == 0) barrier_wait(base + place::latents_full + 8 * i, done.jobs & 1);
             barrier_wait(base + place::weights_full + 8 * ring_slot, (number + i) / weight_ring & 1);
             product_fence();
+            uint32_t const w_values = w + (weight_bytes >> 4);
             if (i == 0) {
-                product_bf16<0, true>(sums, x, w);
+                product_bf16_wide<0, weight_bytes / 2, true>(key_sums, x, w);
+                product_bf16<0, true>(value_sums, x, w_values);
             } else {
-                product_bf16<0, false>(sums, x, w);
+                product_bf16_wide<0, weight_bytes / 2>(key_sums, x, w);
+                product_bf16<0, false>(value_sums, x, w_values);
             }
-            product_bf16<1, false>(sums, x, w);
-            product_bf16<2, false>(sums, x, w);
-            product_bf16<3, false>(sums, x, w);
+            product_bf16_wide<1, weight_bytes / 2>(key_sums, x, w);
+            product_bf16<1, false>(value_sums, x, w_values);
+            product_bf16_wide<2, weight_bytes / 2>(key_sums, x, w);
+            product_bf16<2, false>(value_sums, x, w_values);
+            product_bf16_wide<3, weight_bytes / 2>(key_sums, x, w);
+            product_bf16<3, false>(value_sums, x, w_values);
             product_commit();
             auto used = [&](int piece) {
                 if (lane != 0) return;
@@ -99,23 +105,31 @@ __device__ inline void expand(const Plan& plan, uint8_t* memory, const Work& job
                 used(i);
             }
         }
-        pin(sums);
+        pin(key_sums);
+        pin(value_sums);
         number += latent_pieces;
 
         __nv_bfloat16* const target =
-            plan.expanded + (static_cast<int64_t>(slot + job.head + head) * plan.chunk_keys() + row0) * plan.columns() + first_of_four(lane);
+            plan.expanded + (static_cast<int64_t>(job.place + head) * plan.chunk_keys() + row0) * plan.columns() + first_of_four(lane);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             bool const there = row0 + half * 8 < keys;
+            auto store = [&](const float(&sums)[64], int column) {
 #pragma unroll
-            for (int j = 0; j < 32; j += 2) {
-                uint32_t const left = pack(sums[4 * j + 2 * half] * scale[half], sums[4 * j + 2 * half + 1] * scale[half]);
-                uint32_t const right = pack(sums[4 * j + 4 + 2 * half] * scale[half], sums[4 * j + 5 + 2 * half] * scale[half]);
-                uint2 const four = four_of_pairs(left, right, lane);
-                if (there) *reinterpret_cast<uint2*>(target + half * 8 * plan.columns() + j * 8) = four;
-            }
+                for (int j = 0; j < 16; j += 2) {
+                    uint32_t const left = pack(sums[4 * j + 2 * half] * scale[half], sums[4 * j + 2 * half + 1] * scale[half]);
+                    uint32_t const right = pack(sums[4 * j + 4 + 2 * half] * scale[half], sums[4 * j + 5 + 2 * half] * scale[half]);
+                    uint2 const four = four_of_pairs(left, right, lane);
+                    if (there) *reinterpret_cast<uint2*>(target + half * 8 * plan.columns() + column + j * 8) = four;
+                }
+            };
+            store(key_sums, 0);
+            store(value_sums, HopperShape::nope);
         }
     }
+    fence_copies();
+    __syncwarp();
+    if (lane == 0) count_up(plan.counter + job.counts);
     ++done.jobs;
     done.weights = number;
 }

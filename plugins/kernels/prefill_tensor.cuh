@@ -43,12 +43,13 @@ struct Plan {
     int32_t key_stride;    // nope + rope rounded up to 64: values of a row of queries or keys in shared memory
     int32_t group_heads;   // heads of a group
     int32_t chunk_tiles;   // key tiles of a chunk
+    int32_t places;        // heads whose keys and values of a chunk `expanded` has room for; of a group, all
     int32_t value_slices;  // units that share the columns of the output
     int64_t gathered;      // keys of a chunk that there is room for
     bool nope_vectors, rope_vectors;  // the query's rows can be read 8 values at once
     bool output_pairs;                // the output's rows can be written 2 values at once
 
-    int32_t* counter;      // [2] of attend's units; the second is for SM90's kernel, whose stages take turns
+    int32_t* counter;      // [1 + 2 H] of attend's units; the others are for SM90's kernel
     int32_t* query_tiles;  // [B + 1] first query tile of each sequence
     int32_t* key_tiles;    // [B + 1] first key tile of each sequence
     uint64_t* key_masks;   // [chunk tiles] which keys exist
@@ -56,7 +57,7 @@ struct Plan {
     __nv_bfloat16* latents;   // [chunk keys, rank]
     __nv_bfloat16* ropes;     // [chunk keys, rope]
     __nv_bfloat16* weights;   // [H, nope + value, rank]
-    __nv_bfloat16* expanded;  // [group heads, chunk keys, nope + value]
+    __nv_bfloat16* expanded;  // [places, chunk keys, nope + value]
     float* states;            // [group heads, T, value]
     float2* state_sums;       // [value slices, group heads, T] maximum and denominator
 
@@ -104,15 +105,24 @@ __device__ inline int32_t owner(const int32_t* starts, int32_t count, int32_t it
 }
 
 template <int threads>
+__device__ void zero_token(const PrefillArguments& a, int64_t token) {
+    if (a.step.sequence_of(token) >= 0) return;
+    for (int j = threadIdx.x; j < a.heads * a.value; j += threads) {
+        int64_t const start = token * a.output.token_stride + j / a.value * a.output.head_stride;
+        store_float(a.output.data, a.output.type, start + j % a.value, 0.0f);
+    }
+    if (a.lse == nullptr) return;
+    for (int head = threadIdx.x; head < a.heads; head += threads) a.lse[token * a.heads + head] = -INFINITY;
+}
+
+template <int threads>
 __device__ void zero_padding(const PrefillArguments& a) {
-    for (int64_t i = blockIdx.x; i < a.step.tokens; i += gridDim.x) {
-        if (a.step.sequence_of(i) >= 0) continue;
-        for (int j = threadIdx.x; j < a.heads * a.value; j += threads) {
-            int64_t const start = i * a.output.token_stride + j / a.value * a.output.head_stride;
-            store_float(a.output.data, a.output.type, start + j % a.value, 0.0f);
-        }
-        if (a.lse == nullptr) continue;
-        for (int head = threadIdx.x; head < a.heads; head += threads) a.lse[i * a.heads + head] = -INFINITY;
+    // a block's tokens, `threads` of them looked at together
+    int64_t const apart = gridDim.x, stride = threads * apart;
+    for (int64_t first = blockIdx.x; first < a.step.tokens; first += stride) {
+        int64_t const own = first + threadIdx.x * apart;
+        if (!__syncthreads_or(own < a.step.tokens && a.step.sequence_of(own) < 0)) continue;
+        for (int64_t i = first; i < min(first + stride, a.step.tokens); i += apart) zero_token<threads>(a, i);
     }
 }
 
@@ -258,7 +268,7 @@ __device__ inline uint4 latent_vector(const KvLayout& layout, const uint8_t* row
 // Rows of the chunk's keys; zeros for keys that do not exist.
 template <typename S>
 __device__ void gather(const Plan& plan, int32_t chunk_start, int32_t chunk_end) {
-    constexpr int warps = S::warps;
+    constexpr int warps = S::warps, at_once = 4;  // rows of a warp whose loads are under way together
     __shared__ uint32_t present[key_tile / 32];
     const PrefillArguments& a = plan.arguments;
     const KvLayout& layout = a.layout;
@@ -271,32 +281,42 @@ __device__ void gather(const Plan& plan, int32_t chunk_start, int32_t chunk_end)
         S::sync();
         if (threadIdx.x < key_tile / 32) present[threadIdx.x] = 0;
         S::sync();
-        for (int slot = warp; slot < key_tile; slot += warps) {
-            int32_t const key = key0 + slot;
-            int64_t const place = static_cast<int64_t>(local) * key_tile + slot;
-            __nv_bfloat16* const latent = plan.latents + place * plan.rank;
-            __nv_bfloat16* const rope = plan.ropes + place * plan.rope;
-            int32_t const page = key < keys ? page_of(a.step.block_table, a.step.max_pages, a.step.pages,
-                                                      layout.page_size, index, key)
-                                            : -1;
-            if (page < 0) {
-                for (int r = lane * 8; r < plan.rank; r += warp_size * 8) {
-                    *reinterpret_cast<uint4*>(latent + r) = make_uint4(0, 0, 0, 0);
-                }
-                for (int d = lane; d < plan.rope; d += warp_size) rope[d] = __float2bfloat16_rn(0.0f);
-                if (lane == 0) plan.row_scales[place] = 0.0f;
-                continue;
+        for (int slot0 = warp * at_once; slot0 < key_tile; slot0 += warps * at_once) {
+            int64_t const place0 = static_cast<int64_t>(local) * key_tile + slot0;
+            Row rows[at_once];
+#pragma unroll
+            for (int i = 0; i < at_once; ++i) {
+                int32_t const key = key0 + slot0 + i;
+                int32_t const page =
+                    key < keys ? page_of(a.step.block_table, a.step.max_pages, a.step.pages, layout.page_size, index, key) : -1;
+                rows[i] = Row{nullptr, 0.0f};
+                if (page >= 0) rows[i] = row_at(layout, static_cast<const uint8_t*>(a.pool), page, key % layout.page_size);
             }
-            Row const row = row_at(layout, static_cast<const uint8_t*>(a.pool), page, key % layout.page_size);
             for (int r = lane * 8; r < plan.rank; r += warp_size * 8) {
-                *reinterpret_cast<uint4*>(latent + r) = latent_vector(layout, row.bytes, r);
+                uint4 values[at_once];
+#pragma unroll
+                for (int i = 0; i < at_once; ++i) {
+                    values[i] = rows[i].bytes != nullptr ? latent_vector(layout, rows[i].bytes, r) : make_uint4(0, 0, 0, 0);
+                }
+#pragma unroll
+                for (int i = 0; i < at_once; ++i) *reinterpret_cast<uint4*>(plan.latents + (place0 + i) * plan.rank + r) = values[i];
             }
             for (int d = lane; d < plan.rope; d += warp_size) {
-                rope[d] = __float2bfloat16_rn(d < layout.rope ? rope_value(layout, row.bytes, d) * row.scale : 0.0f);
+                float values[at_once];
+#pragma unroll
+                for (int i = 0; i < at_once; ++i) {
+                    bool const there = rows[i].bytes != nullptr && d < layout.rope;
+                    values[i] = there ? rope_value(layout, rows[i].bytes, d) * rows[i].scale : 0.0f;
+                }
+#pragma unroll
+                for (int i = 0; i < at_once; ++i) plan.ropes[(place0 + i) * plan.rope + d] = __float2bfloat16_rn(values[i]);
             }
             if (lane == 0) {
-                plan.row_scales[place] = row.scale;
-                atomicOr(&present[slot / 32], 1u << (slot % 32));
+#pragma unroll
+                for (int i = 0; i < at_once; ++i) {
+                    plan.row_scales[place0 + i] = rows[i].scale;
+                    if (rows[i].bytes != nullptr) atomicOr(&present[(slot0 + i) / 32], 1u << ((slot0 + i) % 32));
+                }
             }
         }
         S::sync();

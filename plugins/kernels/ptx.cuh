@@ -95,6 +95,18 @@ __device__ inline void store_word(uint32_t to, uint32_t value) {
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
 }
 
+// Counters by which blocks that run at once tell each other what they have done: who has waited for a count sees what was written
+// before each of its additions.
+__device__ inline void count_up(int32_t* counter) { asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory"); }
+__device__ inline void wait_for_count(const int32_t* counter, int32_t least) {
+    while (true) {
+        int32_t found;
+        asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(found) : "l"(counter) : "memory");
+        if (found >= least) return;
+        __nanosleep(100);
+    }
+}
+
 __device__ inline void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
 
 }  // namespace mla

@@ -115,6 +115,7 @@ struct Machine {
     void* main_stack = nullptr;
     std::vector<Job> jobs;
     std::unordered_map<uint32_t, Waiting> barriers;
+    std::unordered_map<const int32_t*, Waiting> counters;  // in global memory
     std::vector<std::unique_ptr<Block>> blocks;  // that live
     Block* ended = nullptr;
     Warp* last = nullptr;  // that ran, and its grid

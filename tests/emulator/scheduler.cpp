@@ -350,6 +350,7 @@ void synchronize() {
     if (!error.empty()) {  // what was under way is given up, and stacks and windows with it
         machine.jobs.clear();
         machine.barriers.clear();
+        machine.counters.clear();
         machine.last = nullptr;
         for (auto& block : machine.blocks) static_cast<void>(block.release());
         machine.blocks.clear();

@@ -96,6 +96,14 @@ void named_arrive(int id, int threads) {
     pass(machine.running->block->named[id], threads, "named barrier", static_cast<uint32_t>(id), false);
 }
 
+void count_up(int32_t* counter) {
+    ++*counter;
+    wake(machine.counters[counter]);
+}
+void wait_for_count(const int32_t* counter, int32_t least) {
+    while (*counter < least) wait(machine.counters[counter], "a count of other blocks", static_cast<uint32_t>(least));
+}
+
 void yield() {
     machine.last = nullptr;  // others come first
     make_ready(machine.running);

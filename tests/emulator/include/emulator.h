@@ -68,6 +68,8 @@ void grid_sync();
 void named_sync(int id, int threads);
 void named_arrive(int id, int threads);
 void yield();
+void count_up(int32_t* counter);
+void wait_for_count(const int32_t* counter, int32_t least);
 
 // The values that the warp's lanes gave, by lane. `what` must be the same for all of them.
 const uint64_t* exchange(const char* what, uint64_t value);

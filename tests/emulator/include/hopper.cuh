@@ -28,6 +28,7 @@ inline void copy_box(uint32_t target, const void* map, uint32_t barrier, int c0,
     });
 }
 inline void prefetch_map(const void*) {}
+inline void prefetch_box(const void*, int, int, int, int) {}
 inline void copy_bytes(uint32_t target, const void* source, uint32_t bytes, uint32_t barrier) {
     if (bytes % 16 != 0 || target % 16 != 0 || reinterpret_cast<size_t>(source) % 16 != 0) emulator::fail("copy_bytes: not multiples of 16");
     emulator::engine_copy([=] {
@@ -121,9 +122,9 @@ template <int step, int tile_stride>
 inline void product_bf16_wide(float (&d)[128], uint32_t a, uint32_t b) {
     order(d, 256, false, false, true, nullptr, a + 2 * step, b + 128 * step + (((tile_stride >> 4) - 1) << 16));
 }
-template <int step, int tile_stride>
+template <int step, int tile_stride, bool clear = false>
 inline void product_bf16_wide(float (&d)[64], uint32_t a, uint32_t b) {
-    order(d, 128, false, false, true, nullptr, a + 2 * step, b + 128 * step + (((tile_stride >> 4) - 1) << 16));
+    order(d, 128, false, clear, true, nullptr, a + 2 * step, b + 128 * step + (((tile_stride >> 4) - 1) << 16));
 }
 template <int step>
 inline void product_e4m3(float (&d)[32], const uint32_t (&a)[4], uint32_t b) {

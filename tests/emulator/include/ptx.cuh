@@ -41,6 +41,9 @@ inline float2 load_pair(uint32_t address) { return *reinterpret_cast<const float
 inline void store_in_order(uint32_t to, uint4 value) { *reinterpret_cast<uint4*>(static_cast<size_t>(to)) = value; }
 inline void store_word(uint32_t to, uint32_t value) { *reinterpret_cast<uint32_t*>(static_cast<size_t>(to)) = value; }
 
+inline void count_up(int32_t* counter) { emulator::count_up(counter); }
+inline void wait_for_count(const int32_t* counter, int32_t least) { emulator::wait_for_count(counter, least); }
+
 inline void prefetch(const void*) {}
 
 }  // namespace mla
