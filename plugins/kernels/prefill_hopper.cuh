@@ -1,6 +1,7 @@
 // The stages of prefill_tensor.cuh that multiply matrices, on SM90's tensor cores (Dn 128, Dr 64, Dv 128): products by wgmma,
-// operands by the copy engine. A block has two warpgroups, each with 64 of its 128 rows, one warp that finds the block's work
-// and one that orders all copies, as soon as both groups have used what a copy will replace: it runs ahead of them from unit to unit.
+// operands by the copy engine. A block has two warpgroups, each with 64 of its 128 rows, one warp that finds the block's work,
+// one that tells other blocks when it is done, and one that orders all copies, as soon as both groups have used what a copy will
+// replace: it runs ahead of them from unit to unit.
 // Expansion and attention of a chunk are one list of work (prefill_hopper_find.cuh).
 #pragma once
 
@@ -23,19 +24,22 @@ __device__ inline void consume(const Plan& plan, uint8_t* memory, const Stage& s
         __syncwarp();
         if (threadIdx.x % warp_size == 0) barrier_arrive(one_of_two(memory, place::work_used, done.work));
         ++done.work;
-        if (work.kind == Kind::none) break;
+        if (work.kind == Kind::none) {
+            part_done(memory, done.work - 1);
+            break;
+        }
         if (work.kind == Kind::expansion) {
             expand(plan, memory, work, (stage.chunk_end - stage.chunk_start) * key_tile, done);
             continue;
         }
-        attend_unit(plan, memory, work, done.units, uniform(done.tiles), vectors);
+        attend_unit(plan, memory, work, done, vectors);
         ++done.units;
         done.tiles += static_cast<uint32_t>(tile_count(work.unit));
     }
     if (side == 0) named_sync(turn, HopperShape::threads);
 }
 
-// Through the groups of heads and the chunks of keys, by the warpgroups that multiply or by the one with the warps that find and feed.
+// Through the groups of heads and the chunks of keys, by the warpgroups that multiply or by the one with the warps that find, tell and feed.
 // Where all keys are one chunk, so are all heads one group.
 template <bool multiplies>
 __device__ inline void walk(const Plan& plan, const Maps& maps, uint8_t* memory) {
@@ -68,6 +72,8 @@ __device__ inline void walk(const Plan& plan, const Maps& maps, uint8_t* memory)
                 produce(plan, maps, memory, stage, done);
             } else if (threadIdx.x / warp_size == S::warps + 1) {
                 find(plan, maps, memory, stage, done);
+            } else if (threadIdx.x / warp_size == S::warps + 2) {
+                tell(plan, memory, done);
             }
             if (stage.chunk_end < key_tiles || head0 + group_heads < a.heads) grid.sync();
         }

@@ -10,10 +10,10 @@ namespace mla::prefill_hopper {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 // Attention of one unit over its key tiles of this chunk, two of them at a time, by the warpgroups. `vectors`: see Maps::outputs.
-__device__ inline void attend_unit(const Plan& plan, uint8_t* memory, const Work& work, uint32_t unit_number, uint32_t tiles,
-                                   bool vectors) {
+__device__ inline void attend_unit(const Plan& plan, uint8_t* memory, const Work& work, const Progress& done, bool vectors) {
     const PrefillArguments& a = plan.arguments;
     const Unit& unit = work.unit;
+    uint32_t const tiles = uniform(done.tiles);
     int const warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
     int const g = lane / 4, t = lane % 4, first_row = warp * 16 + g;
     int const side = uniform(warp / 4), group_row = side * 64;
@@ -167,7 +167,7 @@ __device__ inline void attend_unit(const Plan& plan, uint8_t* memory, const Work
     int32_t const seen = unit.position + group_row + 63 - (unit.key_start - unit.first_key) * key_tile;
     int32_t const own = uniform(group_row >= unit.rows || seen < 0 ? 0 : min(seen / keys_of_tile + 1, count));
     auto queries_used = [&] { arrive(shared_address(memory + place::queries_used)); };
-    barrier_wait(shared_address(memory + place::queries_full), unit_number & 1);
+    barrier_wait(shared_address(memory + place::queries_full), done.units & 1);
     wait_full(memory, place::keys_full, tiles);
     take_turn();
     if (own > 0) {
@@ -245,7 +245,7 @@ __device__ inline void attend_unit(const Plan& plan, uint8_t* memory, const Work
         if (tile < count) keys_used(tile);
         values_used(tile - 1);
     }
-    if (threadIdx.x == 0) count_up(plan.counter + work.counts);  // all its keys and values have been copied
+    part_done(memory, done.work - 1);  // all its keys and values have been copied
 
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

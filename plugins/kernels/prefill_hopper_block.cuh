@@ -66,7 +66,7 @@ constexpr int work = weights + weight_ring * 2 * weight_bytes;  // [2]
 constexpr int work_bytes = 96;
 constexpr int barriers = work + 2 * work_bytes;
 constexpr int keys_full = barriers, keys_used = keys_full + 16, values_full = keys_used + 16, values_used = values_full + 16;
-constexpr int work_full = values_used + 16, work_used = work_full + 16, work_wanted = work_used + 16;
+constexpr int work_full = values_used + 16, work_used = work_full + 16, work_done = work_used + 16, work_wanted = work_done + 16;
 constexpr int queries_full = work_wanted + 8, queries_used = queries_full + 8;
 constexpr int latents_full = queries_used + 8, latents_used = latents_full + 8 * latent_pieces;
 constexpr int weights_full = latents_used + 8 * latent_pieces, weights_used = weights_full + 8 * weight_ring;
@@ -85,7 +85,8 @@ __device__ inline void init_barriers(uint8_t* memory) {
     };
     init(place::keys_full, place::keys_used, 2);
     init(place::values_full, place::values_used, 2);
-    init(place::work_full, place::work_used, 2);
+    init(place::work_full, place::work_done, 2);
+    for (int i = 0; i < 2; ++i) barrier_init(shared_address(memory + place::work_used) + 8 * i, HopperShape::warps + 1);
     barrier_init(shared_address(memory + place::work_wanted), 1);
     init(place::queries_full, place::queries_used, 1);
     init(place::latents_full, place::latents_used, latent_pieces);
@@ -119,6 +120,12 @@ struct Stage {
     int32_t chunk_start, chunk_end;
     int32_t head0, heads;
 };
+
+// By the warps that multiply: this one has done its part of the block's work numbered n, as far as other blocks wait for it.
+__device__ inline void part_done(uint8_t* memory, uint32_t n) {
+    __syncwarp();
+    if (threadIdx.x % warp_size == 0) barrier_arrive(one_of_two(memory, place::work_done, n));
+}
 
 // The same for all lanes, which the compiler then knows.
 template <typename T>

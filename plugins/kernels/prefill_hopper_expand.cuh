@@ -128,8 +128,7 @@ __device__ inline void expand(const Plan& plan, uint8_t* memory, const Work& job
         }
     }
     fence_copies();
-    __syncwarp();
-    if (lane == 0) count_up(plan.counter + job.counts);
+    part_done(memory, done.work - 1);
     ++done.jobs;
     done.weights = number;
 }

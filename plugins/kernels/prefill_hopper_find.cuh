@@ -1,4 +1,4 @@
-// Of SM90's prefill kernel: the warp that finds the block's work.
+// Of SM90's prefill kernel: the warps that find the block's work and tell when it is done.
 //
 // A stage's work is one list, which blocks take in order: heads come in bundles, and `lead` bundles further are expanded before
 // attention for one begins, E(0) E(1) A(0) E(2) A(1) .. A(last). Work waits for what it needs: attention for the expansion of its
@@ -90,7 +90,7 @@ private:
                                           work.unit)) {
             return false;
         }
-        wait_for_count(plan.counter + expanded_counter(number), down * ceil_div(heads, job_heads) * HopperShape::warps);
+        wait_for_count(plan.counter + expanded_counter(number), down * ceil_div(heads, job_heads));
         work.kind = Kind::attention;
         work.place = number % parts * bundle + work.unit.head;
         work.unit.head += number * bundle;
@@ -126,6 +126,25 @@ __device__ inline void find(const Plan& plan, const Maps& maps, uint8_t* memory,
             }
             barrier_wait(shared_address(memory + place::work_wanted), done.wanted & 1);
             ++done.wanted;
+        }
+    }
+    __syncwarp();
+}
+
+// What the block has done of a stage, to other blocks' `find`, by one lane of a warp: those that multiply would wait until what they
+// wrote can be seen.
+__device__ inline void tell(const Plan& plan, uint8_t* memory, Progress& done) {
+    if (threadIdx.x % warp_size == 0) {
+        while (true) {
+            wait_full(memory, place::work_full, done.work);
+            const Work& work = *reinterpret_cast<const Work*>(memory + place::work + (done.work & 1) * place::work_bytes);
+            Kind const kind = work.kind;
+            int32_t const counts = work.counts;
+            barrier_arrive(one_of_two(memory, place::work_used, done.work));
+            uint32_t const number = done.work++;
+            wait_full(memory, place::work_done, number);
+            if (kind == Kind::none) break;
+            count_up(plan.counter + counts);
         }
     }
     __syncwarp();
