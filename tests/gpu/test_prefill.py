@@ -222,9 +222,12 @@ def _vectorised(
     return output
 
 
-@pytest.mark.parametrize(("heads", "new", "cached"), [(4, 8192, 0), (2, 1000, 40000), (64, 2100, 30000)])
+@pytest.mark.parametrize(
+    ("heads", "new", "cached"), [(4, 8192, 0), (2, 1000, 40000), (64, 2100, 30000), (128, 5000, 0)]
+)
 def test_long_prompts(heads: int, new: int, cached: int) -> None:
-    """Keys of several chunks, so that units keep their state in between; the last has two groups of heads."""
+    """Keys of several chunks, so that units keep their state in between; 64 heads are two groups. Of 128 heads one chunk's are more than
+    there is room for at once."""
     rng = np.random.default_rng(11)
     step = make_step(rng, [new], [cached], page_size=64)
     inputs, attributes = _case(rng, step, "fp8", (heads, 128, 64, 128, 512), ml_dtypes.bfloat16)
@@ -236,7 +239,9 @@ def test_long_prompts(heads: int, new: int, cached: int) -> None:
     compare("output", found[rows], expected, PRODUCTS)
 
 
-@pytest.mark.parametrize(("heads", "new", "cached"), [(128, 300, 0), (64, 2100, 3000), (4, 1000, 40000)])
+@pytest.mark.parametrize(
+    ("heads", "new", "cached"), [(128, 300, 0), (128, 5000, 0), (64, 2100, 3000), (4, 1000, 40000)]
+)
 def test_runs_are_bitwise_equal(heads: int, new: int, cached: int) -> None:
     rng = np.random.default_rng(12)
     step = make_step(rng, [new], [cached], page_size=64)
