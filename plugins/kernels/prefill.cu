@@ -27,7 +27,8 @@ using Wide = Shape<1, 8, 256, 1>;
 
 // Sizes and scratch memory. No size shrinks when a shape grows, so that memory for the largest shapes serves all.
 Plan make_plan(const PrefillArguments& a, Workspace& workspace) {
-    int64_t const tokens = a.step.tokens, sequences = a.step.sequences, heads = std::max(a.heads, 1);
+    // padding alone has no sequence, and yet its tensors have maps
+    int64_t const tokens = a.step.tokens, sequences = std::max<int64_t>(a.step.sequences, 1), heads = std::max(a.heads, 1);
     Plan plan{};
     plan.arguments = a;
     plan.nope = round_up(a.nope, 16);
@@ -64,8 +65,8 @@ Plan make_plan(const PrefillArguments& a, Workspace& workspace) {
         std::min(heads * std::min(all_keys, most_chunk_keys) * key_bytes, std::max(expanded_bytes, least));
     int64_t const chunk_keys = std::min({all_expanded / (group_heads * key_bytes), all_keys, most_chunk_keys});
     plan.chunk_tiles = static_cast<int32_t>(std::max<int64_t>(chunk_keys / prefill_tensor::key_tile, 1));
-    // whole tiles of the expansion, which reads what lies behind a chunk's last key
     plan.places = static_cast<int32_t>(std::min(heads, all_expanded / (plan.chunk_keys() * key_bytes)));
+    // whole tiles of the expansion, which reads what lies behind a chunk's last key
     plan.gathered = std::min(round_up<int64_t>(all_keys, prefill_tensor::expand_tile), most_chunk_keys);
 
     plan.counter = workspace.take<int32_t>(1 + 2 * heads);

@@ -15,11 +15,11 @@ using namespace hopper;
 struct Maps {
     bool queries;             // whether the engine can copy them: bf16, whole vectors, nothing to change
     bool outputs;             // whether outputs are bf16 and can be written four at once
+    bool weights;             // whether the engine can copy them from where they are; otherwise from plan.weights
     CUtensorMap query_nope;   // [T, H, Dn]
     CUtensorMap query_rope;   // [T, H, Dr]
     CUtensorMap latents;      // [chunk keys, R]
-    bool weights;             // whether the engine can copy them from where they are; otherwise from plan.weights
-    CUtensorMap key_weights;    // [H x R, Dn], boxes of 64 rows
+    CUtensorMap key_weights;  // [H x R, Dn], boxes of 64 rows
     CUtensorMap value_weights;  // [H x Dv, R]
     CUtensorMap expanded;     // [places, chunk keys, Dn + Dv]
     CUtensorMap ropes;        // [chunk keys, Dr]
@@ -27,7 +27,7 @@ struct Maps {
 
 enum : int { turn = 1, stage = 3 };  // named barriers: `turn` of each warpgroup, which may order products then
 
-// What multiplies; the block has a warpgroup more, of which one warp works.
+// What multiplies; the block has a warpgroup more, whose warps feed, find and tell.
 struct HopperShape {
     static constexpr int rows = 128, warps = 8, threads = 256;
     static constexpr int nope = 128, rope = 64, width = 128;
@@ -50,8 +50,8 @@ enum class Kind : int32_t { none, attention, expansion };
 struct Work {
     Kind kind;
     int32_t key, head, heads;
-    int32_t place;   // of the (first) head in `expanded`
-    int32_t counts;  // which of plan.counter says that it is done
+    int32_t place;    // of the (first) head in `expanded`
+    int32_t counter;  // which of plan.counter says that it is done
     Unit unit;
 };
 

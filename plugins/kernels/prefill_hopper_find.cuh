@@ -79,7 +79,7 @@ private:
         work.head = stage.head0 + number * bundle + first;
         work.heads = heads;
         work.place = number % parts * bundle + first;
-        work.counts = expanded_counter(number);
+        work.counter = expanded_counter(number);
         return true;
     }
 
@@ -95,7 +95,7 @@ private:
         work.place = number % parts * bundle + work.unit.head;
         work.unit.head += number * bundle;
         work.head = stage.head0 + work.unit.head;
-        work.counts = attended_counter(number);
+        work.counter = attended_counter(number);
         return true;
     }
 
@@ -139,12 +139,12 @@ __device__ inline void tell(const Plan& plan, uint8_t* memory, Progress& done) {
             wait_full(memory, place::work_full, done.work);
             const Work& work = *reinterpret_cast<const Work*>(memory + place::work + (done.work & 1) * place::work_bytes);
             Kind const kind = work.kind;
-            int32_t const counts = work.counts;
+            int32_t const counter = work.counter;
             barrier_arrive(one_of_two(memory, place::work_used, done.work));
             uint32_t const number = done.work++;
             wait_full(memory, place::work_done, number);
             if (kind == Kind::none) break;
-            count_up(plan.counter + counts);
+            count_up(plan.counter + counter);
         }
     }
     __syncwarp();

@@ -43,7 +43,7 @@ struct Plan {
     int32_t key_stride;    // nope + rope rounded up to 64: values of a row of queries or keys in shared memory
     int32_t group_heads;   // heads of a group
     int32_t chunk_tiles;   // key tiles of a chunk
-    int32_t places;        // heads whose keys and values of a chunk `expanded` has room for; of a group, all
+    int32_t places;        // heads whose keys and values of a chunk `expanded` has room for; a group's at least
     int32_t value_slices;  // units that share the columns of the output
     int64_t gathered;      // keys of a chunk that there is room for
     bool nope_vectors, rope_vectors;  // the query's rows can be read 8 values at once
@@ -56,7 +56,7 @@ struct Plan {
     float* row_scales;     // [chunk keys]
     __nv_bfloat16* latents;   // [chunk keys, rank]
     __nv_bfloat16* ropes;     // [chunk keys, rope]
-    __nv_bfloat16* weights;   // [H, nope + value, rank]
+    __nv_bfloat16* weights;   // [H, nope + value, rank]; for SM90's kernel [H, rank, nope] and then [H, value, rank]
     __nv_bfloat16* expanded;  // [places, chunk keys, nope + value]
     float* states;            // [group heads, T, value]
     float2* state_sums;       // [value slices, group heads, T] maximum and denominator

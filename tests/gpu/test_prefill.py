@@ -23,12 +23,15 @@ DIMENSIONS = {
     "one head, odd sizes": (1, 7, 2, 5, 37),
     "no rope": (2, 16, 0, 16, 24),
     "deepseek": (2, 128, 64, 128, 512),
+    "deepseek, latent of 500": (2, 128, 64, 128, 500),
     "glm": (2, 192, 64, 256, 512),
     "minicpm": (5, 64, 32, 64, 256),
     "wide values": (2, 40, 8, 272, 96),
     "wide keys": (1, 100, 1500, 12, 48),
     "many heads": (128, 16, 8, 16, 32),
 }
+
+KERNELS = ["small", "deepseek"]  # dimensions of those that every architecture has, and of Hopper's
 
 # new tokens, cached tokens, padding
 STEPS = {
@@ -90,10 +93,13 @@ def _compare(inputs: dict[str, Any], attributes: dict[str, Any]) -> dict[str, Ar
 @pytest.mark.small
 @pytest.mark.parametrize("case", STEPS.values(), ids=STEPS.keys())
 @pytest.mark.parametrize("row_format", ROW_FORMATS)
-def test_steps(row_format: str, case: tuple[list[int], list[int], int]) -> None:
+@pytest.mark.parametrize("dimensions", KERNELS)
+def test_steps(dimensions: str, row_format: str, case: tuple[list[int], list[int], int]) -> None:
     rng = np.random.default_rng(1)
     new, cached, padding = case
-    inputs, attributes = _case(rng, make_step(rng, new, cached, page_size=64, padding=padding), row_format)
+    inputs, attributes = _case(
+        rng, make_step(rng, new, cached, page_size=64, padding=padding), row_format, DIMENSIONS[dimensions]
+    )
     _compare(inputs, attributes)
 
 
@@ -114,7 +120,7 @@ def test_dimensions(row_format: str, dimensions: tuple[int, int, int, int, int])
 
 
 @pytest.mark.small
-@pytest.mark.parametrize("dimensions", ["small", "deepseek", "glm"])
+@pytest.mark.parametrize("dimensions", ["small", "deepseek", "deepseek, latent of 500", "glm"])
 @pytest.mark.parametrize("weights", ["f32", "f16", "bf16", "e4m3", "e4m3 without scale"])
 @pytest.mark.parametrize("row_format", ["f32", "fp8"])
 def test_weights(row_format: str, weights: str, dimensions: str) -> None:
@@ -143,9 +149,10 @@ def test_types(row_format: str, dtype: Any, dimensions: str) -> None:
 
 @pytest.mark.small
 @pytest.mark.parametrize("row_format", ["f32", "fp8"])
-def test_sinks(row_format: str) -> None:
+@pytest.mark.parametrize("dimensions", [SMALL, DIMENSIONS["deepseek"]], ids=KERNELS)
+def test_sinks(dimensions: tuple[int, ...], row_format: str) -> None:
     rng = np.random.default_rng(6)
-    inputs, attributes = _case(rng, make_step(rng, [70, 0, 1], [4, 1, 2]), row_format, (5, 24, 16, 20, 32))
+    inputs, attributes = _case(rng, make_step(rng, [70, 0, 1], [4, 1, 2]), row_format, (5, *dimensions[1:]))
     inputs["sinks"] = np.array([0.5, -3, 100, -np.inf, 1e4], np.float32)
     found = _compare(inputs, attributes)
     assert (np.abs(found["output"][:, 2]) < 1e-20).all()
@@ -157,12 +164,13 @@ def test_sinks(row_format: str) -> None:
 
 @pytest.mark.small
 @pytest.mark.parametrize("row_format", ROW_FORMATS)
-def test_keys_on_pages_outside_the_pool_are_masked(row_format: str) -> None:
+@pytest.mark.parametrize("dimensions", KERNELS)
+def test_keys_on_pages_outside_the_pool_are_masked(dimensions: str, row_format: str) -> None:
     rng = np.random.default_rng(7)
     step = make_step(rng, [70, 1, 3], [9, 3, 130], page_size=16)
     table = step.inputs["block_table"]
     table[0, 1], table[0, 4], table[1, 0], table[2, 7] = -1, step.pages, 2**31 - 1, -(2**31)
-    inputs, attributes = _case(rng, step, row_format)
+    inputs, attributes = _case(rng, step, row_format, DIMENSIONS[dimensions])
     found = _compare(inputs, attributes)
     assert (found["output"][70] == 0).all()
     assert (found["lse"][70] == -np.inf).all()
@@ -173,9 +181,10 @@ def test_keys_on_pages_outside_the_pool_are_masked(row_format: str) -> None:
 @pytest.mark.small
 @pytest.mark.parametrize("row_format", ["f32", "bf16"])
 @pytest.mark.parametrize("scale", [-0.2, 0.0, 3.0])
-def test_softmax_scales(row_format: str, scale: float) -> None:
+@pytest.mark.parametrize("dimensions", KERNELS)
+def test_softmax_scales(dimensions: str, row_format: str, scale: float) -> None:
     rng = np.random.default_rng(8)
-    inputs, attributes = _case(rng, make_step(rng, [70], [4]), row_format)
+    inputs, attributes = _case(rng, make_step(rng, [70], [4]), row_format, DIMENSIONS[dimensions])
     attributes["softmax_scale"] = scale
     expected = reference("MlaPrefill", inputs, **attributes)
     found = run_op("MlaPrefill", inputs, **attributes)
@@ -184,9 +193,10 @@ def test_softmax_scales(row_format: str, scale: float) -> None:
 
 @pytest.mark.small
 @pytest.mark.parametrize("row_format", ["f32", "bf16"])
-def test_no_pages(row_format: str) -> None:
+@pytest.mark.parametrize("dimensions", KERNELS)
+def test_no_pages(dimensions: str, row_format: str) -> None:
     rng = np.random.default_rng(9)
-    inputs, attributes = _case(rng, make_step(rng, [2, 1], [3, 0]), row_format)
+    inputs, attributes = _case(rng, make_step(rng, [2, 1], [3, 0]), row_format, DIMENSIONS[dimensions])
     inputs["block_table"] = inputs["block_table"][:, :0]
     found = run_op("MlaPrefill", inputs, **attributes)
     assert (found["output"] == 0).all()
@@ -195,13 +205,14 @@ def test_no_pages(row_format: str) -> None:
 
 @pytest.mark.small
 @pytest.mark.parametrize("row_format", ["f32", "fp8"])
-def test_garbage_lengths_are_survived(row_format: str) -> None:
+@pytest.mark.parametrize("dimensions", KERNELS)
+def test_garbage_lengths_are_survived(dimensions: str, row_format: str) -> None:
     rng = np.random.default_rng(10)
-    inputs, attributes = _case(rng, make_step(rng, [40, 3], [70, 5]), row_format)
+    inputs, attributes = _case(rng, make_step(rng, [40, 3], [70, 5]), row_format, DIMENSIONS[dimensions])
     for name in ("query_offsets", "cache_lengths", "token_sequence", "positions", "block_table"):
         inputs[name] = rng.integers(-(2**31), 2**31, inputs[name].shape).astype(np.int32)
     run_op("MlaPrefill", inputs, **attributes)
-    _compare(*_case(rng, make_step(rng, [40, 3], [70, 5]), row_format))
+    _compare(*_case(rng, make_step(rng, [40, 3], [70, 5]), row_format, DIMENSIONS[dimensions]))
 
 
 def _vectorised(
