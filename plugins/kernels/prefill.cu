@@ -10,7 +10,7 @@ namespace mla {
 
 namespace {
 
-using prefill_tensor::Plan;
+using prefill_step::Plan;
 using prefill_tensor::Shape;
 
 // Bounds of the scratch memory, in bytes and keys. A single head's keys or states may take more.
@@ -57,14 +57,14 @@ Plan make_plan(const PrefillArguments& a, Workspace& workspace) {
     // key tiles of a chunk: as many as the memory for keys and values takes
     int64_t const sequence_tiles =
         ceil_div<int64_t>(std::min<int64_t>(a.step.max_pages * a.layout.page_size, prefill_step::most_keys),
-                          prefill_tensor::key_tile) + 1;
-    int64_t const all_keys = sequences * sequence_tiles * prefill_tensor::key_tile;
+                          prefill_step::key_tile) + 1;
+    int64_t const all_keys = sequences * sequence_tiles * prefill_step::key_tile;
     int64_t const key_bytes = int64_t{2} * plan.columns();  // of one head
-    int64_t const least = prefill_tensor::key_tile * heads * key_bytes;  // a tile of every head
+    int64_t const least = prefill_step::key_tile * heads * key_bytes;  // a tile of every head
     int64_t const all_expanded =
         std::min(heads * std::min(all_keys, most_chunk_keys) * key_bytes, std::max(expanded_bytes, least));
     int64_t const chunk_keys = std::min({all_expanded / (group_heads * key_bytes), all_keys, most_chunk_keys});
-    plan.chunk_tiles = static_cast<int32_t>(std::max<int64_t>(chunk_keys / prefill_tensor::key_tile, 1));
+    plan.chunk_tiles = static_cast<int32_t>(std::max<int64_t>(chunk_keys / prefill_step::key_tile, 1));
     plan.places = static_cast<int32_t>(std::min(heads, all_expanded / (plan.chunk_keys() * key_bytes)));
     // whole tiles of the expansion, which reads what lies behind a chunk's last key
     plan.gathered = std::min(round_up<int64_t>(all_keys, prefill_tensor::expand_tile), most_chunk_keys);
@@ -72,7 +72,7 @@ Plan make_plan(const PrefillArguments& a, Workspace& workspace) {
     plan.counter = workspace.take<int32_t>(1 + 2 * heads);
     plan.query_tiles = workspace.take<int32_t>(sequences + 1);
     plan.key_tiles = workspace.take<int32_t>(sequences + 1);
-    plan.key_masks = workspace.take<uint64_t>(plan.gathered / prefill_tensor::key_tile);
+    plan.key_masks = workspace.take<uint64_t>(plan.gathered / prefill_step::key_tile);
     plan.row_scales = workspace.take<float>(plan.gathered);
     plan.latents = workspace.take<__nv_bfloat16>(plan.gathered * plan.rank);
     plan.ropes = workspace.take<__nv_bfloat16>(plan.gathered * plan.rope);

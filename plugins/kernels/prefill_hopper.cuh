@@ -1,9 +1,11 @@
-// The stages of prefill_tensor.cuh that multiply matrices, on SM90's tensor cores (Dn 128, Dr 64, Dv 128): products by wgmma,
-// operands by the copy engine. A block has two warpgroups, each with 64 of its 128 rows, one warp that finds the block's work,
+// What prefill_tensor.cuh does, on SM90's tensor cores (Dn 128, Dr 64, Dv 128): products by wgmma, operands by the copy engine. A
+// block has two warpgroups, each with 64 of its 128 rows, one warp that finds the block's work,
 // one that tells other blocks when it is done, and one that orders all copies, as soon as both groups have used what a copy will
 // replace: it runs ahead of them from unit to unit.
 // Expansion and attention of a chunk are one list of work (prefill_hopper_find.cuh).
 #pragma once
+
+#include <cooperative_groups.h>
 
 #include "prefill_hopper_attend.cuh"
 #include "prefill_hopper_expand.cuh"

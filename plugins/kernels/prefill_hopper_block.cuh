@@ -3,12 +3,12 @@
 #pragma once
 
 #include "hopper.cuh"
-#include "prefill_tensor.cuh"
+#include "prefill_gather.cuh"
 #include "tensor_map.h"
 
 namespace mla::prefill_hopper {
 
-using namespace prefill_tensor;
+using namespace prefill_step;
 using namespace hopper;
 
 // Tensors, and boxes of 128 rows of 128 bytes of each.

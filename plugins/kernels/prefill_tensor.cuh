@@ -13,13 +13,11 @@
 #include <cooperative_groups.h>
 
 #include "mma.cuh"
-#include "prefill_step.cuh"
+#include "prefill_gather.cuh"
 
 namespace mla::prefill_tensor {
 
 using namespace prefill_step;
-
-constexpr int key_tile = 64;
 
 // Tiles of the expansion: 128 keys x 128 columns, 64 latent values deep.
 constexpr int expand_tile = 128;
@@ -32,38 +30,6 @@ constexpr int expand_bytes = expand_stages * 2 * expand_operand_bytes;
 constexpr int weight_tile = 64;
 constexpr int weight_tile_stride = weight_tile + 1;
 constexpr int weight_bytes = weight_tile * weight_tile_stride * 4;
-
-struct Plan {
-    PrefillArguments arguments;
-
-    int32_t nope;          // Dn rounded up to 16
-    int32_t rope;          // Dr rounded up to 16
-    int32_t value;         // Dv rounded up to 16
-    int32_t rank;          // R rounded up to expand_depth
-    int32_t key_stride;    // nope + rope rounded up to 64: values of a row of queries or keys in shared memory
-    int32_t group_heads;   // heads of a group
-    int32_t chunk_tiles;   // key tiles of a chunk
-    int32_t places;        // heads whose keys and values of a chunk `expanded` has room for; a group's at least
-    int32_t value_slices;  // units that share the columns of the output
-    int64_t gathered;      // keys of a chunk that there is room for
-    bool nope_vectors, rope_vectors;  // the query's rows can be read 8 values at once
-    bool output_pairs;                // the output's rows can be written 2 values at once
-
-    int32_t* counter;      // [1 + 2 H] of attend's units; the others are for SM90's kernel
-    int32_t* query_tiles;  // [B + 1] first query tile of each sequence
-    int32_t* key_tiles;    // [B + 1] first key tile of each sequence
-    uint64_t* key_masks;   // [chunk tiles] which keys exist
-    float* row_scales;     // [chunk keys]
-    __nv_bfloat16* latents;   // [chunk keys, rank]
-    __nv_bfloat16* ropes;     // [chunk keys, rope]
-    __nv_bfloat16* weights;   // [H, nope + value, rank]; for SM90's kernel [H, rank, nope] and then [H, value, rank]
-    __nv_bfloat16* expanded;  // [places, chunk keys, nope + value]
-    float* states;            // [group heads, T, value]
-    float2* state_sums;       // [value slices, group heads, T] maximum and denominator
-
-    MLA_BOTH int32_t columns() const { return nope + value; }
-    MLA_BOTH int32_t chunk_keys() const { return chunk_tiles * key_tile; }
-};
 
 // A warp takes `row_tiles` x 16 query rows of a unit and `width` columns of the output; a multiprocessor has registers for
 // `blocks` blocks. `nope` and `rope` are the plan's, or 0 where only the plan knows them, and the values.
@@ -82,105 +48,6 @@ struct Shape {
         return attend > expand_bytes ? attend : expand_bytes;
     }
 };
-
-// Whether the kernel attends for a sequence. Its first and last tokens must know that they are its own: garbage, on which
-// builders time, then costs no time.
-__device__ inline bool served(const PrefillArguments& a, const Sequence& sequence, int64_t index) {
-    return sequence.tokens >= max(a.min_new_tokens, 1) && a.step.token_sequence[sequence.first] == index &&
-           a.step.token_sequence[sequence.first + sequence.tokens - 1] == index;
-}
-
-// The index i with starts[i] <= item < starts[i + 1].
-__device__ inline int32_t owner(const int32_t* starts, int32_t count, int32_t item) {
-    int32_t low = 0, high = count;
-    while (low < high) {
-        int32_t const middle = (low + high) / 2;
-        if (starts[middle + 1] > item) {
-            high = middle;
-        } else {
-            low = middle + 1;
-        }
-    }
-    return low;
-}
-
-template <int threads>
-__device__ void zero_token(const PrefillArguments& a, int64_t token) {
-    if (a.step.sequence_of(token) >= 0) return;
-    for (int j = threadIdx.x; j < a.heads * a.value; j += threads) {
-        int64_t const start = token * a.output.token_stride + j / a.value * a.output.head_stride;
-        store_float(a.output.data, a.output.type, start + j % a.value, 0.0f);
-    }
-    if (a.lse == nullptr) return;
-    for (int head = threadIdx.x; head < a.heads; head += threads) a.lse[token * a.heads + head] = -INFINITY;
-}
-
-template <int threads>
-__device__ void zero_padding(const PrefillArguments& a) {
-    // a block's tokens, `threads` of them looked at together
-    int64_t const apart = gridDim.x, stride = threads * apart;
-    for (int64_t first = blockIdx.x; first < a.step.tokens; first += stride) {
-        int64_t const own = first + threadIdx.x * apart;
-        if (!__syncthreads_or(own < a.step.tokens && a.step.sequence_of(own) < 0)) continue;
-        for (int64_t i = first; i < min(first + stride, a.step.tokens); i += apart) zero_token<threads>(a, i);
-    }
-}
-
-template <int threads>
-__device__ bool anything_served(const PrefillArguments& a) {
-    bool found = false;
-    for (int64_t i = threadIdx.x; i < a.step.sequences; i += threads) {
-        found |= served(a, sequence_at(a.step, a.layout.page_size, i), i);
-    }
-    return __syncthreads_or(found);
-}
-
-// By one block: where each sequence's query tiles and key tiles start. A thread takes consecutive sequences.
-template <typename S>
-__device__ void make_starts(const Plan& plan) {
-    __shared__ int2 warp_sums[S::warps];
-    const PrefillArguments& a = plan.arguments;
-    int64_t const count = ceil_div<int64_t>(a.step.sequences, S::threads);
-    int64_t const first = min(threadIdx.x * count, a.step.sequences);
-    int64_t const end = min(first + count, a.step.sequences);
-    auto const tiles = [&](int64_t i) {
-        Sequence const sequence = sequence_at(a.step, a.layout.page_size, i);
-        if (!served(a, sequence, i)) return make_int2(0, 0);
-        // one tile where there is no key either: its queries get their zeros like all others
-        return make_int2(ceil_div(sequence.tokens, S::rows), max(ceil_div(sequence.keys, key_tile), 1));
-    };
-    int2 sum = make_int2(0, 0);
-    for (int64_t i = first; i < end; ++i) {
-        int2 const own = tiles(i);
-        sum.x += own.x;
-        sum.y += own.y;
-    }
-    int const warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
-    int2 before = sum;  // inclusive within the warp
-    for (int offset = 1; offset < warp_size; offset *= 2) {
-        int const x = __shfl_up_sync(0xffffffffu, before.x, offset), y = __shfl_up_sync(0xffffffffu, before.y, offset);
-        if (lane >= offset) {
-            before.x += x;
-            before.y += y;
-        }
-    }
-    if (lane == warp_size - 1) warp_sums[warp] = before;
-    S::sync();
-    before.x -= sum.x;
-    before.y -= sum.y;
-    for (int i = 0; i < warp; ++i) {
-        before.x += warp_sums[i].x;
-        before.y += warp_sums[i].y;
-    }
-    if (threadIdx.x == 0) plan.query_tiles[0] = plan.key_tiles[0] = 0;
-    for (int64_t i = first; i < end; ++i) {
-        int2 const own = tiles(i);
-        before.x += own.x;
-        before.y += own.y;
-        plan.query_tiles[i + 1] = before.x;
-        plan.key_tiles[i + 1] = before.y;
-    }
-}
 
 // A weight_tile x weight_tile part of a matrix [rows, columns] to shared memory, zeros where it reaches beyond the matrix.
 template <int threads, typename T>
@@ -243,84 +110,6 @@ __device__ void convert_weights(const Plan& plan, float* tile) {
             float const value = tile[keys ? x * weight_tile_stride + y : y * weight_tile_stride + x];
             target[static_cast<int64_t>(row0 + y) * plan.rank + r0 + x] = __float2bfloat16_rn(value);
         }
-    }
-}
-
-__device__ inline uint32_t pack(float low, float high) {
-    __nv_bfloat162 const pair = __floats2bfloat162_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(pair);
-}
-
-// Latent values r..r+7 of a row, before the row's factor, as bf16; zeros past R. Rows lie on multiples of 16 bytes.
-__device__ inline uint4 latent_vector(const KvLayout& layout, const uint8_t* row, int32_t r) {
-    if (r + 8 <= layout.rank && layout.format == row_format::bf16) return *reinterpret_cast<const uint4*>(row + 2 * r);
-    if (r + 8 <= layout.rank && layout.format != row_format::fp8_ds_mla) {
-        uint2 const codes = *reinterpret_cast<const uint2*>(row + r);
-        uint2 const low = decode_e4m3x4(codes.x), high = decode_e4m3x4(codes.y);
-        return make_uint4(low.x, low.y, high.x, high.y);
-    }
-    float values[8];
-    for (int i = 0; i < 8; ++i) values[i] = r + i < layout.rank ? latent_value(layout, row, r + i) : 0.0f;
-    return make_uint4(pack(values[0], values[1]), pack(values[2], values[3]), pack(values[4], values[5]),
-                      pack(values[6], values[7]));
-}
-
-// Rows of the chunk's keys; zeros for keys that do not exist.
-template <typename S>
-__device__ void gather(const Plan& plan, int32_t chunk_start, int32_t chunk_end) {
-    constexpr int warps = S::warps, at_once = 4;  // rows of a warp whose loads are under way together
-    __shared__ uint32_t present[key_tile / 32];
-    const PrefillArguments& a = plan.arguments;
-    const KvLayout& layout = a.layout;
-    int const warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
-    for (int32_t tile = chunk_start + blockIdx.x; tile < chunk_end; tile += gridDim.x) {
-        int32_t const local = tile - chunk_start;
-        int32_t const index = owner(plan.key_tiles, static_cast<int32_t>(a.step.sequences), tile);
-        int32_t const key0 = (tile - plan.key_tiles[index]) * key_tile;
-        int32_t const keys = sequence_at(a.step, layout.page_size, index).keys;
-        S::sync();
-        if (threadIdx.x < key_tile / 32) present[threadIdx.x] = 0;
-        S::sync();
-        for (int slot0 = warp * at_once; slot0 < key_tile; slot0 += warps * at_once) {
-            int64_t const place0 = static_cast<int64_t>(local) * key_tile + slot0;
-            Row rows[at_once];
-#pragma unroll
-            for (int i = 0; i < at_once; ++i) {
-                int32_t const key = key0 + slot0 + i;
-                int32_t const page =
-                    key < keys ? page_of(a.step.block_table, a.step.max_pages, a.step.pages, layout.page_size, index, key) : -1;
-                rows[i] = Row{nullptr, 0.0f};
-                if (page >= 0) rows[i] = row_at(layout, static_cast<const uint8_t*>(a.pool), page, key % layout.page_size);
-            }
-            for (int r = lane * 8; r < plan.rank; r += warp_size * 8) {
-                uint4 values[at_once];
-#pragma unroll
-                for (int i = 0; i < at_once; ++i) {
-                    values[i] = rows[i].bytes != nullptr ? latent_vector(layout, rows[i].bytes, r) : make_uint4(0, 0, 0, 0);
-                }
-#pragma unroll
-                for (int i = 0; i < at_once; ++i) *reinterpret_cast<uint4*>(plan.latents + (place0 + i) * plan.rank + r) = values[i];
-            }
-            for (int d = lane; d < plan.rope; d += warp_size) {
-                float values[at_once];
-#pragma unroll
-                for (int i = 0; i < at_once; ++i) {
-                    bool const there = rows[i].bytes != nullptr && d < layout.rope;
-                    values[i] = there ? rope_value(layout, rows[i].bytes, d) * rows[i].scale : 0.0f;
-                }
-#pragma unroll
-                for (int i = 0; i < at_once; ++i) plan.ropes[(place0 + i) * plan.rope + d] = __float2bfloat16_rn(values[i]);
-            }
-            if (lane == 0) {
-#pragma unroll
-                for (int i = 0; i < at_once; ++i) {
-                    plan.row_scales[place0 + i] = rows[i].scale;
-                    if (rows[i].bytes != nullptr) atomicOr(&present[(slot0 + i) / 32], 1u << ((slot0 + i) % 32));
-                }
-            }
-        }
-        S::sync();
-        if (threadIdx.x == 0) plan.key_masks[local] = present[0] | static_cast<uint64_t>(present[1]) << 32;
     }
 }
 
@@ -438,46 +227,6 @@ __device__ inline void store_pair(const HeadView<void*>& view, bool pairs, int64
     }
     if (room > 0) store_float(view.data, view.type, index, left);
     if (room > 1) store_float(view.data, view.type, index + 1, right);
-}
-
-struct Unit {
-    int64_t token;             // its first row
-    int32_t rows;              // rows that are tokens
-    int32_t position;          // of the first row
-    int32_t head;              // in the group
-    int32_t slice;             // of the output's columns
-    int32_t first_key;         // the sequence's first key tile, counted from the chunk's start (may be negative)
-    int32_t key_start, key_end;  // key tiles in this chunk
-    bool starts, ends;         // whether its first and its last keys are in this chunk
-};
-
-// The unit numbered `index`: of `bundle` heads after the other, the last query tiles, which see most keys, first. False where
-// the unit sees nothing of this chunk.
-template <int rows>
-__device__ bool make_unit(const Plan& plan, int32_t index, int32_t heads, int32_t bundle, int32_t query_end,
-                          int32_t query_count, int32_t chunk_start, int32_t chunk_end, Unit& unit) {
-    const PrefillArguments& a = plan.arguments;
-    int32_t const per_head = query_count * plan.value_slices;
-    int32_t const first_head = index / (per_head * bundle) * bundle;
-    int32_t const width = bundle == 1 ? 1 : min(bundle, heads - first_head);
-    int32_t const number_in_bundle = index - first_head * per_head, rest = number_in_bundle / width;
-    unit.head = first_head + number_in_bundle % width;
-    unit.slice = rest % plan.value_slices;
-    int32_t const tile = query_end - 1 - rest / plan.value_slices;
-    int32_t const number = owner(plan.query_tiles, static_cast<int32_t>(a.step.sequences), tile);
-    Sequence const sequence = sequence_at(a.step, a.layout.page_size, number);
-    int32_t const row0 = (tile - plan.query_tiles[number]) * rows;
-    unit.token = sequence.first + row0;
-    unit.rows = min(sequence.tokens - row0, rows);
-    unit.position = sequence.cached + row0;
-    int32_t const sequence_start = plan.key_tiles[number] - chunk_start;
-    int32_t const seen = max(ceil_div(min(unit.position + unit.rows, sequence.keys), key_tile), 1);
-    unit.first_key = sequence_start;
-    unit.key_start = max(sequence_start, 0);
-    unit.key_end = min(sequence_start + seen, chunk_end - chunk_start);
-    unit.starts = sequence_start >= 0;
-    unit.ends = sequence_start + seen <= chunk_end - chunk_start;
-    return unit.key_start < unit.key_end;
 }
 
 // Attention of one unit over its key tiles of this chunk.
