@@ -17,27 +17,30 @@ namespace mla::prefill_hopper {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 // The work that `find` finds, by the warpgroups.
-__device__ inline void consume(const Plan& plan, uint8_t* memory, const Stage& stage, bool vectors, Progress& done) {
+__device__ inline void consume(const Plan& plan, uint8_t* memory, bool vectors) {
     int const side = threadIdx.x / 128;
     if (side == 1) named_arrive(turn, HopperShape::threads);  // the first turn is the other group's
-    while (true) {
-        wait_full(memory, place::work_full, done.work);
-        Work const work = *reinterpret_cast<const Work*>(memory + place::work + (done.work & 1) * place::work_bytes);
+    Kind kind;
+    do {
+        uint32_t const number = work_number(memory);
+        wait_ring<work_ring>(memory, place::work_full, number);
+        const Work& work = work_at(memory, number);
+        kind = work.kind;
+        if (kind == Kind::expansion) {
+            expand(plan, memory, work);
+        } else if (kind == Kind::attention) {
+            attend_unit(plan, memory, work, vectors);
+        } else {
+            part_done(memory);
+        }
         __syncwarp();
-        if (threadIdx.x % warp_size == 0) barrier_arrive(one_of_two(memory, place::work_used, done.work));
-        ++done.work;
-        if (work.kind == Kind::none) {
-            part_done(memory, done.work - 1);
-            break;
+        if (threadIdx.x % warp_size == 0) {
+            uint32_t const same = work_number(memory);
+            barrier_arrive(ring_barrier<work_ring>(memory, place::work_used, same));
+            work_number(memory) = same + 1;
         }
-        if (work.kind == Kind::expansion) {
-            expand(plan, memory, work, (stage.chunk_end - stage.chunk_start) * key_tile, done);
-            continue;
-        }
-        attend_unit(plan, memory, work, done, vectors);
-        ++done.units;
-        done.tiles += static_cast<uint32_t>(tile_count(work.unit));
-    }
+        __syncwarp();
+    } while (kind != Kind::none);
     if (side == 0) named_sync(turn, HopperShape::threads);
 }
 
@@ -53,7 +56,6 @@ __device__ inline void walk(const Plan& plan, const Maps& maps, uint8_t* memory)
         if (!maps.weights) copy_weights(plan);
     }
     grid.sync();
-    Progress done{};
     int32_t const key_tiles = plan.key_tiles[a.step.sequences];
     int32_t const group_heads = key_tiles <= plan.chunk_tiles ? a.heads : plan.group_heads;
     for (int32_t head0 = 0; head0 < a.heads; head0 += group_heads) {
@@ -69,13 +71,13 @@ __device__ inline void walk(const Plan& plan, const Maps& maps, uint8_t* memory)
             grid.sync();
             fence_copies();
             if constexpr (multiplies) {
-                consume(plan, memory, stage, maps.outputs, done);
+                consume(plan, memory, maps.outputs);
             } else if (threadIdx.x / warp_size == S::warps) {
-                produce(plan, maps, memory, stage, done);
+                produce(plan, maps, memory);
             } else if (threadIdx.x / warp_size == S::warps + 1) {
-                find(plan, maps, memory, stage, done);
+                find(plan, maps, memory, stage);
             } else if (threadIdx.x / warp_size == S::warps + 2) {
-                tell(plan, memory, done);
+                tell(plan, memory);
             }
             if (stage.chunk_end < key_tiles || head0 + group_heads < a.heads) grid.sync();
         }

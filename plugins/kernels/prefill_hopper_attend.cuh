@@ -10,20 +10,19 @@ namespace mla::prefill_hopper {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 // Attention of one unit over its key tiles of this chunk, two of them at a time, by the warpgroups. `vectors`: see Maps::outputs.
-__device__ inline void attend_unit(const Plan& plan, uint8_t* memory, const Work& work, const Progress& done, bool vectors) {
+__device__ inline void attend_unit(const Plan& plan, uint8_t* memory, const Work& work, bool vectors) {
     const PrefillArguments& a = plan.arguments;
     const Unit& unit = work.unit;
-    uint32_t const tiles = uniform(done.tiles);
+    uint32_t const tiles = uniform(work.first);
     int const warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
     int const g = lane / 4, t = lane % 4, first_row = warp * 16 + g;
     int const side = uniform(warp / 4), group_row = side * 64;
-    int const head = work.head;
     int32_t const count = uniform(tile_count(unit));
     float const factor = fmaxf(fabsf(a.softmax_scale) * log2e, 1e-30f);
 
     float sums[64], scores[64], largest[2], total[2];  // total: this lane's part
     uint32_t weights[8][4];
-    int64_t const state_row = static_cast<int64_t>(unit.head) * a.step.tokens + unit.token + first_row;
+    auto state_row = [&] { return static_cast<int64_t>(unit.head) * a.step.tokens + unit.token + first_row; };
 #pragma unroll
     for (int i = 0; i < 64; ++i) sums[i] = 0.0f;
 #pragma unroll
@@ -31,10 +30,10 @@ __device__ inline void attend_unit(const Plan& plan, uint8_t* memory, const Work
         largest[half] = -INFINITY;
         total[half] = 0.0f;
         if (unit.starts || first_row + 8 * half >= unit.rows) continue;
-        float2 const state = plan.state_sums[state_row + 8 * half];
+        float2 const state = plan.state_sums[state_row() + 8 * half];
         largest[half] = state.x;
         total[half] = t == 0 ? state.y : 0.0f;
-        const float* const row = plan.states + (state_row + 8 * half) * HopperShape::width + 2 * t;
+        const float* const row = plan.states + (state_row() + 8 * half) * HopperShape::width + 2 * t;
 #pragma unroll
         for (int j = 0; j < 16; ++j) {
             float2 const pair = *reinterpret_cast<const float2*>(row + j * 8);
@@ -47,8 +46,8 @@ __device__ inline void attend_unit(const Plan& plan, uint8_t* memory, const Work
         __syncwarp();
         if (lane == 0) barrier_arrive(barrier);
     };
-    auto keys_used = [&](int32_t tile) { arrive(one_of_two(memory, place::keys_used, tiles + tile)); };
-    auto values_used = [&](int32_t tile) { arrive(one_of_two(memory, place::values_used, tiles + tile)); };
+    auto keys_used = [&](int32_t tile) { arrive(ring_barrier<tile_ring>(memory, place::keys_used, tiles + tile)); };
+    auto values_used = [&](int32_t tile) { arrive(ring_barrier<tile_ring>(memory, place::values_used, tiles + tile)); };
     // The warpgroups take turns: one orders products, the keys of a tile and the values of the one before, which the tensor
     // cores do while the other one makes weights.
     auto take_turn = [&] { named_sync(turn + side, HopperShape::threads); };
@@ -56,7 +55,7 @@ __device__ inline void attend_unit(const Plan& plan, uint8_t* memory, const Work
     uint32_t const queries = tile_descriptor(shared_address(memory + place::queries) + group_row * 128);
     auto multiply_keys = [&](int32_t tile) {
         uint32_t const keys =
-            tile_descriptor(shared_address(memory + place::keys) + ((tiles + tile) & 1) * (key_pieces * piece_bytes));
+            tile_descriptor(shared_address(memory + place::keys) + (tiles + tile) % tile_ring * (key_pieces * piece_bytes));
         auto piece = [&](auto index) {
             constexpr int i = decltype(index)::value;
             uint32_t const q = queries + i * (piece_bytes >> 4), k = keys + i * (piece_bytes >> 4);
@@ -72,7 +71,7 @@ __device__ inline void attend_unit(const Plan& plan, uint8_t* memory, const Work
     };
     auto multiply_values = [&](int32_t tile, auto all) {
         uint32_t const values =
-            tile_descriptor(shared_address(memory + place::values) + ((tiles + tile) & 1) * (value_pieces * piece_bytes));
+            tile_descriptor(shared_address(memory + place::values) + (tiles + tile) % tile_ring * (value_pieces * piece_bytes));
         product_bf16_values<0, piece_bytes>(sums, weights[0], values);
         product_bf16_values<1, piece_bytes>(sums, weights[1], values);
         product_bf16_values<2, piece_bytes>(sums, weights[2], values);
@@ -89,23 +88,12 @@ __device__ inline void attend_unit(const Plan& plan, uint8_t* memory, const Work
 #pragma unroll
         for (int i = 0; i < 32; ++i) asm volatile("" : "+r"(weights[i / 4][i % 4])::"memory");
     };
-    // Which of a tile's keys exist, and whether all do and all rows see them.
-    struct Masks {
-        uint64_t low, high;
-    };
-    auto load_masks = [&](int32_t tile) {
-        int32_t const first = unit.key_start + 2 * tile;
-        bool const pair = first + 1 < unit.key_end;
-        Masks const found{load_in_order(plan.key_masks + first), load_in_order(plan.key_masks + first + (pair ? 1 : 0))};
-        return Masks{found.low, pair ? found.high : 0};
-    };
-    auto all_seen = [&](int32_t tile, const Masks& masks) {
-        int32_t const key0 = (unit.key_start + 2 * tile - unit.first_key) * key_tile;
-        return (masks.low & masks.high) == ~uint64_t{0} && key0 + keys_of_tile - 1 <= unit.position + group_row;
-    };
+    // Of the tile's keys those that exist and that a row sees; mostly these are all.
+    int32_t const position = uniform(unit.position - (unit.key_start - unit.first_key) * key_tile);  // counted from the first tile on
+    auto masks_of = [&](int32_t tile) { return reinterpret_cast<const Masks*>(memory + place::masks)[(tiles + tile) % tile_ring]; };
     auto mask_scores = [&](int32_t tile, const Masks& masks) {
-        int32_t const key0 = (unit.key_start + 2 * tile - unit.first_key) * key_tile;
-        int32_t const last = unit.position + first_row - key0 - 2 * t;
+        if ((masks.low & masks.high) == ~uint64_t{0} && (tile + 1) * keys_of_tile - 1 <= position + group_row) return;
+        int32_t const last = position + first_row - tile * keys_of_tile - 2 * t;
 #pragma unroll
         for (int i = 0; i < 64; ++i) {
             int const key = i / 4 * 8 + i % 2;  // counted from the lane's first
@@ -164,14 +152,14 @@ __device__ inline void attend_unit(const Plan& plan, uint8_t* memory, const Work
     };
 
     // Tiles with keys that rows of this group see; those behind them are passed over.
-    int32_t const seen = unit.position + group_row + 63 - (unit.key_start - unit.first_key) * key_tile;
+    int32_t const seen = position + group_row + 63;
     int32_t const own = uniform(group_row >= unit.rows || seen < 0 ? 0 : min(seen / keys_of_tile + 1, count));
     auto queries_used = [&] { arrive(shared_address(memory + place::queries_used)); };
-    barrier_wait(shared_address(memory + place::queries_full), done.units & 1);
-    wait_full(memory, place::keys_full, tiles);
+    barrier_wait(shared_address(memory + place::queries_full), work.number & 1);
+    wait_ring<tile_ring>(memory, place::keys_full, tiles);
     take_turn();
     if (own > 0) {
-        Masks masks = load_masks(0);
+        Masks masks = masks_of(0);
         pin(scores);
         product_fence();
         multiply_keys(0);
@@ -180,29 +168,26 @@ __device__ inline void attend_unit(const Plan& plan, uint8_t* memory, const Work
         pin(scores);
         keys_used(0);
         if (own == 1) queries_used();
-        if (!all_seen(0, masks)) mask_scores(0, masks);
-        masks = load_masks(min(1, own - 1));
+        mask_scores(0, masks);
         make_weights([] {});
         for (int32_t tile = 1; tile < own; ++tile) {
-            bool const whole = all_seen(tile, masks);
-            wait_full(memory, place::keys_full, tiles + tile);
+            wait_ring<tile_ring>(memory, place::keys_full, tiles + tile);
             take_turn();
             pin(scores);
             pin(sums);
             pin_weights();
             product_fence();
             multiply_keys(tile);
-            wait_full(memory, place::values_full, tiles + tile - 1);
+            wait_ring<tile_ring>(memory, place::values_full, tiles + tile - 1);
             product_fence();
             multiply_values(tile - 1, std::true_type());
             pass_turn();
-            Masks const next = load_masks(min(tile + 1, own - 1));
+            masks = masks_of(tile);
             product_wait<1>();
             pin(scores);
             keys_used(tile);
             if (tile == own - 1) queries_used();
-            if (!whole) mask_scores(tile, masks);
-            masks = next;
+            mask_scores(tile, masks);
             make_weights([&] {
                 product_wait();
                 pin(sums);
@@ -210,8 +195,8 @@ __device__ inline void attend_unit(const Plan& plan, uint8_t* memory, const Work
                 values_used(tile - 1);
             });
         }
-        if (own < count) wait_full(memory, place::keys_full, tiles + own);
-        wait_full(memory, place::values_full, tiles + own - 1);
+        if (own < count) wait_ring<tile_ring>(memory, place::keys_full, tiles + own);
+        wait_ring<tile_ring>(memory, place::values_full, tiles + own - 1);
         take_turn();
         auto last_values = [&](auto all) {
             pin(sums);
@@ -238,14 +223,14 @@ __device__ inline void attend_unit(const Plan& plan, uint8_t* memory, const Work
     }
     for (int32_t tile = own + (own > 0); tile <= count; ++tile) {
         if (tile == 0) continue;
-        if (tile < count) wait_full(memory, place::keys_full, tiles + tile);
-        wait_full(memory, place::values_full, tiles + tile - 1);
+        if (tile < count) wait_ring<tile_ring>(memory, place::keys_full, tiles + tile);
+        wait_ring<tile_ring>(memory, place::values_full, tiles + tile - 1);
         take_turn();
         pass_turn();
         if (tile < count) keys_used(tile);
         values_used(tile - 1);
     }
-    part_done(memory, done.work - 1);  // all its keys and values have been copied
+    part_done(memory);  // all its keys and values have been copied
 
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -255,16 +240,17 @@ __device__ inline void attend_unit(const Plan& plan, uint8_t* memory, const Work
         int const row = first_row + 8 * half;
         bool const there = row < unit.rows;
         if (!unit.ends) {
-            if (there && t == 0) plan.state_sums[state_row + 8 * half] = make_float2(largest[half], sum);
+            if (there && t == 0) plan.state_sums[state_row() + 8 * half] = make_float2(largest[half], sum);
 #pragma unroll
             for (int j = 0; j < 16; ++j) {
                 if (!there) continue;
-                *reinterpret_cast<float2*>(plan.states + (state_row + 8 * half) * HopperShape::width + j * 8 + 2 * t) =
+                *reinterpret_cast<float2*>(plan.states + (state_row() + 8 * half) * HopperShape::width + j * 8 + 2 * t) =
                     make_float2(sums[4 * j + 2 * half], sums[4 * j + 2 * half + 1]);
             }
             continue;
         }
         int64_t const token = unit.token + row;
+        int const head = work.head;
         float const top = largest[half] * factor;
         float denominator = sum;
         if (a.sinks != nullptr) denominator += exp2f(a.sinks[head] * log2e - top);

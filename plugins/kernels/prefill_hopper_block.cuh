@@ -41,38 +41,60 @@ constexpr int piece_bytes = 128 * 128;  // 128 rows of 64 values
 constexpr int keys_of_tile = 128;
 constexpr int key_pieces = 3, value_pieces = 2;
 constexpr int rank = 512, latent_pieces = rank / 64;
-constexpr int weight_bytes = piece_bytes;  // of a piece of the latents and one head, for its key, and as many for its value
-constexpr int weight_ring = 3;
+constexpr int weight_pieces = 2 * latent_pieces;  // of a head: those of W_UK, then those of W_UV, of piece_bytes
 constexpr int most_job_heads = 5;  // that are expanded from one tile of latents
 
-// What a block does next. `attention`: `unit`. `expansion`: key and value of `heads` heads from `head` on, for 128 keys.
+// Places in shared memory: of keys and values, of weights, of work.
+constexpr int tile_ring = 2, weight_ring = 6, work_ring = 4;
+
+// What a block does next. `attention`: `unit`. `expansion`: key and value of `heads` heads from `head` on, for `keys` keys from
+// `key` on. Whoever works on it reads it here again and again: what a warp that multiplies would keep besides its sums, the
+// compiler spills, and from there it comes in 500 cycles.
 enum class Kind : int32_t { none, attention, expansion };
 struct Work {
     Kind kind;
-    int32_t key, head, heads;
-    int32_t place;    // of the (first) head in `expanded`
     int32_t counter;  // which of plan.counter says that it is done
+    int32_t head, heads;
+    int32_t place;    // of the (first) head in `expanded`
+    int32_t key, keys;
+    uint32_t number;  // how many of its kind the block has had before
+    uint32_t first;   // places of their ring that the block has used before: key tiles, or pieces of weights
     Unit unit;
 };
 
 // Where things lie in shared memory, in bytes.
 namespace place {
-constexpr int keys = 0;  // [2]
-constexpr int values = keys + 2 * key_pieces * piece_bytes;  // [2]
-constexpr int queries = values + 2 * value_pieces * piece_bytes;
+constexpr int keys = 0;  // [tile_ring]
+constexpr int values = keys + tile_ring * key_pieces * piece_bytes;  // [tile_ring]
+constexpr int queries = values + tile_ring * value_pieces * piece_bytes;
 constexpr int latents = 0;  // of the expansion, instead of these
 constexpr int weights = latents + latent_pieces * piece_bytes;  // [weight_ring]
-constexpr int work = weights + weight_ring * 2 * weight_bytes;  // [2]
+constexpr int work = weights + weight_ring * piece_bytes;  // [work_ring]
 constexpr int work_bytes = 96;
-constexpr int barriers = work + 2 * work_bytes;
-constexpr int keys_full = barriers, keys_used = keys_full + 16, values_full = keys_used + 16, values_used = values_full + 16;
-constexpr int work_full = values_used + 16, work_used = work_full + 16, work_done = work_used + 16, work_wanted = work_done + 16;
+constexpr int masks = work + work_ring * work_bytes;  // [tile_ring] of Masks
+constexpr int work_number = masks + tile_ring * 16;  // [warps] of the block's work, the next of each warp
+constexpr int found = work_number + block_threads / warp_size * 4;
+constexpr int barriers = found + 24;
+constexpr int keys_full = barriers, keys_used = keys_full + 8 * tile_ring;
+constexpr int values_full = keys_used + 8 * tile_ring, values_used = values_full + 8 * tile_ring;
+constexpr int work_full = values_used + 8 * tile_ring, work_used = work_full + 8 * work_ring;
+constexpr int work_done = work_used + 8 * work_ring, work_wanted = work_done + 8 * work_ring;
 constexpr int queries_full = work_wanted + 8, queries_used = queries_full + 8;
 constexpr int latents_full = queries_used + 8, latents_used = latents_full + 8 * latent_pieces;
 constexpr int weights_full = latents_used + 8 * latent_pieces, weights_used = weights_full + 8 * weight_ring;
 constexpr int total = weights_used + 8 * weight_ring;
 }  // namespace place
-static_assert(place::queries + key_pieces * piece_bytes <= place::work && sizeof(Work) <= place::work_bytes);
+static_assert(place::queries + key_pieces * piece_bytes <= place::work && sizeof(Work) <= place::work_bytes && place::barriers % 8 == 0);
+
+// What a block has found so far: units and key tiles of attention, expansions and their pieces of weights.
+struct Found {
+    uint32_t units, tiles, expansions, weights, wanted;
+};
+
+// Which keys of a tile exist.
+struct alignas(16) Masks {
+    uint64_t low, high;
+};
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
@@ -83,37 +105,35 @@ __device__ inline void init_barriers(uint8_t* memory) {
             barrier_init(shared_address(memory + used) + 8 * i, HopperShape::warps);
         }
     };
-    init(place::keys_full, place::keys_used, 2);
-    init(place::values_full, place::values_used, 2);
-    init(place::work_full, place::work_done, 2);
-    for (int i = 0; i < 2; ++i) barrier_init(shared_address(memory + place::work_used) + 8 * i, HopperShape::warps + 1);
+    init(place::keys_full, place::keys_used, tile_ring);
+    init(place::values_full, place::values_used, tile_ring);
+    init(place::work_full, place::work_done, work_ring);
+    for (int i = 0; i < work_ring; ++i) barrier_init(shared_address(memory + place::work_used) + 8 * i, HopperShape::warps + 1);
     barrier_init(shared_address(memory + place::work_wanted), 1);
     init(place::queries_full, place::queries_used, 1);
     init(place::latents_full, place::latents_used, latent_pieces);
     init(place::weights_full, place::weights_used, weight_ring);
     fence_barrier_init();
+    for (int i = place::work_number; i < place::barriers; i += 4) *reinterpret_cast<uint32_t*>(memory + i) = 0;
 }
 
-// Waits of a barrier that is one of two, for what is numbered n: until it is there, and until what is replaced was used.
-__device__ inline uint32_t one_of_two(uint8_t* memory, int barriers, uint32_t n) {
-    return shared_address(memory + barriers) + 8 * (n & 1);
+// The barrier of what is numbered n in a ring, and waits for it: until it is there or was used, and until what it replaces was used.
+template <int places>
+__device__ inline uint32_t ring_barrier(uint8_t* memory, int barriers, uint32_t n) {
+    return shared_address(memory + barriers) + 8 * (n % places);
 }
-__device__ inline void wait_full(uint8_t* memory, int barriers, uint32_t n) {
-    barrier_wait(one_of_two(memory, barriers, n), n / 2 & 1);
+template <int places>
+__device__ inline void wait_ring(uint8_t* memory, int barriers, uint32_t n) {
+    barrier_wait(ring_barrier<places>(memory, barriers, n), n / places & 1);
 }
+template <int places>
 __device__ inline void wait_replaceable(uint8_t* memory, int barriers, uint32_t n) {
-    if (n >= 2) barrier_wait(one_of_two(memory, barriers, n), (n / 2 - 1) & 1);
+    if (n >= places) barrier_wait(ring_barrier<places>(memory, barriers, n), (n / places - 1) & 1);
 }
 
-// What a block has done so far; the barriers' phases follow from it.
-struct Progress {
-    uint32_t work;     // places of the ring
-    uint32_t wanted;   // of these, those that were waited for
-    uint32_t units;    // of attention
-    uint32_t tiles;    // of keys
-    uint32_t jobs;     // of expansion
-    uint32_t weights;  // places of their ring
-};
+__device__ inline Work& work_at(uint8_t* memory, uint32_t n) {
+    return *reinterpret_cast<Work*>(memory + place::work + n % work_ring * place::work_bytes);
+}
 
 // What all blocks do between two barriers of the grid: expansion of, and attention for, these heads and key tiles.
 struct Stage {
@@ -121,10 +141,14 @@ struct Stage {
     int32_t head0, heads;
 };
 
-// By the warps that multiply: this one has done its part of the block's work numbered n, as far as other blocks wait for it.
-__device__ inline void part_done(uint8_t* memory, uint32_t n) {
+// Which work is this warp's next.
+__device__ inline uint32_t volatile& work_number(uint8_t* memory) {
+    return reinterpret_cast<uint32_t volatile*>(memory + place::work_number)[threadIdx.x / warp_size];
+}
+// By the warps that multiply: this one has done its part as far as other blocks wait for it.
+__device__ inline void part_done(uint8_t* memory) {
     __syncwarp();
-    if (threadIdx.x % warp_size == 0) barrier_arrive(one_of_two(memory, place::work_done, n));
+    if (threadIdx.x % warp_size == 0) barrier_arrive(ring_barrier<work_ring>(memory, place::work_done, work_number(memory)));
 }
 
 // The same for all lanes, which the compiler then knows.

@@ -1,6 +1,8 @@
 // Of SM90's prefill kernel: keys and values of some heads from latents, by the warpgroups that multiply.
 #pragma once
 
+#include <type_traits>
+
 #include "prefill_hopper_block.cuh"
 
 namespace mla::prefill_hopper {
@@ -52,85 +54,100 @@ __device__ inline void copy_weights(const Plan& plan) {
     copy(a.w_uv, S::width, a.layout.rank, S::width, rank, plan.weights + static_cast<int64_t>(a.heads) * S::nope * rank);
 }
 
-// Keys and values of one job, by the warpgroups: row scale x latents x weights. W_UK lies with its columns next to each other, W_UV
-// with the latent's.
-__device__ inline void expand(const Plan& plan, uint8_t* memory, const Work& job, int32_t keys, Progress& done) {
+// Keys and values of one expansion, by the warpgroups: row scale x latents x weights. W_UK lies with its columns next to each other,
+// W_UV with the latent's. A head's keys are stored while its values are multiplied, and these beside the next head's keys.
+__device__ inline void expand(const Plan& plan, uint8_t* memory, const Work& work) {
     int const warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
-    int const g = lane / 4, side = uniform(warp / 4);
+    int const g = lane / 4, side = uniform(warp / 4), row0 = warp * 16 + g;
     uint32_t const base = shared_address(memory);
     uint32_t const latents = tile_descriptor(base + place::latents + side * (piece_bytes / 2));
-    int32_t const heads = uniform(job.heads), row0 = job.key + warp * 16 + g;
-    uint32_t number = uniform(done.weights);
+    int32_t const heads = uniform(work.heads);
+    uint32_t slot = uniform(work.first % weight_ring), round = uniform(work.first / weight_ring & 1);
     float scale[2];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) scale[half] = row0 + half * 8 < keys ? plan.row_scales[row0 + half * 8] : 0.0f;
-    for (int32_t head = 0; head < heads; ++head) {
-        float key_sums[64], value_sums[64];
-        pin(key_sums);
-        pin(value_sums);
-#pragma unroll
-        for (int i = 0; i < latent_pieces; ++i) {
-            uint32_t const ring_slot = (number + i) % weight_ring;
-            uint32_t const x = latents + i * (piece_bytes >> 4);
-            uint32_t const w = tile_descriptor(base + place::weights + ring_slot * (2 * weight_bytes));
-            if (head == 0) barrier_wait(base + place::latents_full + 8 * i, done.jobs & 1);
-            barrier_wait(base + place::weights_full + 8 * ring_slot, (number + i) / weight_ring & 1);
-            product_fence();
-            uint32_t const w_values = w + (weight_bytes >> 4);
-            if (i == 0) {
-                product_bf16_wide<0, weight_bytes / 2, true>(key_sums, x, w);
-                product_bf16<0, true>(value_sums, x, w_values);
-            } else {
-                product_bf16_wide<0, weight_bytes / 2>(key_sums, x, w);
-                product_bf16<0, false>(value_sums, x, w_values);
-            }
-            product_bf16_wide<1, weight_bytes / 2>(key_sums, x, w);
-            product_bf16<1, false>(value_sums, x, w_values);
-            product_bf16_wide<2, weight_bytes / 2>(key_sums, x, w);
-            product_bf16<2, false>(value_sums, x, w_values);
-            product_bf16_wide<3, weight_bytes / 2>(key_sums, x, w);
-            product_bf16<3, false>(value_sums, x, w_values);
-            product_commit();
-            auto used = [&](int piece) {
-                if (lane != 0) return;
-                barrier_arrive(base + place::weights_used + 8 * ((number + piece) % weight_ring));
-                if (head == heads - 1) barrier_arrive(base + place::latents_used + 8 * piece);
-            };
-            if (i > 0) {
-                product_wait<1>();
-                used(i - 1);
-            }
-            if (i == latent_pieces - 1) {
-                product_wait();
-                used(i);
-            }
-        }
-        pin(key_sums);
-        pin(value_sums);
-        number += latent_pieces;
+    for (int half = 0; half < 2; ++half) scale[half] = row0 + half * 8 < work.keys ? plan.row_scales[work.key + row0 + half * 8] : 0.0f;
+    __nv_bfloat16* target = plan.expanded + (static_cast<int64_t>(work.place) * plan.chunk_keys() + work.key + row0) * plan.columns() +
+                            first_of_four(lane);
+    int64_t const next_head = static_cast<int64_t>(plan.chunk_keys()) * plan.columns();
 
-        __nv_bfloat16* const target =
-            plan.expanded + (static_cast<int64_t>(job.place + head) * plan.chunk_keys() + row0) * plan.columns() + first_of_four(lane);
+    auto store = [&](const float(&sums)[64], int j, int column) {  // 16 columns of both rows, the first of them 8 j
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            bool const there = row0 + half * 8 < keys;
-            auto store = [&](const float(&sums)[64], int column) {
+            uint32_t const left = pack(sums[4 * j + 2 * half] * scale[half], sums[4 * j + 2 * half + 1] * scale[half]);
+            uint32_t const right = pack(sums[4 * j + 4 + 2 * half] * scale[half], sums[4 * j + 5 + 2 * half] * scale[half]);
+            uint2 const four = four_of_pairs(left, right, lane);
+            if (row0 + half * 8 < work.keys) {
+                *reinterpret_cast<uint2*>(target + half * 8 * plan.columns() + column + j * 8) = four;
+            }
+        }
+    };
+    // The piece of weights before the one at `slot` was used, and maybe the last of the latents' pieces.
+    auto used = [&](int piece, bool last) {
+        if (lane != 0) return;
+        barrier_arrive(base + place::weights_used + 8 * (slot == 0 ? weight_ring - 1 : slot - 1));
+        if (last) barrier_arrive(base + place::latents_used + 8 * piece);
+    };
+    // `sums` of a head, and beside them what is to be done after what was multiplied before.
+    auto multiply = [&](auto of_keys, float(&sums)[64], float(&before)[64], bool first, bool last, auto&& beside) {
+        constexpr bool is_key = decltype(of_keys)::value;
+        if (!first) {
+            product_wait();
+            used(latent_pieces - 1, false);
+            pin(before);
+        }
+        pin(sums);
 #pragma unroll
-                for (int j = 0; j < 16; j += 2) {
-                    uint32_t const left = pack(sums[4 * j + 2 * half] * scale[half], sums[4 * j + 2 * half + 1] * scale[half]);
-                    uint32_t const right = pack(sums[4 * j + 4 + 2 * half] * scale[half], sums[4 * j + 5 + 2 * half] * scale[half]);
-                    uint2 const four = four_of_pairs(left, right, lane);
-                    if (there) *reinterpret_cast<uint2*>(target + half * 8 * plan.columns() + column + j * 8) = four;
+        for (int i = 0; i < latent_pieces; ++i) {
+            if (first) barrier_wait(base + place::latents_full + 8 * i, work.number & 1);
+            barrier_wait(base + place::weights_full + 8 * slot, round);
+            uint32_t const x = latents + i * (piece_bytes >> 4);
+            uint32_t const w = tile_descriptor(base + place::weights) + slot * (piece_bytes >> 4);
+            auto step = [&](auto number) {
+                constexpr int n = decltype(number)::value;
+                if constexpr (is_key) {
+                    if (n == 0 && i == 0) {
+                        product_bf16_wide<n, piece_bytes / 2, true>(sums, x, w);
+                    } else {
+                        product_bf16_wide<n, piece_bytes / 2>(sums, x, w);
+                    }
+                } else {
+                    if (n == 0 && i == 0) {
+                        product_bf16<n, true>(sums, x, w);
+                    } else {
+                        product_bf16<n, false>(sums, x, w);
+                    }
                 }
             };
-            store(key_sums, 0);
-            store(value_sums, HopperShape::nope);
+            product_fence();
+            step(std::integral_constant<int, 0>());
+            step(std::integral_constant<int, 1>());
+            step(std::integral_constant<int, 2>());
+            step(std::integral_constant<int, 3>());
+            product_commit();
+            if (i > 0) {
+                product_wait<1>();
+                used(i - 1, last);
+            }
+            beside(i);
+            slot = slot == weight_ring - 1 ? 0 : slot + 1;
+            round ^= slot == 0;
         }
+    };
+    float keys[64], values[64];
+    multiply(std::true_type(), keys, keys, true, false, [](int) {});
+    for (int32_t head = 1; head < heads; ++head) {
+        multiply(std::false_type(), values, keys, false, false, [&](int i) { store(keys, 2 * i, 0); });
+        multiply(std::true_type(), keys, values, false, false, [&](int i) { store(values, 2 * i, HopperShape::nope); });
+        target += next_head;
     }
+    multiply(std::false_type(), values, keys, false, true, [&](int i) { store(keys, 2 * i, 0); });
+    product_wait();
+    used(latent_pieces - 1, true);
+    pin(values);
+#pragma unroll
+    for (int i = 0; i < latent_pieces; ++i) store(values, 2 * i, HopperShape::nope);
     fence_copies();
-    part_done(memory, done.work - 1);
-    ++done.jobs;
-    done.weights = number;
+    part_done(memory);
 }
 
 #endif

@@ -41,7 +41,7 @@ __device__ inline void load_queries(const Plan& plan, const Maps& maps, uint8_t*
 }
 
 // The copies for the block's work of a stage, by one warp.
-__device__ inline void produce(const Plan& plan, const Maps& maps, uint8_t* memory, const Stage& stage, Progress& done) {
+__device__ inline void produce(const Plan& plan, const Maps& maps, uint8_t* memory) {
     int const lane = threadIdx.x % warp_size;
     uint32_t const base = shared_address(memory);
     auto want_next = [&] {
@@ -49,81 +49,91 @@ __device__ inline void produce(const Plan& plan, const Maps& maps, uint8_t* memo
     };
     // Expansion and attention have the same places: what one has there was used before the other begins.
     Kind last = Kind::none;
+    uint32_t used = 0, number = 0;  // of the last work: places of its ring, counted from the first on; which of its kind it is
     auto change_to = [&](Kind kind) {
         if (kind == last) return;
         if (last == Kind::attention) {
-            for (uint32_t n = done.tiles < 2 ? 0 : done.tiles - 2; n < done.tiles; ++n) {
-                wait_full(memory, place::keys_used, n);
-                wait_full(memory, place::values_used, n);
+            for (uint32_t n = used < tile_ring ? 0 : used - tile_ring; n < used; ++n) {
+                wait_ring<tile_ring>(memory, place::keys_used, n);
+                wait_ring<tile_ring>(memory, place::values_used, n);
             }
-            barrier_wait(base + place::queries_used, (done.units - 1) & 1);
+            barrier_wait(base + place::queries_used, number & 1);
         }
         if (last == Kind::expansion) {
-            for (int piece = 0; piece < latent_pieces; ++piece) {
-                barrier_wait(base + place::latents_used + 8 * piece, (done.jobs - 1) & 1);
-            }
-            for (uint32_t n = done.weights - weight_ring; n < done.weights; ++n) {
-                barrier_wait(base + place::weights_used + 8 * (n % weight_ring), n / weight_ring & 1);
-            }
+            for (int piece = 0; piece < latent_pieces; ++piece) barrier_wait(base + place::latents_used + 8 * piece, number & 1);
+            for (uint32_t n = used - weight_ring; n < used; ++n) wait_ring<weight_ring>(memory, place::weights_used, n);
         }
         last = kind;
     };
     while (true) {
-        wait_full(memory, place::work_full, done.work);
-        Work const work = *reinterpret_cast<const Work*>(memory + place::work + (done.work & 1) * place::work_bytes);
-        ++done.work;
+        uint32_t const order = work_number(memory);
+        wait_ring<work_ring>(memory, place::work_full, order);
+        const Work& work = work_at(memory, order);  // there until all that is ordered here has been used
+        __syncwarp();
+        if (lane == 0) work_number(memory) = order + 1;
         if (work.kind == Kind::none) return;
         fence_copies();  // of what other blocks expanded
         change_to(work.kind);
+        number = work.number;
         if (work.kind == Kind::expansion) {
-            for (int32_t i = 0; i < work.heads * latent_pieces; ++i) {
-                int32_t const piece = i % latent_pieces;
+            int32_t const count = work.heads * weight_pieces;
+            used = work.first + static_cast<uint32_t>(count);
+            for (int32_t i = 0; i < count; ++i) {
+                int32_t const piece = i % latent_pieces, head = work.head + i / weight_pieces;
                 if (i < latent_pieces) {
                     uint32_t const barrier = base + place::latents_full + 8 * piece;
-                    if (done.jobs > 0) barrier_wait(base + place::latents_used + 8 * piece, (done.jobs - 1) & 1);
+                    if (number > 0) barrier_wait(base + place::latents_used + 8 * piece, (number - 1) & 1);
                     if (elect_lane()) {
                         barrier_expect(barrier, piece_bytes);
                         copy_box(base + place::latents + piece * piece_bytes, &maps.latents, barrier, piece * 128, work.key, 0, 0);
                     }
                 }
-                uint32_t const number = done.weights + i, slot = number % weight_ring;
-                uint32_t const barrier = base + place::weights_full + 8 * slot;
-                uint32_t const target = base + place::weights + slot * (2 * weight_bytes);
-                int32_t const head = work.head + i / latent_pieces, row = head * rank + piece * 64;
-                if (number >= weight_ring) {
-                    barrier_wait(base + place::weights_used + 8 * slot, (number / weight_ring - 1) & 1);
-                }
+                uint32_t const n = work.first + i, barrier = ring_barrier<weight_ring>(memory, place::weights_full, n);
+                uint32_t const target = base + place::weights + n % weight_ring * piece_bytes;
+                wait_replaceable<weight_ring>(memory, place::weights_used, n);
                 if (elect_lane()) {
-                    barrier_expect(barrier, 2 * weight_bytes);
-                    copy_box(target, &maps.key_weights, barrier, 0, row, 0, 0);
-                    copy_box(target + weight_bytes / 2, &maps.key_weights, barrier, 128, row, 0, 0);
-                    copy_box(target + weight_bytes, &maps.value_weights, barrier, piece * 128, head * HopperShape::width, 0, 0);
+                    barrier_expect(barrier, piece_bytes);
+                    if (i % weight_pieces < latent_pieces) {
+                        int32_t const row = head * rank + piece * 64;
+                        copy_box(target, &maps.key_weights, barrier, 0, row, 0, 0);
+                        copy_box(target + piece_bytes / 2, &maps.key_weights, barrier, 128, row, 0, 0);
+                    } else {
+                        copy_box(target, &maps.value_weights, barrier, piece * 128, head * HopperShape::width, 0, 0);
+                    }
                 }
-                if (i == work.heads * latent_pieces - 4) want_next();
+                if (i == count - latent_pieces) want_next();
             }
-            ++done.jobs;
-            done.weights += static_cast<uint32_t>(work.heads * latent_pieces);
             continue;
         }
         const Unit& unit = work.unit;
         int32_t const count = tile_count(unit);
+        used = work.first + static_cast<uint32_t>(count);
+        auto find_masks = [&](int32_t tile) {
+            int32_t const first = unit.key_start + 2 * tile;
+            bool const pair = first + 1 < unit.key_end;
+            Masks const found{load_in_order(plan.key_masks + first), load_in_order(plan.key_masks + first + (pair ? 1 : 0))};
+            return Masks{found.low, pair ? found.high : 0};
+        };
+        Masks masks = find_masks(0);
         auto order_keys = [&](int32_t tile) {
-            uint32_t const n = done.tiles + tile, barrier = one_of_two(memory, place::keys_full, n);
-            uint32_t const target = base + place::keys + (n & 1) * (key_pieces * piece_bytes);
+            uint32_t const n = work.first + tile, barrier = ring_barrier<tile_ring>(memory, place::keys_full, n);
+            uint32_t const target = base + place::keys + n % tile_ring * (key_pieces * piece_bytes);
             int32_t const key = unit.key_start * key_tile + tile * keys_of_tile;
-            wait_replaceable(memory, place::keys_used, n);
+            wait_replaceable<tile_ring>(memory, place::keys_used, n);
             if (elect_lane()) {
+                reinterpret_cast<Masks*>(memory + place::masks)[n % tile_ring] = masks;
                 barrier_expect(barrier, key_pieces * piece_bytes);
                 copy_box(target, &maps.expanded, barrier, 0, key, work.place, 0);
                 copy_box(target + piece_bytes, &maps.expanded, barrier, 128, key, work.place, 0);
                 copy_box(target + 2 * piece_bytes, &maps.ropes, barrier, 0, key, 0, 0);
             }
+            masks = find_masks(min(tile + 1, count - 1));
         };
         auto order_values = [&](int32_t tile) {
-            uint32_t const n = done.tiles + tile, barrier = one_of_two(memory, place::values_full, n);
-            uint32_t const target = base + place::values + (n & 1) * (value_pieces * piece_bytes);
+            uint32_t const n = work.first + tile, barrier = ring_barrier<tile_ring>(memory, place::values_full, n);
+            uint32_t const target = base + place::values + n % tile_ring * (value_pieces * piece_bytes);
             int32_t const key = unit.key_start * key_tile + tile * keys_of_tile;
-            wait_replaceable(memory, place::values_used, n);
+            wait_replaceable<tile_ring>(memory, place::values_used, n);
             if (elect_lane()) {
                 barrier_expect(barrier, value_pieces * piece_bytes);
                 copy_box(target, &maps.expanded, barrier, 256, key, work.place, 0);
@@ -131,7 +141,7 @@ __device__ inline void produce(const Plan& plan, const Maps& maps, uint8_t* memo
             }
         };
         order_keys(0);
-        if (done.units > 0) barrier_wait(base + place::queries_used, (done.units - 1) & 1);
+        if (number > 0) barrier_wait(base + place::queries_used, (number - 1) & 1);
         load_queries(plan, maps, memory, unit, work.head, lane);
         for (int32_t tile = 0; tile < count; ++tile) {
             if (tile > 0) order_keys(tile);
@@ -139,8 +149,6 @@ __device__ inline void produce(const Plan& plan, const Maps& maps, uint8_t* memo
             if (tile == max(count - 3, 0)) want_next();
             order_values(tile);
         }
-        ++done.units;
-        done.tiles += static_cast<uint32_t>(count);
     }
 }
 

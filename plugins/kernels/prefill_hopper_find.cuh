@@ -33,8 +33,7 @@ public:
     }
 
     // The next work that nobody has; its kind is `none` where there is none.
-    __device__ Work take() const {
-        Work work{};
+    __device__ void take(Work& work) const {
         while (true) {
             int32_t rest = atomicAdd(plan.counter, 1), number;  // of a bundle
             bool expands = rest < lead * jobs;
@@ -56,10 +55,13 @@ public:
                 } else {
                     number += rest / units;
                     rest %= units;
-                    if (number >= bundles) return work;
+                    if (number >= bundles) {
+                        work.kind = Kind::none;
+                        return;
+                    }
                 }
             }
-            if (expands ? make_job(number, rest, work) : make_attention(number, rest, work)) return work;
+            if (expands ? make_job(number, rest, work) : make_attention(number, rest, work)) return;
         }
     }
 
@@ -79,6 +81,7 @@ private:
         work.head = stage.head0 + number * bundle + first;
         work.heads = heads;
         work.place = number % parts * bundle + first;
+        work.keys = min((stage.chunk_end - stage.chunk_start) * key_tile - work.key, keys_of_tile);
         work.counter = expanded_counter(number);
         return true;
     }
@@ -108,15 +111,26 @@ private:
 };
 
 // The block's work of a stage, by one lane of a warp: the next as soon as it is wanted.
-__device__ inline void find(const Plan& plan, const Maps& maps, uint8_t* memory, const Stage& stage, Progress& done) {
+__device__ inline void find(const Plan& plan, const Maps& maps, uint8_t* memory, const Stage& stage) {
     if (threadIdx.x % warp_size == 0) {
         List const list(plan, stage);
+        Found& found = *reinterpret_cast<Found*>(memory + place::found);
         while (true) {
-            wait_replaceable(memory, place::work_used, done.work);
-            Work const work = list.take();
-            *reinterpret_cast<Work*>(memory + place::work + (done.work & 1) * place::work_bytes) = work;
-            barrier_arrive(one_of_two(memory, place::work_full, done.work));
-            ++done.work;
+            uint32_t const n = work_number(memory);
+            wait_replaceable<work_ring>(memory, place::work_used, n);
+            Work& work = work_at(memory, n);
+            list.take(work);
+            if (work.kind == Kind::attention) {
+                work.number = found.units++;
+                work.first = found.tiles;
+                found.tiles += static_cast<uint32_t>(tile_count(work.unit));
+            } else if (work.kind == Kind::expansion) {
+                work.number = found.expansions++;
+                work.first = found.weights;
+                found.weights += static_cast<uint32_t>(work.heads * weight_pieces);
+            }
+            barrier_arrive(ring_barrier<work_ring>(memory, place::work_full, n));
+            work_number(memory) = n + 1;
             if (work.kind == Kind::none) break;
             if (work.kind == Kind::attention && maps.queries) {
                 int const row = static_cast<int>(work.unit.token);
@@ -124,8 +138,8 @@ __device__ inline void find(const Plan& plan, const Maps& maps, uint8_t* memory,
                 prefetch_box(&maps.query_nope, 128, work.head, row, 0);
                 prefetch_box(&maps.query_rope, 0, work.head, row, 0);
             }
-            barrier_wait(shared_address(memory + place::work_wanted), done.wanted & 1);
-            ++done.wanted;
+            barrier_wait(shared_address(memory + place::work_wanted), found.wanted & 1);
+            ++found.wanted;
         }
     }
     __syncwarp();
@@ -133,16 +147,16 @@ __device__ inline void find(const Plan& plan, const Maps& maps, uint8_t* memory,
 
 // What the block has done of a stage, to other blocks' `find`, by one lane of a warp: those that multiply would wait until what they
 // wrote can be seen.
-__device__ inline void tell(const Plan& plan, uint8_t* memory, Progress& done) {
+__device__ inline void tell(const Plan& plan, uint8_t* memory) {
     if (threadIdx.x % warp_size == 0) {
         while (true) {
-            wait_full(memory, place::work_full, done.work);
-            const Work& work = *reinterpret_cast<const Work*>(memory + place::work + (done.work & 1) * place::work_bytes);
-            Kind const kind = work.kind;
-            int32_t const counter = work.counter;
-            barrier_arrive(one_of_two(memory, place::work_used, done.work));
-            uint32_t const number = done.work++;
-            wait_full(memory, place::work_done, number);
+            uint32_t const done = work_number(memory);
+            wait_ring<work_ring>(memory, place::work_full, done);
+            Kind const kind = work_at(memory, done).kind;
+            int32_t const counter = work_at(memory, done).counter;
+            barrier_arrive(ring_barrier<work_ring>(memory, place::work_used, done));
+            wait_ring<work_ring>(memory, place::work_done, done);
+            work_number(memory) = done + 1;
             if (kind == Kind::none) break;
             count_up(plan.counter + counter);
         }
