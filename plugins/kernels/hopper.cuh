@@ -75,7 +75,16 @@ __device__ inline void copy_bytes(uint32_t target, const void* source, uint32_t 
 __device__ inline void store_bytes(void* target, uint32_t source, uint32_t bytes) {
     asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(target), "r"(source), "r"(bytes) : "memory");
 }
-// Until all that this thread has stored so is there.
+// A box of a 4-d tensor, where it is in the tensor.
+__device__ inline void store_box(const void* map, uint32_t source, int c0, int c1, int c2, int c3) {
+    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map), "r"(source),
+                 "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+                 : "memory");
+}
+// Until the places are free from which this thread has stored so; until all of it is there.
+__device__ inline void store_wait_read() {
+    asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
+}
 __device__ inline void store_wait() {
     asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group 0;" ::: "memory");
 }

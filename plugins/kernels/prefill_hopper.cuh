@@ -17,7 +17,7 @@ namespace mla::prefill_hopper {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 // The work that `find` finds, by the warpgroups.
-__device__ inline void consume(const Plan& plan, uint8_t* memory, bool vectors) {
+__device__ inline void consume(const Plan& plan, const Maps& maps, uint8_t* memory) {
     int const side = threadIdx.x / 128;
     if (side == 1) named_arrive(turn, HopperShape::threads);  // the first turn is the other group's
     Kind kind;
@@ -27,9 +27,9 @@ __device__ inline void consume(const Plan& plan, uint8_t* memory, bool vectors) 
         const Work& work = work_at(memory, number);
         kind = work.kind;
         if (kind == Kind::expansion) {
-            expand(plan, memory, work);
+            expand(plan, maps, memory, work);
         } else if (kind == Kind::attention) {
-            attend_unit(plan, memory, work, vectors);
+            attend_unit(plan, memory, work, maps.outputs);
         } else {
             part_done(memory);
         }
@@ -71,7 +71,7 @@ __device__ inline void walk(const Plan& plan, const Maps& maps, uint8_t* memory)
             grid.sync();
             fence_copies();
             if constexpr (multiplies) {
-                consume(plan, memory, maps.outputs);
+                consume(plan, maps, memory);
             } else if (threadIdx.x / warp_size == S::warps) {
                 produce(plan, maps, memory);
             } else if (threadIdx.x / warp_size == S::warps + 1) {

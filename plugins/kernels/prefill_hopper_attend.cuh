@@ -9,6 +9,10 @@ namespace mla::prefill_hopper {
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
+// A row's weights are powers of two of its scores less a reference, which becomes the largest score so far where that is this much above
+// it: sums must be multiplied then, which few tiles do so.
+constexpr float most_above_reference = 8.0f;
+
 // Attention of one unit over its key tiles of this chunk, two of them at a time, by the warpgroups. `vectors`: see Maps::outputs.
 __device__ inline void attend_unit(const Plan& plan, uint8_t* memory, const Work& work, bool vectors) {
     const PrefillArguments& a = plan.arguments;
@@ -20,7 +24,7 @@ __device__ inline void attend_unit(const Plan& plan, uint8_t* memory, const Work
     int32_t const count = uniform(tile_count(unit));
     float const factor = fmaxf(fabsf(a.softmax_scale) * log2e, 1e-30f);
 
-    float sums[64], scores[64], largest[2], total[2];  // total: this lane's part
+    float sums[64], scores[64], largest[2], total[2];  // largest: the reference, see there; total: this lane's part
     uint32_t weights[8][4];
     auto state_row = [&] { return static_cast<int64_t>(unit.head) * a.step.tokens + unit.token + first_row; };
 #pragma unroll
@@ -124,9 +128,11 @@ __device__ inline void attend_unit(const Plan& plan, uint8_t* memory, const Work
         float base[2], scale[2], sum[2][2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            base[half] = top[half][0] == -INFINITY ? 0.0f : top[half][0] * factor;
-            scale[half] = power_of_two(fmaf(largest[half], factor, -base[half]));
-            largest[half] = top[half][0];
+            float const reference = largest[half];
+            bool const rises = (top[half][0] - reference) * factor > most_above_reference;  // as from minus infinity
+            if (rises) largest[half] = top[half][0];
+            base[half] = largest[half] == -INFINITY ? 0.0f : largest[half] * factor;
+            scale[half] = rises ? power_of_two(fmaf(reference, factor, -base[half])) : 1.0f;
             sum[half][0] = sum[half][1] = 0.0f;
         }
         auto powers = [&](int begin, int end) {

@@ -22,8 +22,11 @@ struct Maps {
     CUtensorMap key_weights;  // [H x R, Dn], boxes of 64 rows
     CUtensorMap value_weights;  // [H x Dv, R]
     CUtensorMap expanded;     // [places, chunk keys, Dn + Dv]
+    CUtensorMap expanded_rows;  // the same, boxes of a warp's rows
     CUtensorMap ropes;        // [chunk keys, Dr]
 };
+
+constexpr int warp_rows = 16;  // of those of a block
 
 enum : int { turn = 1, stage = 3 };  // named barriers: `turn` of each warpgroup, which may order products then
 
@@ -45,7 +48,7 @@ constexpr int weight_pieces = 2 * latent_pieces;  // of a head: those of W_UK, t
 constexpr int most_job_heads = 5;  // that are expanded from one tile of latents
 
 // Places in shared memory: of keys and values, of weights, of work.
-constexpr int tile_ring = 2, weight_ring = 6, work_ring = 4;
+constexpr int tile_ring = 2, weight_ring = 5, work_ring = 4;
 
 // What a block does next. `attention`: `unit`. `expansion`: key and value of `heads` heads from `head` on, for `keys` keys from
 // `key` on. Whoever works on it reads it here again and again: what a warp that multiplies would keep besides its sums, the
@@ -69,7 +72,9 @@ constexpr int values = keys + tile_ring * key_pieces * piece_bytes;  // [tile_ri
 constexpr int queries = values + tile_ring * value_pieces * piece_bytes;
 constexpr int latents = 0;  // of the expansion, instead of these
 constexpr int weights = latents + latent_pieces * piece_bytes;  // [weight_ring]
-constexpr int work = weights + weight_ring * piece_bytes;  // [work_ring]
+constexpr int staged = weights + weight_ring * piece_bytes;  // [warps] 64 columns of a warp's rows
+constexpr int staged_bytes = warp_rows * 128;
+constexpr int work = staged + HopperShape::warps * staged_bytes;  // [work_ring]
 constexpr int work_bytes = 96;
 constexpr int masks = work + work_ring * work_bytes;  // [tile_ring] of Masks
 constexpr int work_number = masks + tile_ring * 16;  // [warps] of the block's work, the next of each warp

@@ -55,10 +55,11 @@ __device__ inline void copy_weights(const Plan& plan) {
 }
 
 // Keys and values of one expansion, by the warpgroups: row scale x latents x weights. W_UK lies with its columns next to each other,
-// W_UV with the latent's. A head's keys are stored while its values are multiplied, and these beside the next head's keys.
-__device__ inline void expand(const Plan& plan, uint8_t* memory, const Work& work) {
+// W_UV with the latent's. A head's keys are stored while its values are multiplied, and these beside the next head's keys, by the copy
+// engine: stores from registers, 32 bytes of each of eight rows, would take the tensor cores' time at shared memory.
+__device__ inline void expand(const Plan& plan, const Maps& maps, uint8_t* memory, const Work& work) {
     int const warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
-    int const g = lane / 4, side = uniform(warp / 4), row0 = warp * 16 + g;
+    int const side = uniform(warp / 4), row0 = warp * warp_rows + lane / 4;
     uint32_t const base = shared_address(memory);
     uint32_t const latents = tile_descriptor(base + place::latents + side * (piece_bytes / 2));
     int32_t const heads = uniform(work.heads);
@@ -66,18 +67,29 @@ __device__ inline void expand(const Plan& plan, uint8_t* memory, const Work& wor
     float scale[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) scale[half] = row0 + half * 8 < work.keys ? plan.row_scales[work.key + row0 + half * 8] : 0.0f;
-    __nv_bfloat16* target = plan.expanded + (static_cast<int64_t>(work.place) * plan.chunk_keys() + work.key + row0) * plan.columns() +
-                            first_of_four(lane);
-    int64_t const next_head = static_cast<int64_t>(plan.chunk_keys()) * plan.columns();
 
-    auto store = [&](const float(&sums)[64], int j, int column) {  // 16 columns of both rows, the first of them 8 j
+    // The lane's part of where the warp's rows are staged: of its row of the matrices that it gives the address of.
+    uint32_t const staged = base + place::staged + warp * place::staged_bytes;
+    int const staged_row = lane % 16;
+    // 16 columns of the warp's rows, those numbered `part` of `of_head`'s keys (columns 0 on) or values.
+    auto store = [&](const float(&sums)[64], int part, int column, int32_t of_head) {
+        if (part % 4 == 0) {
+            if (lane == 0) store_wait_read();
+            __syncwarp();
+        }
+        uint32_t four[4];
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            uint32_t const left = pack(sums[4 * j + 2 * half] * scale[half], sums[4 * j + 2 * half + 1] * scale[half]);
-            uint32_t const right = pack(sums[4 * j + 4 + 2 * half] * scale[half], sums[4 * j + 5 + 2 * half] * scale[half]);
-            uint2 const four = four_of_pairs(left, right, lane);
-            if (row0 + half * 8 < work.keys) {
-                *reinterpret_cast<uint2*>(target + half * 8 * plan.columns() + column + j * 8) = four;
+        for (int k = 0; k < 4; ++k) {  // eight columns of eight rows
+            int const first = 8 * part + 4 * (k / 2) + 2 * (k % 2);
+            four[k] = pack(sums[first] * scale[k % 2], sums[first + 1] * scale[k % 2]);
+        }
+        store_matrices(staged + staged_row * 128 + ((2 * (part % 4) + lane / 16 ^ staged_row % 8) << 4), four);
+        if (part % 4 == 3) {
+            fence_async();
+            __syncwarp();
+            if (lane == 0) {
+                int const bytes = (column + part / 4 * 64) * 2;
+                store_box(&maps.expanded_rows, staged, bytes, work.key + warp * warp_rows, work.place + of_head, 0);
             }
         }
     };
@@ -136,17 +148,16 @@ __device__ inline void expand(const Plan& plan, uint8_t* memory, const Work& wor
     float keys[64], values[64];
     multiply(std::true_type(), keys, keys, true, false, [](int) {});
     for (int32_t head = 1; head < heads; ++head) {
-        multiply(std::false_type(), values, keys, false, false, [&](int i) { store(keys, 2 * i, 0); });
-        multiply(std::true_type(), keys, values, false, false, [&](int i) { store(values, 2 * i, HopperShape::nope); });
-        target += next_head;
+        multiply(std::false_type(), values, keys, false, false, [&](int i) { store(keys, i, 0, head - 1); });
+        multiply(std::true_type(), keys, values, false, false, [&](int i) { store(values, i, HopperShape::nope, head - 1); });
     }
-    multiply(std::false_type(), values, keys, false, true, [&](int i) { store(keys, 2 * i, 0); });
+    multiply(std::false_type(), values, keys, false, true, [&](int i) { store(keys, i, 0, heads - 1); });
     product_wait();
     used(latent_pieces - 1, true);
     pin(values);
 #pragma unroll
-    for (int i = 0; i < latent_pieces; ++i) store(values, 2 * i, HopperShape::nope);
-    fence_copies();
+    for (int i = 0; i < latent_pieces; ++i) store(values, i, HopperShape::nope, heads - 1);
+    if (lane == 0) store_wait();
     part_done(memory);
 }
 

@@ -26,25 +26,36 @@ CUresult encode(CUtensorMap* map, CUtensorMapDataType, cuuint32_t rank, void* da
 
 }  // namespace
 
-void Box::copy(uint32_t target, int c0, int c1, int c2, int c3) const {
-    if (target % 128 != 0) fail("copy_box: the target is no multiple of 128");
+template <typename Each>
+void Box::walk(uint32_t shared, int c0, int c1, int c2, int c3, Each each) const {
+    if (shared % 128 != 0) fail("a box whose place in shared memory is no multiple of 128");
     uint32_t row = 0;
     for (int64_t z = c3; z < c3 + box[3]; ++z) {
         for (int64_t y = c2; y < c2 + box[2]; ++y) {
             for (int64_t x = c1; x < c1 + box[1]; ++x, ++row) {
                 bool const there = x >= 0 && y >= 0 && z >= 0 && x < sizes[1] && y < sizes[2] && z < sizes[3];
                 for (int unit = 0; unit < 8; ++unit) {
-                    uint32_t const at = target + 128 * row + static_cast<uint32_t>(16 * unit);
-                    auto* to = reinterpret_cast<uint8_t*>(size_t{at ^ (at >> 3 & 0x70)});
+                    uint32_t const at = shared + 128 * row + static_cast<uint32_t>(16 * unit);
+                    auto* values = reinterpret_cast<uint8_t*>(size_t{at ^ (at >> 3 & 0x70)});
                     for (int byte = 0; byte < 16; ++byte) {
                         int64_t const column = c0 + 16 * unit + byte;
-                        bool const value = there && column >= 0 && column < sizes[0];
-                        to[byte] = value ? data[column + x * strides[1] + y * strides[2] + z * strides[3]] : uint8_t{0};
+                        bool const inside = there && column >= 0 && column < sizes[0];
+                        each(values[byte], inside ? const_cast<uint8_t*>(data) + column + x * strides[1] + y * strides[2] + z * strides[3] : nullptr);
                     }
                 }
             }
         }
     }
+}
+
+void Box::copy(uint32_t target, int c0, int c1, int c2, int c3) const {
+    walk(target, c0, c1, c2, c3, [](uint8_t& shared, const uint8_t* value) { shared = value == nullptr ? uint8_t{0} : *value; });
+}
+
+void Box::store(uint32_t source, int c0, int c1, int c2, int c3) const {
+    walk(source, c0, c1, c2, c3, [](uint8_t shared, uint8_t* value) {
+        if (value != nullptr) *value = shared;
+    });
 }
 
 }  // namespace emulator

@@ -41,6 +41,11 @@ inline void store_bytes(void* target, uint32_t source, uint32_t bytes) {
     if (bytes % 16 != 0 || source % 16 != 0 || reinterpret_cast<size_t>(target) % 16 != 0) emulator::fail("store_bytes: not multiples of 16");
     emulator::thread_copy([=] { std::memcpy(target, reinterpret_cast<const void*>(size_t{source}), bytes); });
 }
+inline void store_box(const void* map, uint32_t source, int c0, int c1, int c2, int c3) {
+    emulator::Box const box = *static_cast<const emulator::Box*>(map);
+    emulator::thread_copy([=] { box.store(source, c0, c1, c2, c3); });
+}
+inline void store_wait_read() { emulator::thread_copies_wait(-1); }
 inline void store_wait() { emulator::thread_copies_wait(-1); }
 
 inline void fence_async() {}
