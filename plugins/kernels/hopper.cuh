@@ -81,10 +81,14 @@ __device__ inline void store_box(const void* map, uint32_t source, int c0, int c
                  "r"(c0), "r"(c1), "r"(c2), "r"(c3)
                  : "memory");
 }
-// Until the places are free from which this thread has stored so; until all of it is there.
+// What this thread has stored since the last commit is one group; until the places are free from which all but the last `pending`
+// groups are stored.
+__device__ inline void store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+template <int pending>
 __device__ inline void store_wait_read() {
-    asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
+    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(pending) : "memory");
 }
+// Until all that this thread has stored so is there.
 __device__ inline void store_wait() {
     asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group 0;" ::: "memory");
 }

@@ -150,7 +150,7 @@ int launch_hopper(const Plan& plan, const Device& device, cudaStream_t stream) {
         return status;
     }
     if (int status = make_tensor_map(&maps.expanded_rows, plan.expanded, {512, chunk_keys, plan.places, 1},
-                                     {512, 512 * chunk_keys, 512}, {128, prefill_hopper::warp_rows, 1, 1})) {
+                                     {512, 512 * chunk_keys, 512}, {128, 8, 1, 1})) {
         return status;
     }
     if (int status = make_tensor_map(&maps.ropes, plan.ropes, {128, plan.gathered, 1, 1}, {128, 128, 128}, box)) return status;

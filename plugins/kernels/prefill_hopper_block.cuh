@@ -22,7 +22,7 @@ struct Maps {
     CUtensorMap key_weights;  // [H x R, Dn], boxes of 64 rows
     CUtensorMap value_weights;  // [H x Dv, R]
     CUtensorMap expanded;     // [places, chunk keys, Dn + Dv]
-    CUtensorMap expanded_rows;  // the same, boxes of a warp's rows
+    CUtensorMap expanded_rows;  // the same, boxes of eight rows
     CUtensorMap ropes;        // [chunk keys, Dr]
 };
 
@@ -72,7 +72,7 @@ constexpr int values = keys + tile_ring * key_pieces * piece_bytes;  // [tile_ri
 constexpr int queries = values + tile_ring * value_pieces * piece_bytes;
 constexpr int latents = 0;  // of the expansion, instead of these
 constexpr int weights = latents + latent_pieces * piece_bytes;  // [weight_ring]
-constexpr int staged = weights + weight_ring * piece_bytes;  // [warps] 64 columns of a warp's rows
+constexpr int staged = weights + weight_ring * piece_bytes;  // [warps][2] 64 columns of eight rows
 constexpr int staged_bytes = warp_rows * 128;
 constexpr int work = staged + HopperShape::warps * staged_bytes;  // [work_ring]
 constexpr int work_bytes = 96;

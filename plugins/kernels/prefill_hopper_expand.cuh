@@ -68,28 +68,31 @@ __device__ inline void expand(const Plan& plan, const Maps& maps, uint8_t* memor
 #pragma unroll
     for (int half = 0; half < 2; ++half) scale[half] = row0 + half * 8 < work.keys ? plan.row_scales[work.key + row0 + half * 8] : 0.0f;
 
-    // The lane's part of where the warp's rows are staged: of its row of the matrices that it gives the address of.
+    // Eight rows and 64 columns are staged at a time, in two places: a copy takes a thousand cycles until its place is free.
     uint32_t const staged = base + place::staged + warp * place::staged_bytes;
-    int const staged_row = lane % 16;
-    // 16 columns of the warp's rows, those numbered `part` of `of_head`'s keys (columns 0 on) or values.
+    int const staged_row = lane % 8;  // of the matrices, the one that the lane gives the address of
+    // A part of eight of `of_head`'s keys (columns 0 on) or values: 32 columns of eight of the warp's rows.
     auto store = [&](const float(&sums)[64], int part, int column, int32_t of_head) {
-        if (part % 4 == 0) {
-            if (lane == 0) store_wait_read();
+        int const half = part / 2 % 2;
+        if (part % 2 == 0) {
+            if (lane == 0) store_wait_read<1>();
             __syncwarp();
         }
         uint32_t four[4];
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {  // eight columns of eight rows
-            int const first = 8 * part + 4 * (k / 2) + 2 * (k % 2);
-            four[k] = pack(sums[first] * scale[k % 2], sums[first + 1] * scale[k % 2]);
+        for (int k = 0; k < 4; ++k) {  // of eight columns each
+            int const first = (part / 4 * 8 + part % 2 * 4 + k) * 4 + 2 * half;
+            four[k] = pack(sums[first] * scale[half], sums[first + 1] * scale[half]);
         }
-        store_matrices(staged + staged_row * 128 + ((2 * (part % 4) + lane / 16 ^ staged_row % 8) << 4), four);
-        if (part % 4 == 3) {
+        uint32_t const rows = staged + half * (place::staged_bytes / 2);
+        store_matrices(rows + staged_row * 128 + ((part % 2 * 4 + lane / 8 ^ staged_row) << 4), four);
+        if (part % 2 == 1) {
             fence_async();
             __syncwarp();
             if (lane == 0) {
                 int const bytes = (column + part / 4 * 64) * 2;
-                store_box(&maps.expanded_rows, staged, bytes, work.key + warp * warp_rows, work.place + of_head, 0);
+                store_box(&maps.expanded_rows, rows, bytes, work.key + warp * warp_rows + half * 8, work.place + of_head, 0);
+                store_commit();
             }
         }
     };

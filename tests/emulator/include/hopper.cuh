@@ -45,7 +45,11 @@ inline void store_box(const void* map, uint32_t source, int c0, int c1, int c2, 
     emulator::Box const box = *static_cast<const emulator::Box*>(map);
     emulator::thread_copy([=] { box.store(source, c0, c1, c2, c3); });
 }
-inline void store_wait_read() { emulator::thread_copies_wait(-1); }
+inline void store_commit() { emulator::thread_copies_commit(); }
+template <int pending>
+inline void store_wait_read() {
+    emulator::thread_copies_wait(pending);
+}
 inline void store_wait() { emulator::thread_copies_wait(-1); }
 
 inline void fence_async() {}
