@@ -39,6 +39,17 @@ __device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
         : "memory");
 }
 
+// Whether a wait would end at once.
+__device__ inline bool barrier_test(uint32_t barrier, uint32_t parity) {
+    uint32_t done;
+    asm volatile(
+        "{\n.reg .pred done;\nmbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\nselp.u32 %0, 1, 0, done;\n}"
+        : "=r"(done)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+    return done != 0;
+}
+
 // True for one lane of the warp, all of whose lanes are here.
 __device__ inline bool elect_lane() {
     uint32_t elected;

@@ -9,9 +9,38 @@ namespace mla::prefill_hopper {
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// A row's weights are powers of two of its scores less a reference, which becomes the largest score so far where that is this much above
-// it: sums must be multiplied then, which few tiles do so.
-constexpr float most_above_reference = 8.0f;
+// A row's weights are powers of two of its scores less a reference, a score of the row that is not far below its largest one so far. A
+// tile in whose weights a thread's sum is below `most_of_weights` needs no other one. Where the largest score is looked for, it becomes
+// the reference if it is this much above it, in powers of two: then sums must be multiplied.
+constexpr float most_above_reference = 8.0f, most_of_weights = 1 << 24;
+
+// The scores of the warp's rows once more, for the tile of keys numbered n: by products of the warp alone.
+__device__ inline void score_again(uint8_t* memory, uint32_t n, float (&scores)[64]) {
+    int const lane = threadIdx.x % warp_size, row = threadIdx.x / warp_size * warp_rows + lane % 16, key = lane / 16 * 8 + lane % 8;
+    uint32_t const queries = shared_address(memory + place::queries) + row * 128;
+    uint32_t const keys = shared_address(memory + place::keys) + n % tile_ring * (key_pieces * piece_bytes) + key * 128;
+#pragma unroll
+    for (int i = 0; i < 64; ++i) scores[i] = 0.0f;
+#pragma unroll 1
+    for (int step = 0; step < key_pieces * 4; ++step) {
+        int const piece = step / 4 * piece_bytes, unit = step % 4 * 2;
+        uint32_t q[4];
+        ldmatrix_x4(q, queries + piece + ((unit + lane / 16 ^ row % 8) << 4));
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            uint32_t k[4];
+            ldmatrix_x4(k, keys + piece + i * (16 * 128) + ((unit + lane / 8 % 2 ^ key % 8) << 4));
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                float* const own = scores + 8 * i + 4 * j;
+                float sums[4] = {own[0], own[1], own[2], own[3]};
+                mma_bf16(sums, q, k[2 * j], k[2 * j + 1]);
+#pragma unroll
+                for (int m = 0; m < 4; ++m) own[m] = sums[m];
+            }
+        }
+    }
+}
 
 // Attention of one unit over its key tiles of this chunk, two of them at a time, by the warpgroups. `vectors`: see Maps::outputs.
 __device__ inline void attend_unit(const Plan& plan, uint8_t* memory, const Work& work, bool vectors) {
@@ -105,7 +134,24 @@ __device__ inline void attend_unit(const Plan& plan, uint8_t* memory, const Work
             if (!present || key > last + i / 2 % 2 * 8) scores[i] = -INFINITY;
         }
     };
-    // Scores to weights. Products use sums and weights until `values_done`, half of the way.
+    // Powers of two of scores less `base`, to weights, and their sums. Products use sums and weights until `values_done`, half of the way.
+    auto make_powers = [&](const float(&base)[2], float(&sum)[2][2], auto values_done) {
+        auto powers = [&](int begin, int end) {
+#pragma unroll
+            for (int i = begin; i < end; ++i) {
+                scores[i] = power_of_two(fmaf(scores[i], factor, -base[i / 2 % 2]));
+                sum[i / 2 % 2][i % 2] += scores[i];
+            }
+        };
+        powers(0, 32);
+        // Never so, but the assembler does not know: it would move the wait up, before all of this.
+        if (fminf(sum[0][0], sum[1][0]) < 0.0f) __nanosleep(1);
+        values_done();
+        powers(32, 64);
+#pragma unroll
+        for (int i = 0; i < 32; ++i) weights[i / 4][i % 4] = pack(scores[2 * i], scores[2 * i + 1]);
+    };
+    // Scores to weights, and a reference that fits them.
     auto make_weights = [&](auto values_done) {
         float top[2][4];  // four at a time, so that one does not wait for the other
 #pragma unroll
@@ -135,26 +181,27 @@ __device__ inline void attend_unit(const Plan& plan, uint8_t* memory, const Work
             scale[half] = rises ? power_of_two(fmaf(reference, factor, -base[half])) : 1.0f;
             sum[half][0] = sum[half][1] = 0.0f;
         }
-        auto powers = [&](int begin, int end) {
+        make_powers(base, sum, [&] {
+            values_done();
+            if (__any_sync(0xffffffffu, scale[0] != 1.0f || scale[1] != 1.0f)) {
 #pragma unroll
-            for (int i = begin; i < end; ++i) {
-                scores[i] = power_of_two(fmaf(scores[i], factor, -base[i / 2 % 2]));
-                sum[i / 2 % 2][i % 2] += scores[i];
+                for (int i = 0; i < 64; ++i) sums[i] *= scale[i / 2 % 2];
             }
-        };
-        powers(0, 32);
-        // Never so, but the assembler does not know: it would move the wait up, before all of this.
-        if (fminf(sum[0][0], sum[1][0]) < 0.0f) __nanosleep(1);
-        values_done();
-        if (__any_sync(0xffffffffu, scale[0] != 1.0f || scale[1] != 1.0f)) {
-#pragma unroll
-            for (int i = 0; i < 64; ++i) sums[i] *= scale[i / 2 % 2];
-        }
-        powers(32, 64);
-#pragma unroll
-        for (int i = 0; i < 32; ++i) weights[i / 4][i % 4] = pack(scores[2 * i], scores[2 * i + 1]);
+        });
 #pragma unroll
         for (int half = 0; half < 2; ++half) total[half] = fmaf(total[half], scale[half], sum[half][0] + sum[half][1]);
+    };
+    // The same with the reference that there is, without a look at the largest score. False where that does not fit, or there is none:
+    // then nothing has come of the scores, which are lost.
+    auto make_weights_as_before = [&](auto values_done) {
+        float const base[2] = {largest[0] * factor, largest[1] * factor};
+        float sum[2][2] = {};
+        make_powers(base, sum, values_done);
+        float const low = sum[0][0] + sum[0][1], high = sum[1][0] + sum[1][1];
+        if (!__all_sync(0xffffffffu, low < most_of_weights && high < most_of_weights)) return false;
+        total[0] += low;
+        total[1] += high;
+        return true;
     };
 
     // Tiles with keys that rows of this group see; those behind them are passed over.
@@ -176,7 +223,7 @@ __device__ inline void attend_unit(const Plan& plan, uint8_t* memory, const Work
         if (own == 1) queries_used();
         mask_scores(0, masks);
         make_weights([] {});
-        for (int32_t tile = 1; tile < own; ++tile) {
+        auto order_products = [&](int32_t tile) {
             wait_ring<tile_ring>(memory, place::keys_full, tiles + tile);
             take_turn();
             pin(scores);
@@ -191,15 +238,29 @@ __device__ inline void attend_unit(const Plan& plan, uint8_t* memory, const Work
             masks = masks_of(tile);
             product_wait<1>();
             pin(scores);
-            keys_used(tile);
-            if (tile == own - 1) queries_used();
+        };
+        auto values_done = [&](int32_t tile) {
+            product_wait();
+            pin(sums);
+            pin_weights();
+            values_used(tile - 1);
+        };
+        for (int32_t tile = 1; tile < own - 1; ++tile) {
+            order_products(tile);
             mask_scores(tile, masks);
-            make_weights([&] {
-                product_wait();
-                pin(sums);
-                pin_weights();
-                values_used(tile - 1);
-            });
+            if (!make_weights_as_before([&] { values_done(tile); })) {
+                score_again(memory, tiles + tile, scores);
+                mask_scores(tile, masks_of(tile));
+                make_weights([] {});
+            }
+            keys_used(tile);
+        }
+        if (own > 1) {
+            order_products(own - 1);
+            keys_used(own - 1);
+            queries_used();
+            mask_scores(own - 1, masks);
+            make_weights([&] { values_done(own - 1); });
         }
         if (own < count) wait_ring<tile_ring>(memory, place::keys_full, tiles + own);
         wait_ring<tile_ring>(memory, place::values_full, tiles + own - 1);

@@ -102,6 +102,7 @@ __device__ inline void expand(const Plan& plan, const Maps& maps, uint8_t* memor
         barrier_arrive(base + place::weights_used + 8 * (slot == 0 ? weight_ring - 1 : slot - 1));
         if (last) barrier_arrive(base + place::latents_used + 8 * piece);
     };
+    bool ready = false;  // whether the piece at `slot` is known to be there: seen beside work for which a wait is no loss
     // `sums` of a head, and beside them what is to be done after what was multiplied before.
     auto multiply = [&](auto of_keys, float(&sums)[64], float(&before)[64], bool first, bool last, auto&& beside) {
         constexpr bool is_key = decltype(of_keys)::value;
@@ -114,7 +115,7 @@ __device__ inline void expand(const Plan& plan, const Maps& maps, uint8_t* memor
 #pragma unroll
         for (int i = 0; i < latent_pieces; ++i) {
             if (first) barrier_wait(base + place::latents_full + 8 * i, work.number & 1);
-            barrier_wait(base + place::weights_full + 8 * slot, round);
+            if (!ready) barrier_wait(base + place::weights_full + 8 * slot, round);
             uint32_t const x = latents + i * (piece_bytes >> 4);
             uint32_t const w = tile_descriptor(base + place::weights) + slot * (piece_bytes >> 4);
             auto step = [&](auto number) {
@@ -143,9 +144,10 @@ __device__ inline void expand(const Plan& plan, const Maps& maps, uint8_t* memor
                 product_wait<1>();
                 used(i - 1, last);
             }
-            beside(i);
             slot = slot == weight_ring - 1 ? 0 : slot + 1;
             round ^= slot == 0;
+            ready = barrier_test(base + place::weights_full + 8 * slot, round);
+            beside(i);
         }
     };
     float keys[64], values[64];

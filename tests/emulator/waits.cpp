@@ -154,6 +154,8 @@ void barrier_wait(uint32_t address, uint32_t parity) {
     }
 }
 
+bool barrier_test(uint32_t address, uint32_t parity) { return Barrier::at(address, "a test").phase != parity; }
+
 namespace {
 void order_job(Block* block, std::function<void()> work) {
     if (settings.order == Order::early) {

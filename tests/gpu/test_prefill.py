@@ -192,6 +192,28 @@ def test_softmax_scales(dimensions: str, row_format: str, scale: float) -> None:
 
 
 @pytest.mark.small
+@pytest.mark.parametrize("levels", ["none", "rising", "rising slowly", "rising once", "falling"])
+@pytest.mark.parametrize("hidden", [0, 3, 7])
+@pytest.mark.parametrize("dimensions", KERNELS)
+def test_references(dimensions: str, hidden: int, levels: str) -> None:
+    """Kernels take powers of scores less a reference of the row: it must rise where scores do, and be there where the first keys are not.
+    A level is 1.2 nats, for two of three queries."""
+    rng = np.random.default_rng(14)
+    step = make_step(rng, [200], [700], page_size=64)
+    inputs, attributes = _case(rng, step, "bf16", DIMENSIONS[dimensions], ml_dtypes.bfloat16)
+    _, nope, rope_size, _, rank = DIMENSIONS[dimensions]
+    inputs["query"][:, :, nope] = np.where(np.arange(200) % 3 == 0, 0, 1.2 / attributes["softmax_scale"])[:, None]
+    tile = np.arange(900) // 128
+    level = {"none": 0, "rising": 20 * tile, "rising slowly": 7 * tile, "rising once": 30 * (tile == 4), "falling": 140 - 20 * tile}
+    layout, places = KvLayout(64, "bf16", rank, rope_size, 0.01), step.places(0, range(900))
+    latent, rope = layout.read(inputs["kv_cache"], *places)
+    rope[:, 0] = level[levels]
+    layout.write(inputs["kv_cache"], *places, latent, rope)
+    inputs["block_table"][0, :hidden] = -1
+    _compare(inputs, attributes)
+
+
+@pytest.mark.small
 @pytest.mark.parametrize("row_format", ["f32", "bf16"])
 @pytest.mark.parametrize("dimensions", KERNELS)
 def test_no_pages(dimensions: str, row_format: str) -> None:

@@ -82,6 +82,7 @@ void barrier_init(uint32_t barrier, uint32_t arrivals);
 void barrier_arrive(uint32_t barrier, uint32_t expected_bytes);
 void barrier_complete(uint32_t barrier, uint32_t bytes);
 void barrier_wait(uint32_t barrier, uint32_t parity);
+bool barrier_test(uint32_t barrier, uint32_t parity);
 
 // Copies of the copy engine; a thread's own copies, which it waits for in groups (-1: for all of them, committed or not); products of
 // the running warp, by one of its lanes, and the waiting of all of them. `mark` says what is multiplied: it must be the same for the four

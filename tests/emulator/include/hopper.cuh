@@ -14,6 +14,7 @@ inline void barrier_expect(uint32_t barrier, uint32_t bytes) { emulator::barrier
 inline void barrier_arrive(uint32_t barrier) { emulator::barrier_arrive(barrier, 0); }
 inline void barrier_arrive_after_copies(uint32_t barrier) { emulator::arrive_after_thread_copies(barrier); }
 inline void barrier_wait(uint32_t barrier, uint32_t parity) { emulator::barrier_wait(barrier, parity); }
+inline bool barrier_test(uint32_t barrier, uint32_t parity) { return emulator::barrier_test(barrier, parity); }
 
 inline bool elect_lane() {
     __syncwarp();
