@@ -14,30 +14,31 @@ namespace mla::prefill_hopper {
 // the reference if it is this much above it, in powers of two: then sums must be multiplied.
 constexpr float most_above_reference = 8.0f, most_of_weights = 1 << 24;
 
-// The scores of the warp's rows once more, for the tile of keys numbered n: by products of the warp alone.
-__device__ inline void score_again(uint8_t* memory, uint32_t n, float (&scores)[64]) {
-    int const lane = threadIdx.x % warp_size, row = threadIdx.x / warp_size * warp_rows + lane % 16, key = lane / 16 * 8 + lane % 8;
+// The scores of the warp's rows once more, for 128 keys from `first` on, all of the unit: by products of the warp alone, with keys from
+// global memory, as their place may have another tile's by now.
+__device__ inline void score_again(const Plan& plan, uint8_t* memory, int32_t place_of_head, int32_t first, float (&scores)[64]) {
+    int const lane = threadIdx.x % warp_size, g = lane / 4, t = lane % 4, row = threadIdx.x / warp_size * warp_rows + lane % 16;
     uint32_t const queries = shared_address(memory + place::queries) + row * 128;
-    uint32_t const keys = shared_address(memory + place::keys) + n % tile_ring * (key_pieces * piece_bytes) + key * 128;
+    int32_t const key = first + g, width = plan.columns(), rope = HopperShape::rope;
+    const __nv_bfloat16* const keys = plan.expanded + (static_cast<int64_t>(place_of_head) * plan.chunk_keys() + key) * width + 2 * t;
+    const __nv_bfloat16* const ropes = plan.ropes + static_cast<int64_t>(key) * rope + 2 * t;
 #pragma unroll
     for (int i = 0; i < 64; ++i) scores[i] = 0.0f;
 #pragma unroll 1
-    for (int step = 0; step < key_pieces * 4; ++step) {
-        int const piece = step / 4 * piece_bytes, unit = step % 4 * 2;
+    for (int step = 0; step < key_pieces * 4; ++step) {  // of 16 values
+        bool const of_rope = step >= HopperShape::nope / 16;
+        const __nv_bfloat16* const from = of_rope ? ropes + step * 16 - HopperShape::nope : keys + step * 16;
+        int const stride = of_rope ? rope : width;
         uint32_t q[4];
-        ldmatrix_x4(q, queries + piece + ((unit + lane / 16 ^ row % 8) << 4));
+        ldmatrix_x4(q, queries + step / 4 * piece_bytes + ((step % 4 * 2 + lane / 16 ^ row % 8) << 4));
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            uint32_t k[4];
-            ldmatrix_x4(k, keys + piece + i * (16 * 128) + ((unit + lane / 8 % 2 ^ key % 8) << 4));
+        for (int i = 0; i < 16; ++i) {
+            // another block wrote them, so not what L1 may have
+            auto const pair = [&](int k) { return *reinterpret_cast<const volatile uint32_t*>(from + i * 8 * stride + k); };
+            float sums[4] = {scores[4 * i], scores[4 * i + 1], scores[4 * i + 2], scores[4 * i + 3]};
+            mma_bf16(sums, q, pair(0), pair(8));
 #pragma unroll
-            for (int j = 0; j < 2; ++j) {
-                float* const own = scores + 8 * i + 4 * j;
-                float sums[4] = {own[0], own[1], own[2], own[3]};
-                mma_bf16(sums, q, k[2 * j], k[2 * j + 1]);
-#pragma unroll
-                for (int m = 0; m < 4; ++m) own[m] = sums[m];
-            }
+            for (int m = 0; m < 4; ++m) scores[4 * i + m] = sums[m];
         }
     }
 }
@@ -247,13 +248,13 @@ __device__ inline void attend_unit(const Plan& plan, uint8_t* memory, const Work
         };
         for (int32_t tile = 1; tile < own - 1; ++tile) {
             order_products(tile);
+            keys_used(tile);
             mask_scores(tile, masks);
             if (!make_weights_as_before([&] { values_done(tile); })) {
-                score_again(memory, tiles + tile, scores);
-                mask_scores(tile, masks_of(tile));
+                score_again(plan, memory, work.place, unit.key_start * key_tile + tile * keys_of_tile, scores);
+                mask_scores(tile, masks);
                 make_weights([] {});
             }
-            keys_used(tile);
         }
         if (own > 1) {
             order_products(own - 1);
