@@ -47,23 +47,13 @@ __device__ inline void produce(const Plan& plan, const Maps& maps, uint8_t* memo
     auto want_next = [&] {
         if (lane == 0) barrier_arrive(base + place::work_wanted);
     };
-    // Expansion and attention have the same places: what one has there was used before the other begins.
+    // Expansion and attention have the same places: what one has there was used before the other takes it. The even tiles' keys have
+    // those of latents 0 to 2, the odd tiles' of 3 to 5; values have the others and weights 0 and 1 of the ring, queries weights 2 to 4.
+    static_assert(latent_pieces == 8 && weight_ring == 5 && key_pieces == 3 && value_pieces == 2 && tile_ring == 2);
     Kind last = Kind::none;
     uint32_t used = 0, number = 0;  // of the last work: places of its ring, counted from the first on; which of its kind it is
-    auto change_to = [&](Kind kind) {
-        if (kind == last) return;
-        if (last == Kind::attention) {
-            for (uint32_t n = used < tile_ring ? 0 : used - tile_ring; n < used; ++n) {
-                wait_ring<tile_ring>(memory, place::keys_used, n);
-                wait_ring<tile_ring>(memory, place::values_used, n);
-            }
-            barrier_wait(base + place::queries_used, number & 1);
-        }
-        if (last == Kind::expansion) {
-            for (int piece = 0; piece < latent_pieces; ++piece) barrier_wait(base + place::latents_used + 8 * piece, number & 1);
-            for (uint32_t n = used - weight_ring; n < used; ++n) wait_ring<weight_ring>(memory, place::weights_used, n);
-        }
-        last = kind;
+    auto wait_tiles = [&](int barriers) {
+        for (uint32_t n = used < tile_ring ? 0 : used - tile_ring; n < used; ++n) wait_ring<tile_ring>(memory, barriers, n);
     };
     while (true) {
         uint32_t const order = work_number(memory);
@@ -73,22 +63,31 @@ __device__ inline void produce(const Plan& plan, const Maps& maps, uint8_t* memo
         if (lane == 0) work_number(memory) = order + 1;
         if (work.kind == Kind::none) return;
         fence_copies();  // of what other blocks expanded
-        change_to(work.kind);
-        number = work.number;
+        bool const changes = last != Kind::none && work.kind != last;
+        last = work.kind;
         if (work.kind == Kind::expansion) {
             int32_t const count = work.heads * weight_pieces;
-            used = work.first + static_cast<uint32_t>(count);
+            uint32_t const first = work.first, of_kind = work.number;
+            bool values_wait = changes;
+            if (changes) {
+                wait_tiles(place::keys_used);
+                barrier_wait(base + place::queries_used, number & 1);
+            }
             for (int32_t i = 0; i < count; ++i) {
                 int32_t const piece = i % latent_pieces, head = work.head + i / weight_pieces;
                 if (i < latent_pieces) {
                     uint32_t const barrier = base + place::latents_full + 8 * piece;
-                    if (number > 0) barrier_wait(base + place::latents_used + 8 * piece, (number - 1) & 1);
+                    if (values_wait && (piece >= 6 || (first + i) % weight_ring < 2)) {
+                        wait_tiles(place::values_used);
+                        values_wait = false;
+                    }
+                    if (of_kind > 0) barrier_wait(base + place::latents_used + 8 * piece, (of_kind - 1) & 1);
                     if (elect_lane()) {
                         barrier_expect(barrier, piece_bytes);
                         copy_box(base + place::latents + piece * piece_bytes, &maps.latents, barrier, piece * 128, work.key, 0, 0);
                     }
                 }
-                uint32_t const n = work.first + i, barrier = ring_barrier<weight_ring>(memory, place::weights_full, n);
+                uint32_t const n = first + i, barrier = ring_barrier<weight_ring>(memory, place::weights_full, n);
                 uint32_t const target = base + place::weights + n % weight_ring * piece_bytes;
                 wait_replaceable<weight_ring>(memory, place::weights_used, n);
                 if (elect_lane()) {
@@ -103,11 +102,15 @@ __device__ inline void produce(const Plan& plan, const Maps& maps, uint8_t* memo
                 }
                 if (i == count - latent_pieces) want_next();
             }
+            used = first + static_cast<uint32_t>(count);
+            number = of_kind;
             continue;
         }
         const Unit& unit = work.unit;
-        int32_t const count = tile_count(unit);
-        used = work.first + static_cast<uint32_t>(count);
+        int32_t const count = tile_count(unit), place_of_head = work.place, first_key = unit.key_start * key_tile;
+        if (changes) {
+            for (int piece = 0; piece < latent_pieces; ++piece) barrier_wait(base + place::latents_used + 8 * piece, number & 1);
+        }
         auto find_masks = [&](int32_t tile) {
             int32_t const first = unit.key_start + 2 * tile;
             bool const pair = first + 1 < unit.key_end;
@@ -118,13 +121,13 @@ __device__ inline void produce(const Plan& plan, const Maps& maps, uint8_t* memo
         auto order_keys = [&](int32_t tile) {
             uint32_t const n = work.first + tile, barrier = ring_barrier<tile_ring>(memory, place::keys_full, n);
             uint32_t const target = base + place::keys + n % tile_ring * (key_pieces * piece_bytes);
-            int32_t const key = unit.key_start * key_tile + tile * keys_of_tile;
+            int32_t const key = first_key + tile * keys_of_tile;
             wait_replaceable<tile_ring>(memory, place::keys_used, n);
             if (elect_lane()) {
                 reinterpret_cast<Masks*>(memory + place::masks)[n % tile_ring] = masks;
                 barrier_expect(barrier, key_pieces * piece_bytes);
-                copy_box(target, &maps.expanded, barrier, 0, key, work.place, 0);
-                copy_box(target + piece_bytes, &maps.expanded, barrier, 128, key, work.place, 0);
+                copy_box(target, &maps.expanded, barrier, 0, key, place_of_head, 0);
+                copy_box(target + piece_bytes, &maps.expanded, barrier, 128, key, place_of_head, 0);
                 copy_box(target + 2 * piece_bytes, &maps.ropes, barrier, 0, key, 0, 0);
             }
             masks = find_masks(min(tile + 1, count - 1));
@@ -132,15 +135,20 @@ __device__ inline void produce(const Plan& plan, const Maps& maps, uint8_t* memo
         auto order_values = [&](int32_t tile) {
             uint32_t const n = work.first + tile, barrier = ring_barrier<tile_ring>(memory, place::values_full, n);
             uint32_t const target = base + place::values + n % tile_ring * (value_pieces * piece_bytes);
-            int32_t const key = unit.key_start * key_tile + tile * keys_of_tile;
+            int32_t const key = first_key + tile * keys_of_tile;
             wait_replaceable<tile_ring>(memory, place::values_used, n);
             if (elect_lane()) {
                 barrier_expect(barrier, value_pieces * piece_bytes);
-                copy_box(target, &maps.expanded, barrier, 256, key, work.place, 0);
-                copy_box(target + piece_bytes, &maps.expanded, barrier, 384, key, work.place, 0);
+                copy_box(target, &maps.expanded, barrier, 256, key, place_of_head, 0);
+                copy_box(target + piece_bytes, &maps.expanded, barrier, 384, key, place_of_head, 0);
             }
         };
         order_keys(0);
+        if (changes) {
+            for (uint32_t n = used - weight_ring; n < used; ++n) wait_ring<weight_ring>(memory, place::weights_used, n);
+        }
+        number = work.number;
+        used = work.first + static_cast<uint32_t>(count);
         if (number > 0) barrier_wait(base + place::queries_used, (number - 1) & 1);
         load_queries(plan, maps, memory, unit, work.head, lane);
         for (int32_t tile = 0; tile < count; ++tile) {
