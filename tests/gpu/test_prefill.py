@@ -204,7 +204,13 @@ def test_references(dimensions: str, hidden: int, levels: str) -> None:
     _, nope, rope_size, _, rank = DIMENSIONS[dimensions]
     inputs["query"][:, :, nope] = np.where(np.arange(200) % 3 == 0, 0, 1.2 / attributes["softmax_scale"])[:, None]
     tile = np.arange(900) // 128
-    level = {"none": 0, "rising": 20 * tile, "rising slowly": 7 * tile, "rising once": 30 * (tile == 4), "falling": 140 - 20 * tile}
+    level = {
+        "none": 0,
+        "rising": 20 * tile,
+        "rising slowly": 7 * tile,
+        "rising once": 30 * (tile == 4),
+        "falling": 140 - 20 * tile,
+    }
     layout, places = KvLayout(64, "bf16", rank, rope_size, 0.01), step.places(0, range(900))
     latent, rope = layout.read(inputs["kv_cache"], *places)
     rope[:, 0] = level[levels]
