@@ -237,6 +237,7 @@ class Metrics:
         self._loop = loop
         counter, gauge = pb_utils.MetricFamily.COUNTER, pb_utils.MetricFamily.GAUGE
         described = {
+            "steps": (counter, "steps run"),
             "tokens": (counter, "tokens given out"),
             "computed_tokens": (counter, "tokens that went through the model"),
             "prefix_tokens": (counter, "tokens that were not computed because their pages were there"),
