@@ -49,12 +49,12 @@ __device__ inline void attend_unit(const Plan& plan, uint8_t* memory, const Work
     const Unit& unit = work.unit;
     uint32_t const tiles = uniform(work.first);
     int const warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
-    int const g = lane / 4, t = lane % 4, first_row = warp * 16 + g;
+    int const g = lane / 4, t = lane % 4, first_row = warp * warp_rows + g;
     int const side = uniform(warp / 4), group_row = side * 64;
     int32_t const count = uniform(tile_count(unit));
     float const factor = fmaxf(fabsf(a.softmax_scale) * log2e, 1e-30f);
 
-    float sums[64], scores[64], largest[2], total[2];  // largest: the reference, see there; total: this lane's part
+    float sums[64], scores[64], largest[2], total[2];  // largest: the row's reference (most_above_reference); total: this lane's part
     uint32_t weights[8][4];
     auto state_row = [&] { return static_cast<int64_t>(unit.head) * a.step.tokens + unit.token + first_row; };
 #pragma unroll

@@ -26,7 +26,7 @@ struct Maps {
     CUtensorMap ropes;        // [chunk keys, Dr]
 };
 
-constexpr int warp_rows = 16;  // of those of a block
+constexpr int warp_rows = 16;  // of a block's, those that a warp multiplies
 
 enum : int { turn = 1, stage = 3 };  // named barriers: `turn` of each warpgroup, which may order products then
 
@@ -89,12 +89,14 @@ constexpr int latents_full = queries_used + 8, latents_used = latents_full + 8 *
 constexpr int weights_full = latents_used + 8 * latent_pieces, weights_used = weights_full + 8 * weight_ring;
 constexpr int total = weights_used + 8 * weight_ring;
 }  // namespace place
-static_assert(place::queries + key_pieces * piece_bytes <= place::work && sizeof(Work) <= place::work_bytes && place::barriers % 8 == 0);
+static_assert(place::queries + key_pieces * piece_bytes <= place::staged && sizeof(Work) <= place::work_bytes && place::barriers % 8 == 0);
 
-// What a block has found so far: units and key tiles of attention, expansions and their pieces of weights.
+// What a block has found so far: units of attention and their key tiles, expansions and their pieces of weights.
 struct Found {
-    uint32_t units, tiles, expansions, weights, wanted;
+    uint32_t units, tiles, expansions, weights;
+    uint32_t wanted;  // work that was asked for
 };
+static_assert(sizeof(Found) <= place::barriers - place::found);
 
 // Which keys of a tile exist.
 struct alignas(16) Masks {

@@ -68,7 +68,7 @@ __device__ inline void produce(const Plan& plan, const Maps& maps, uint8_t* memo
         if (work.kind == Kind::expansion) {
             int32_t const count = work.heads * weight_pieces;
             uint32_t const first = work.first, of_kind = work.number;
-            bool values_wait = changes;
+            bool values_wait = changes;  // for the values' places, which become free last
             if (changes) {
                 wait_tiles(place::keys_used);
                 barrier_wait(base + place::queries_used, number & 1);
