@@ -61,10 +61,12 @@ struct Plan {
 
 // Results of parts of the keys, before the merge, each in a slot of a block's rows.
 struct Partials {
-    float* output;  // [slots, rows, R], divided by the part's own sum
+    float* output;  // [slots, rows, R], divided by the part's own sum; the values of `type` lie at each row's beginning
     float* lse;  // [slots, rows], base 2, -inf where the part has no key
+    int32_t* narrow;  // [slots, 4, 2], of 16 rows and 256 columns each: 0 where they are f32 instead of float16
     int rows;  // of a block
     int tile;  // keys of a tile, a power of two
+    int32_t type;  // MLA_FLOAT, MLA_BFLOAT16, or MLA_FLOAT16 as `narrow` says
     int32_t slots, multiprocessors;
     bool by_token;  // items are heads of one token
     bool output_aligned;  // four outputs that follow each other may be written at once
@@ -72,6 +74,7 @@ struct Partials {
     Plan plan;
 
     MLA_BOTH int64_t row(int32_t slot, int row) const { return static_cast<int64_t>(slot) * rows + row; }
+    MLA_BOTH int32_t* narrow_at(int32_t slot, int row, int column) const { return narrow + slot * 8 + row / 16 * 2 + column / 256; }
 };
 
 // How a step is attended to.
@@ -96,6 +99,8 @@ int hopper_fp8_rows(const Attend& work);
 int attend_hopper_fp8(const Attend& work, const Partials& partials, cudaStream_t stream);
 bool attend_takes_hopper_bf16(const Attend& work, const Device& device);
 constexpr int hopper_bf16_rows = 64;
+// Whether its parts may be float16. Over fp8 rows the code for it made steps without parts 2% slower.
+MLA_BOTH constexpr bool hopper_bf16_halves(int32_t format) { return format != row_format::fp8; }
 int attend_hopper_bf16(const Attend& work, const Partials& partials, cudaStream_t stream);
 bool attend_takes_tensor_cores(const Attend& work, const Device& device);
 int tensor_core_rows(const Attend& work, const Device& device);

@@ -11,6 +11,7 @@ namespace hopper {
 constexpr int rank = 512, rope = 64;
 constexpr int group = 128;  // threads that do the same
 constexpr int staged_row = rank + 4;  // values from one staged row of the output to the next: fewer bank conflicts
+constexpr int narrow_row = rank + 8;  // the same of two bytes each
 constexpr uint32_t no_row = 0xffffffffu;  // the offset in the pool, in 16 bytes, of a listed key that there is not
 
 // The pool as [page][column of 128 bytes][row][byte]; a box is `box_columns` of 64 rows.

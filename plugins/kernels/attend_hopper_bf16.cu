@@ -197,9 +197,12 @@ __device__ void add_product(float (&sums)[128], uint32_t weights, uint32_t value
     }
 }
 
+// Whether a thread's values of a row may become float16, the largest of them being `largest`: an error of 2^-12 of it at most.
+__device__ inline bool fits_float16(float largest) { return largest == 0.0f || (largest >= 0x1p-10f && largest <= 0x1p15f); }
+
 // 256 columns of the output, which are staged in shared memory in the end. `fed`: a group of its own brings the keys. Parts go on from
 // there by the copy engine, each warp's as soon as it has staged them.
-template <bool fed, int side>
+template <bool fed, bool halves, int side>
 __device__ void output_group(const Attend& work, const Partials& partials, const Item& item, const Span& span, const CUtensorMap* map,
                              uint8_t* memory) {
     int const thread = static_cast<int>(threadIdx.x) % group;
@@ -245,25 +248,49 @@ __device__ void output_group(const Attend& work, const Partials& partials, const
     }
     __syncthreads();  // the factors are there, and nobody needs keys and queries any more
     auto* staged = reinterpret_cast<float*>(memory);
+    bool narrow = false;
+    if constexpr (halves) {
+        if (item.slot >= 0 && partials.type == MLA_FLOAT16) {
+            bool fits = true;
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        int const row = first_row + 8 * r;
-        float const factor = reinterpret_cast<const float*>(memory + place::factors)[row];
+            for (int r = 0; r < 2; ++r) {
+                int const row = first_row + 8 * r;
+                float const factor = reinterpret_cast<const float*>(memory + place::factors)[row];
+                float largest = 0.0f;
 #pragma unroll
-        for (int j = 0; j < 32; ++j) {
-            *reinterpret_cast<float2*>(staged + row * own_staged_row + side * 256 + 8 * j + 2 * t) =
-                make_float2(sums[4 * j + 2 * r] * factor, sums[4 * j + 2 * r + 1] * factor);
+                for (int j = 0; j < 32; ++j) {
+                    float const first = sums[4 * j + 2 * r] * factor, second = sums[4 * j + 2 * r + 1] * factor;
+                    largest = fmaxf(largest, fmaxf(fabsf(first), fabsf(second)));
+                    // where the warp's f32 would begin, so that no warp meets another one's, whatever each says
+                    reinterpret_cast<__half2*>(staged + row * own_staged_row + side * 256)[4 * j + t] = __floats2half2_rn(first, second);
+                }
+                fits = fits && (row >= item.count || fits_float16(largest));
+            }
+            narrow = __all_sync(0xffffffffu, fits);
+            if (lane == 0) partials.narrow[item.slot * 8 + warp * 2 + side] = narrow ? 1 : 0;
+        }
+    }
+    if (!narrow) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            int const row = first_row + 8 * r;
+            float const factor = reinterpret_cast<const float*>(memory + place::factors)[row];
+#pragma unroll
+            for (int j = 0; j < 32; ++j) {
+                *reinterpret_cast<float2*>(staged + row * own_staged_row + side * 256 + 8 * j + 2 * t) =
+                    make_float2(sums[4 * j + 2 * r] * factor, sums[4 * j + 2 * r + 1] * factor);
+            }
         }
     }
     if (item.slot < 0) return;
     fence_async();
     __syncwarp();
     if (elect_lane()) {
-        int const rows = min(item.count - warp * 16, 16);
-        float* target = partials.output + partials.row(item.slot, warp * 16) * rank + side * 256;
+        int const rows = min(item.count - warp * 16, 16), bytes = narrow ? 256 * 2 : 256 * 4;
+        auto* target = reinterpret_cast<char*>(partials.output + partials.row(item.slot, warp * 16) * rank) + side * bytes;
         uint32_t const source = shared_address(memory) + (warp * 16 * own_staged_row + side * 256) * 4;
 #pragma unroll 1
-        for (int i = 0; i < rows; ++i) store_bytes(target + i * rank, source + i * own_staged_row * 4, 256 * 4);
+        for (int i = 0; i < rows; ++i) store_bytes(target + i * rank * 4, source + i * own_staged_row * 4, bytes);
         store_wait();
     }
 }
@@ -275,7 +302,7 @@ __global__ void __launch_bounds__(lists || format != row_format::bf16 ? fed_thre
     attend_hopper_bf16_kernel(const __grid_constant__ CUtensorMap map, const __grid_constant__ CUtensorMap query_map, Attend work,
                               Partials partials) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    constexpr bool codes = format != row_format::bf16, fed = lists || codes;
+    constexpr bool codes = format != row_format::bf16, fed = lists || codes, halves = hopper_bf16_halves(format);
     extern __shared__ __align__(1024) uint8_t memory[];
     __shared__ Item shared_item;
     int const warp = threadIdx.x / warp_size;
@@ -323,9 +350,9 @@ __global__ void __launch_bounds__(lists || format != row_format::bf16 ? fed_thre
     } else {
         if constexpr (fed) registers_increase<160>();
         if (warp < 2 * group / warp_size) {
-            output_group<fed, 0>(work, partials, item, span, &map, memory);
+            output_group<fed, halves, 0>(work, partials, item, span, &map, memory);
         } else {
-            output_group<fed, 1>(work, partials, item, span, &map, memory);
+            output_group<fed, halves, 1>(work, partials, item, span, &map, memory);
         }
     }
     if (item.slot >= 0) return;

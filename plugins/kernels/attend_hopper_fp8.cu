@@ -64,10 +64,19 @@ __global__ void __launch_bounds__(threads, 1)
         __syncthreads();
     } else {
         registers_increase<192>();
-        output_group<F>(work, item, ring, memory);
+        output_group<F>(work, partials, item, ring, memory);
     }
     __syncthreads();
-    write_rows(work, partials, item, memory);
+    if (item.slot >= 0 && partials.type == MLA_BFLOAT16) {
+        if (!elect_lane()) return;
+#pragma unroll 1
+        for (int row = warp; row < item.count; row += threads / warp_size) {
+            store_bytes(partials.output + partials.row(item.slot, row) * rank, shared_address(memory) + row * narrow_row * 2, rank * 2);
+        }
+        store_wait();
+    } else {
+        write_rows(work, partials, item, memory);
+    }
 #endif
 }
 

@@ -29,7 +29,7 @@ __device__ inline void make_fragments(uint32_t (&a)[4][4]) {
 
 // 256 columns of the output, which are staged in shared memory in the end. Beside that it orders keys, and makes the tables of scales.
 template <typename F>
-__device__ void output_group(const Attend& work, const Item& item, const Ring<F>& ring, uint8_t* memory) {
+__device__ void output_group(const Attend& work, const Partials& partials, const Item& item, const Ring<F>& ring, uint8_t* memory) {
     using P = Places<F>;
     constexpr int values = F::rows / 2;  // of a thread, of 64 columns
     unsigned const number = F::lists ? threadIdx.x : kept_thread();
@@ -186,20 +186,28 @@ __device__ void output_group(const Attend& work, const Item& item, const Ring<F>
     unsigned const thread = threadIdx.x % (2 * group);
     int const t = thread % 4, column = thread / group * 256 + thread / warp_size % 4 * 16 + thread % warp_size / 4 * 2;
     __syncthreads();  // the factors are there, and nobody needs keys and queries any more
-    auto* staged = reinterpret_cast<float*>(memory);
     const auto* factors = reinterpret_cast<const float*>(memory + P::factors);
+    auto for_pairs = [&](auto&& put) {  // of columns that follow each other
 #pragma unroll
-    for (int j = 0; j < F::rows / 8; ++j) {
+        for (int j = 0; j < F::rows / 8; ++j) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            int const row = 8 * j + 2 * t + i;
-            float const factor = factors[row];
+            for (int i = 0; i < 2; ++i) {
+                int const row = 8 * j + 2 * t + i;
+                float const factor = factors[row];
 #pragma unroll
-            for (int m = 0; m < 4; ++m) {
-                *reinterpret_cast<float2*>(staged + row * staged_row + column + m * 64) =
-                    make_float2(sums[m][4 * j + i] * factor, sums[m][4 * j + 2 + i] * factor);
+                for (int m = 0; m < 4; ++m) put(row, column + m * 64, sums[m][4 * j + i] * factor, sums[m][4 * j + 2 + i] * factor);
             }
         }
+    };
+    if (item.slot >= 0 && partials.type == MLA_BFLOAT16) {
+        for_pairs([&](int row, int column, float first, float second) {
+            *reinterpret_cast<__nv_bfloat162*>(memory + (row * narrow_row + column) * 2) = __floats2bfloat162_rn(first, second);
+        });
+        fence_async();
+    } else {
+        for_pairs([&](int row, int column, float first, float second) {
+            *reinterpret_cast<float2*>(memory + (row * staged_row + column) * 4) = make_float2(first, second);
+        });
     }
 }
 

@@ -25,10 +25,38 @@ __device__ float4 load_columns(const float* part, int column, int rank) {
     return make_float4(values[0], values[1], values[2], values[3]);
 }
 
+// The same of a part as it lies: f32, or of two bytes a value (R 512).
+template <int type>
+struct Four {
+    uint2 pairs;
+
+    __device__ void load(const float* part, int column, int rank) {
+        pairs = column < rank ? *reinterpret_cast<const uint2*>(reinterpret_cast<const uint16_t*>(part) + column) : make_uint2(0, 0);
+    }
+    __device__ float4 get() const {
+        if constexpr (type == MLA_FLOAT16) {
+            float2 const low = __half22float2(reinterpret_cast<const __half2&>(pairs.x));
+            float2 const high = __half22float2(reinterpret_cast<const __half2&>(pairs.y));
+            return make_float4(low.x, low.y, high.x, high.y);
+        } else {
+            return make_float4(__uint_as_float(pairs.x << 16), __uint_as_float(pairs.x & 0xffff0000u), __uint_as_float(pairs.y << 16),
+                               __uint_as_float(pairs.y & 0xffff0000u));
+        }
+    }
+};
+
+template <>
+struct Four<MLA_FLOAT> {
+    float4 values;
+
+    __device__ void load(const float* part, int column, int rank) { values = load_columns(part, column, rank); }
+    __device__ float4 get() const { return values; }
+};
+
 // `slices` slices of a row's columns from `first_slice` on, by `warps` warps that take turns with the parts, each with the values of `batch`
 // parts in flight; `part_of` is the warp's number among them. Weighs the parts by 2^(lse - largest) and adds the sink to their sum. Every
 // warp makes the weights, two parts a lane. Nothing of the values depends on the weights, so that both are in flight together.
-template <int warps, int batch, int slices>
+template <int type, int warps, int batch, int slices>
 __device__ void merge_row(const Attend& work, const Partials& partials, const Merge& merge, int row, int first_slice, int part_of) {
     static_assert(warps == 1 || slices == 1);
     int64_t const token = merge.first_token + (merge.first_head + row) / work.heads;
@@ -37,14 +65,16 @@ __device__ void merge_row(const Attend& work, const Partials& partials, const Me
 
     int32_t slots[2] = {};
     float lse[2] = {-INFINITY, -INFINITY};
+    int32_t said[2] = {1, 1};
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         int const part = lane + i * warp_size;
         if (part >= parts) continue;
         slots[i] = merge.slot_of(part);
         lse[i] = partials.lse[partials.row(slots[i], row)];
+        if (type == MLA_FLOAT16) said[i] = *partials.narrow_at(slots[i], row, first_slice * merge_columns);
     }
-    float4 values[batch][slices];
+    Four<type> values[batch][slices];
     auto load = [&](int first) {
 #pragma unroll
         for (int i = 0; i < batch; ++i) {
@@ -52,11 +82,13 @@ __device__ void merge_row(const Attend& work, const Partials& partials, const Me
             int32_t const slot = __shfl_sync(0xffffffffu, part < warp_size ? slots[0] : slots[1], part % warp_size);
 #pragma unroll
             for (int k = 0; k < slices; ++k) {
-                values[i][k] = load_columns(partials.output + partials.row(slot, row) * rank, column + k * merge_columns, part < parts ? rank : 0);
+                values[i][k].load(partials.output + partials.row(slot, row) * rank, column + k * merge_columns, part < parts ? rank : 0);
             }
         }
     };
     load(0);
+    // most are float16, and loaded so before that is known
+    bool const all_narrow = type != MLA_FLOAT16 || __all_sync(0xffffffffu, (said[0] & said[1]) != 0);
     bool const there = !partials.by_token || work.step.sequence_of(token) >= 0;  // else nobody has written the parts
     float const largest = there ? warp_max(fmaxf(lse[0], lse[1])) : -INFINITY;
     float const base = largest == -INFINITY ? 0.0f : largest;
@@ -76,13 +108,21 @@ __device__ void merge_row(const Attend& work, const Partials& partials, const Me
         for (int i = 0; i < batch; ++i) {
             int const part = first + i * warps + part_of;
             float const weight = __shfl_sync(0xffffffffu, part < warp_size ? weights[0] : weights[1], part % warp_size);
+            bool wide = false;
+            int32_t slot = 0;
+            if (!all_narrow) {
+                wide = __shfl_sync(0xffffffffu, part < warp_size ? said[0] : said[1], part % warp_size) == 0;
+                slot = __shfl_sync(0xffffffffu, part < warp_size ? slots[0] : slots[1], part % warp_size);
+            }
             if (part >= parts || !there) continue;
 #pragma unroll
             for (int k = 0; k < slices; ++k) {
-                total[k].x = fmaf(weight, values[i][k].x, total[k].x);
-                total[k].y = fmaf(weight, values[i][k].y, total[k].y);
-                total[k].z = fmaf(weight, values[i][k].z, total[k].z);
-                total[k].w = fmaf(weight, values[i][k].w, total[k].w);
+                float4 four = values[i][k].get();
+                if (wide) four = load_columns(partials.output + partials.row(slot, row) * rank, column + k * merge_columns, rank);
+                total[k].x = fmaf(weight, four.x, total[k].x);
+                total[k].y = fmaf(weight, four.y, total[k].y);
+                total[k].z = fmaf(weight, four.z, total[k].z);
+                total[k].w = fmaf(weight, four.w, total[k].w);
             }
         }
     }
@@ -116,6 +156,7 @@ __device__ void merge_row(const Attend& work, const Partials& partials, const Me
 }
 
 // Where the host cuts: block (row of an item, slice), whose warps take turns with the parts.
+template <int type>
 __global__ void __launch_bounds__(merge_warps* warp_size) merge_kernel(Attend work, Partials partials) {
     int32_t const number = static_cast<int32_t>(blockIdx.x) / partials.rows, row = static_cast<int32_t>(blockIdx.x) % partials.rows;
     let_next_kernel_begin();
@@ -123,7 +164,7 @@ __global__ void __launch_bounds__(merge_warps* warp_size) merge_kernel(Attend wo
     wait_for_kernel_before();
     if (row >= item.count) return;
     Merge const merge{item.first_token, item.first_head, item.count, number * partials.splits, 1, partials.splits, 0, 0, 1, 0};
-    merge_row<merge_warps, 8, 1>(work, partials, merge, row, blockIdx.y, threadIdx.x / warp_size);
+    merge_row<type, merge_warps, 8, 1>(work, partials, merge, row, blockIdx.y, threadIdx.x / warp_size);
 }
 
 // What the plan says. Warps take whole rows in turn; those that follow each other are of different blocks.
@@ -137,9 +178,9 @@ __global__ void __launch_bounds__(merge_warps* warp_size, merge_blocks) merge_pl
         Merge const merge = partials.plan.merges[i >> row_shift];
         if ((i & row_mask) >= merge.rows) continue;
         if (slices == most_slices) {
-            merge_row<1, merge_batch, most_slices>(work, partials, merge, i & row_mask, 0, 0);
+            merge_row<MLA_FLOAT, 1, merge_batch, most_slices>(work, partials, merge, i & row_mask, 0, 0);
         } else {
-            for (int slice = 0; slice < slices; ++slice) merge_row<1, 8, 1>(work, partials, merge, i & row_mask, slice, 0);
+            for (int slice = 0; slice < slices; ++slice) merge_row<MLA_FLOAT, 1, 8, 1>(work, partials, merge, i & row_mask, slice, 0);
         }
     }
 }
@@ -150,7 +191,10 @@ int merge_parts(const Attend& work, const Partials& partials, int64_t items, con
         return launch_early(merge_planned_kernel, merge_blocks * device.multiprocessors, threads, 0, device, stream, work, partials);
     }
     dim3 const grid(static_cast<unsigned>(items * partials.rows), ceil_div(work.layout.rank, merge_columns));
-    return launch_early(merge_kernel, grid, threads, 0, device, stream, work, partials);
+    auto const kernel = partials.type == MLA_FLOAT16    ? merge_kernel<MLA_FLOAT16>
+                        : partials.type == MLA_BFLOAT16 ? merge_kernel<MLA_BFLOAT16>
+                                                        : merge_kernel<MLA_FLOAT>;
+    return launch_early(kernel, grid, threads, 0, device, stream, work, partials);
 }
 
 // How many parts the keys of each item are cut into: as many as fill the GPU evenly, as few as that takes.
@@ -160,7 +204,7 @@ int choose_splits(const Partials& partials, int64_t items, int64_t keys, int ran
     if (limit > partials.slots / items) limit = partials.slots / items;
     // In units of a tile's time on a multiprocessor: each wave takes its blocks' tiles and what a block takes besides; parts
     // are written and read again.
-    double const merged = static_cast<double>(items) * partials.rows * rank * 2 * sizeof(float) / host_merge_bytes;
+    double const merged = static_cast<double>(items) * partials.rows * rank * 2 * (partials.type == MLA_FLOAT ? 4 : 2) / host_merge_bytes;
     int best = 1;
     double best_cost = 1e30;
     for (int splits = 1; splits <= limit; ++splits) {
@@ -229,6 +273,8 @@ int begin_attention(Call& call, const Attend& work, bool after_append, Attention
     size_t const mark = call.workspace.mark();
     partials.output = call.workspace.take<float>(rows * work.layout.rank);
     partials.lse = call.workspace.take<float>(rows);
+    partials.narrow = call.workspace.take<int32_t>(int64_t{partials.slots} * 8);
+    partials.type = MLA_FLOAT;
     Plan const plan = take_plan(call.workspace, work, partials);
     call.workspace.release(mark);
     if (call.workspace.sizing()) return MLA_OK;
@@ -236,6 +282,10 @@ int begin_attention(Call& call, const Attend& work, bool after_append, Attention
         partials.plan = plan;
         return plan_attention(work, partials, after_append, call.stream);
     }
+    // Where the host cuts there are few rows, and the parts' bytes are much of what the step takes. What e4m3 products lose is more than
+    // bfloat16 does; what those of bfloat16 lose is about as much.
+    if (attention->kernel == Attention::hopper_fp8) partials.type = MLA_BFLOAT16;
+    if (attention->kernel == Attention::hopper_bf16 && hopper_bf16_halves(work.layout.format)) partials.type = MLA_FLOAT16;
     int64_t const keys = work.indices == nullptr ? work.step.max_pages * work.layout.page_size : work.top_k;
     partials.splits = choose_splits(partials, attention->items, keys, work.layout.rank);
     return MLA_OK;

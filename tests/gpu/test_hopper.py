@@ -230,6 +230,24 @@ def test_large_rows_among_small_ones(row_format: str, listed: bool) -> None:
 
 
 @KINDS
+@pytest.mark.parametrize("listed", [False, pytest.param(True, marks=pytest.mark.small)], ids=["dense", "listed"])
+@pytest.mark.parametrize("sizes", [(-14, -14), (17, 17), (17, -14), (-14, 0)], ids=str)
+def test_parts_of_any_size(sizes: tuple[int, int], listed: bool, kind: Kind) -> None:
+    """One sequence, whose keys are cut into parts: their results are float16, but where they are too large or too small for it."""
+    rng = np.random.default_rng(26)
+    step, pages = step_of(rng, [1], [1023]), layout(_row_format(kind))
+    pool = long_pool(rng, step, pages)
+    for half, size in enumerate(sizes):
+        tokens = np.arange(512 * half, 512 * (half + 1))  # whole tiles
+        latent = 2.0**size * rng.standard_normal((512, pages.kv_lora_rank), np.float32)
+        pages.write(pool, *step.places(0, tokens), latent, np.zeros((512, pages.qk_rope_head_dim), np.float32))
+    inputs, attributes = _case(rng, step, 64, kind, pool=pool, scale=2.0 ** -(max(sizes) + 5))
+    if listed:
+        inputs["indices"] = np.arange(1024, dtype=np.int32)[None]
+    _compare(run_op("MlaDecoding", inputs, **attributes), inputs, attributes)
+
+
+@KINDS
 def test_sinks(kind: Kind) -> None:
     rng = np.random.default_rng(8)
     inputs, attributes = _case(rng, step_of(rng, [2, 0, 3, 1], [5, 1, 0, 1000], padding=1), 5, kind)
