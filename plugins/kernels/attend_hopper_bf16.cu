@@ -291,7 +291,8 @@ __device__ void output_group(const Attend& work, const Partials& partials, const
         uint32_t const source = shared_address(memory) + (warp * 16 * own_staged_row + side * 256) * 4;
 #pragma unroll 1
         for (int i = 0; i < rows; ++i) store_bytes(target + i * rank * 4, source + i * own_staged_row * 4, bytes);
-        store_wait();
+        store_commit();
+        store_wait_read<0>();  // what else there is to wait for, who waits for the kernel does
     }
 }
 

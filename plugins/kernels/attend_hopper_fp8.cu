@@ -43,14 +43,21 @@ __global__ void __launch_bounds__(threads, 1)
         prefetch_map(&query_map);
         if (!F::lists) prefetch_map(&map);
     }
-    if (warp == 0) take_item(work, partials, &shared_item);
+    if (warp == 0) {
+        take_item(work, partials, &shared_item);
+        __syncwarp();
+        // before the queries are ordered, or the answers come behind them
+        if (!F::lists && shared_item.sequence >= 0) {
+            Ring<F>{memory, &map, &shared_item, shared_item.last_tile - shared_item.first_tile}.fetch_pages(work);
+        }
+    }
     __syncthreads();
     const Item& item = shared_item;  // read again where it is needed: registers are scarce
     if (item.sequence < 0) {
         zero_padding(work, partials, item);
         return;
     }
-    if (threadIdx.x == 0) {
+    if (warp == 0 && elect_lane()) {
         order_queries(work, &query_map, item, F::rows, queries_full,
                       [&](int column) { return shared_address(memory + P::raw_query(column)); });
     }
@@ -58,7 +65,11 @@ __global__ void __launch_bounds__(threads, 1)
     Ring<F> const ring{memory, &map, &item, __shfl_sync(0xffffffffu, item.last_tile - item.first_tile, 0)};
     if (threadIdx.x < 2 * group) {
         registers_decrease<64>();
-        make_query<F>(work, item, memory);
+        if (!F::lists && warp == 0) {
+            ring.begin(work);
+        } else {
+            make_query<F>(work, item, memory, F::lists ? warp : warp - 1);
+        }
         named_sync(queries_there, threads);
         score_group<F>(work, partials, item, ring, memory);
         __syncthreads();
@@ -73,7 +84,8 @@ __global__ void __launch_bounds__(threads, 1)
         for (int row = warp; row < item.count; row += threads / warp_size) {
             store_bytes(partials.output + partials.row(item.slot, row) * rank, shared_address(memory) + row * narrow_row * 2, rank * 2);
         }
-        store_wait();
+        store_commit();
+        store_wait_read<0>();  // what else there is to wait for, who waits for the kernel does
     } else {
         write_rows(work, partials, item, memory);
     }

@@ -51,20 +51,13 @@ __device__ void output_group(const Attend& work, const Partials& partials, const
             ring.gather(work, i / pieces, i % pieces, own_thread());
         }
     } else {
-        bool const orders = number / warp_size == 8;
-        if (orders) {
-            ring.begin(work, lane);
-#pragma unroll 1
-            for (int i = 0; i < P::early_pieces; ++i) ring.order(work, i / pieces, i % pieces);
-        }
-        make_query<F>(work, item, memory);
+        make_query<F>(work, item, memory, static_cast<int>(number / warp_size) - 1);
         named_sync(queries_there, threads);
-        if (orders) {
+        if (number / warp_size == 8) {
 #pragma unroll 1
             for (int i = P::early_pieces; i < F::ring; ++i) ring.order(work, i / pieces, i % pieces);
         }
     }
-    if (F::lists && P::early_pieces == F::ring) named_sync(queries_there, threads);
     float sums[4][values];
 #pragma unroll
     for (int m = 0; m < 4; ++m) {

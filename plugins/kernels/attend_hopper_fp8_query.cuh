@@ -8,26 +8,24 @@ namespace hopper {
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// The rows' queries as codes, row scales, and the rope part divided by them, and the last key of each row. A row by a warp, by the warps
-// of all groups, or of the score groups where the output's have lists to follow. Codes may come where a row's values were: all lanes have
-// theirs before any writes, for the reduction needs them.
+// The rows' queries as codes, row scales, and the rope part divided by them, and the last key of each row. A row by a warp, of all warps but the
+// one that orders keys meanwhile, or of the score groups where the output's have lists to follow; the caller's number among them is `number`.
+// Codes may come where a row's values were: all lanes have theirs before any writes, for the reduction needs them.
 template <typename F>
-__device__ void make_query(const Attend& work, const Item& item, uint8_t* memory) {
+__device__ void make_query(const Attend& work, const Item& item, uint8_t* memory, int number) {
     using P = Places<F>;
-    constexpr int warps = (F::lists ? 2 * group : threads) / warp_size;
-    int const warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
+    constexpr int warps = F::lists ? 2 * group / warp_size : threads / warp_size - 1;
+    int const lane = threadIdx.x % warp_size, limited_row = number * warp_size + lane;
     auto* scales = reinterpret_cast<float*>(memory + P::query_scales);
-    if (threadIdx.x < 64) {
-        int const row = static_cast<int>(threadIdx.x);
-        reinterpret_cast<int32_t*>(memory + P::limits)[row] =
-            row < item.count ? last_key(work, item.first_token + (item.first_head + row) / work.heads) : -1;
-    }
+    // asked for now and looked at behind the rows: the answer comes behind what the copy engine is ordered to bring
+    int32_t position = -1;
+    if (limited_row < item.count) position = work.step.positions[item.first_token + (item.first_head + limited_row) / work.heads];
     auto unit_of_row = [&](int start, int row, int unit) {
         return reinterpret_cast<uint4*>(memory + start + row * 128 + ((unit ^ (row & 7)) << 4));
     };
     barrier_wait(shared_address(memory + P::queries_full), 0);
 #pragma unroll 1
-    for (int row = warp; row < (F::packed ? 32 : 64); row += warps) {
+    for (int row = number; row < (F::packed ? 32 : 64); row += warps) {
         uint4 bits[2] = {}, rope_bits{};
         if (row < item.count) {
             for (int i = 0; i < 2; ++i) bits[i] = *unit_of_row(P::raw_query(lane / 4), row, lane % 4 * 2 + i);
@@ -79,6 +77,9 @@ __device__ void make_query(const Attend& work, const Item& item, uint8_t* memory
             if constexpr (F::packed) *unit_of_row(P::query + 4 * row_piece_bytes, line + 8, lane) = make_uint4(0, 0, 0, 0);
         }
         if (lane == 0) scales[row] = scale * work.softmax_scale * log2e;
+    }
+    if (limited_row < 64) {
+        reinterpret_cast<int32_t*>(memory + P::limits)[limited_row] = min(position, work.step.key_limit(work.layout.page_size) - 1);
     }
     fence_async();
 }

@@ -49,10 +49,10 @@ struct Places {
     static constexpr int queries_full = full + F::ring * 8;  // barrier of the queries as they come
     static constexpr int total = queries_full + 8;
 
-    static constexpr int early_pieces = F::second ? F::ring : pieces;  // of the ring, ordered before the queries are codes
+    static constexpr int early_pieces = pieces;  // of the ring, ordered before the queries are codes
     // A column of the queries as they come: behind those pieces, in the ring's second tile, or else where the codes will be, row by row.
     MLA_BOTH static constexpr int raw_query(int column) {
-        if (!F::second) return early_pieces * piece_bytes + column * F::rows * 128;
+        if (!F::second) return pieces * piece_bytes + column * F::rows * 128;
         return (column % 2 == 0 ? query : query_low) + column / 2 * row_piece_bytes;
     }
 };
@@ -93,11 +93,18 @@ struct Ring {
         barrier_wait(shared_address(memory + P::full) + 8 * slot(n, i), parity(n, i));
     }
 
-    // Finds the pages of four tiles and orders the scales of three. By a warp; `bring_scales` goes on from there.
-    __device__ void begin(const Attend& work, int lane) const {
+    // Asks for the pages of four tiles. By the warp that then begins with them.
+    __device__ void fetch_pages(const Attend& work) const {
+        int const lane = threadIdx.x % warp_size;
         if (lane < 8) fetch_page(work, lane / 2, lane % 2);
+    }
+
+    // Orders the pieces that come before the queries are codes, and the scales of three tiles; `bring_scales` goes on from there.
+    __device__ void begin(const Attend& work) const {
         copy_async_wait<0>();
         __syncwarp();
+#pragma unroll 1
+        for (int i = 0; i < P::early_pieces; ++i) order(work, i / pieces, i % pieces);
 #pragma unroll 1
         for (int i = 0; i < 6; ++i) order_scales(work, i / 2, i % 2);
     }
