@@ -8,9 +8,9 @@ namespace hopper {
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// The rows' queries as codes, row scales, and the rope part divided by them, and the last key of each row. A row by a warp, of all warps but the
-// one that orders keys meanwhile, or of the score groups where the output's have lists to follow; the caller's number among them is `number`.
-// Codes may come where a row's values were: all lanes have theirs before any writes, for the reduction needs them.
+// The rows' queries as codes, row scales, and the rope part divided by them, and the last key of each row. A row by a warp, of all warps
+// but the one that orders keys meanwhile, or of the score groups where the output's have lists to follow; the caller's number among them is
+// `number`. Codes may come where a row's values were: all lanes have theirs before any writes, for the reduction needs them.
 template <typename F>
 __device__ void make_query(const Attend& work, const Item& item, uint8_t* memory, int number) {
     using P = Places<F>;
