@@ -52,7 +52,7 @@ struct Places {
     static constexpr int early_pieces = pieces;  // of the ring, ordered before the queries are codes
     // A column of the queries as they come: behind those pieces, in the ring's second tile, or else where the codes will be, row by row.
     MLA_BOTH static constexpr int raw_query(int column) {
-        if (!F::second) return pieces * piece_bytes + column * F::rows * 128;
+        if (!F::second) return early_pieces * piece_bytes + column * F::rows * 128;
         return (column % 2 == 0 ? query : query_low) + column / 2 * row_piece_bytes;
     }
 };

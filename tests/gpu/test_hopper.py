@@ -233,7 +233,7 @@ def test_large_rows_among_small_ones(row_format: str, listed: bool) -> None:
 @pytest.mark.parametrize("listed", [False, pytest.param(True, marks=pytest.mark.small)], ids=["dense", "listed"])
 @pytest.mark.parametrize("sizes", [(-20, -20), (17, 17), (17, -20), (-20, 0)], ids=str)
 def test_parts_of_any_size(sizes: tuple[int, int], listed: bool, kind: Kind) -> None:
-    """One sequence, whose keys are cut into parts: their results are float16, but where they are too large or too small for it."""
+    """One sequence, whose keys are cut into parts: their results have two bytes a value, and f32's four where float16 does not hold them."""
     rng = np.random.default_rng(26)
     step, pages = step_of(rng, [1], [1023]), layout(_row_format(kind))
     pool = long_pool(rng, step, pages)
