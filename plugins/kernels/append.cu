@@ -6,6 +6,7 @@
 #include "append.h"
 
 #include "pool.h"
+#include "ptx.cuh"
 
 namespace mla {
 namespace {
@@ -21,24 +22,35 @@ __device__ Pair rotate(Pair x, float cosine, float sine) {
     return {__fsub_rn(__fmul_rn(x.a, cosine), __fmul_rn(x.b, sine)), __fadd_rn(__fmul_rn(x.a, sine), __fmul_rn(x.b, cosine))};
 }
 
-// Four consecutive values. `aligned`: they may be read at once.
-__device__ float4 load_four(const View& x, int64_t index, bool aligned) {
-    if (aligned && x.type == MLA_FLOAT) return *reinterpret_cast<const float4*>(static_cast<const float*>(x.data) + index);
-    if (aligned && x.type == MLA_BFLOAT16) {
-        uint2 const bits = *reinterpret_cast<const uint2*>(static_cast<const __nv_bfloat16*>(x.data) + index);
-        return {__uint_as_float(bits.x << 16), __uint_as_float(bits.x & 0xffff0000u), __uint_as_float(bits.y << 16),
-                __uint_as_float(bits.y & 0xffff0000u)};
+// Four consecutive values as they lie, those of 16 bits two in a word; and what they say. `aligned`: they may be read at once.
+__device__ uint4 load_four_bits(const View& x, int64_t index, bool aligned) {
+    bool const wide = x.type == MLA_FLOAT;
+    if (aligned && wide) return *reinterpret_cast<const uint4*>(static_cast<const uint32_t*>(x.data) + index);
+    if (aligned) {
+        uint2 const pairs = *reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(x.data) + index);
+        return make_uint4(pairs.x, pairs.y, 0, 0);
     }
-    return {load_float(x.data, x.type, index), load_float(x.data, x.type, index + 1), load_float(x.data, x.type, index + 2),
-            load_float(x.data, x.type, index + 3)};
+    uint32_t bits[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) bits[i] = load_bits(x.data, x.type, index + i);
+    return wide ? make_uint4(bits[0], bits[1], bits[2], bits[3]) : make_uint4(bits[0] | bits[1] << 16, bits[2] | bits[3] << 16, 0, 0);
+}
+
+__device__ float4 floats_of_bits(uint4 bits, int32_t type) {
+    if (type == MLA_FLOAT) {
+        return {__uint_as_float(bits.x), __uint_as_float(bits.y), __uint_as_float(bits.z), __uint_as_float(bits.w)};
+    }
+    auto value = [&](uint32_t of) { return float_of_bits(of & 0xffffu, type); };
+    return {value(bits.x), value(bits.x >> 16), value(bits.y), value(bits.y >> 16)};
 }
 
 // Rotates pairs of a token's queries: those of `block` among `blocks` blocks. A thread takes `unit` pairs of a head at a time,
-// four or one.
-template <int unit>
-__device__ void rotate_queries(const Append& work, int64_t token, const float* cos, const float* sin, int block, int blocks) {
+// four or one. `table_place` says where the token's cos and sin begin.
+template <int unit, typename TablePlace>
+__device__ void rotate_queries(const Append& work, int64_t token, const TablePlace& table_place, int block, int blocks) {
     int const half = work.layout.rope / 2, units = half / unit;
     int64_t const from = token * work.query.token_stride, to = token * work.query_out.token_stride;
+#pragma unroll 1
     for (int i = block * threads + threadIdx.x; i < work.heads * units; i += blocks * threads) {
         int const head = i / units, j = i % units * unit;
         int const first = work.interleaved ? 2 * j : j, second = work.interleaved ? first + unit : j + half;
@@ -46,14 +58,20 @@ __device__ void rotate_queries(const Append& work, int64_t token, const float* c
         if constexpr (unit == 1) {
             Pair const x = {load_float(work.query.data, work.query.type, read + first),
                             load_float(work.query.data, work.query.type, read + second)};
-            Pair const y = rotate(x, cos[j], sin[j]);
+            int64_t const place = table_place() + j;
+            Pair const y = rotate(x, work.cos[place], work.sin[place]);
             store_float(work.query_out.data, work.query_out.type, write + first, y.a);
             store_float(work.query_out.data, work.query_out.type, write + second, y.b);
         } else {
-            float4 low = load_four(work.query, read + first, work.query_aligned);
-            float4 high = load_four(work.query, read + second, work.query_aligned);
+            uint4 const low_bits = load_four_bits(work.query, read + first, work.query_aligned);
+            uint4 const high_bits = load_four_bits(work.query, read + second, work.query_aligned);
+            int64_t const place = table_place() + j;
+            float cosines[4], sines[4];
+#pragma unroll
+            for (int pair = 0; pair < 4; ++pair) cosines[pair] = work.cos[place + pair], sines[pair] = work.sin[place + pair];
+            float4 low = floats_of_bits(low_bits, work.query.type), high = floats_of_bits(high_bits, work.query.type);
             auto turn = [&](float& a, float& b, int pair) {
-                Pair const y = rotate({a, b}, cos[j + pair], sin[j + pair]);
+                Pair const y = rotate({a, b}, cosines[pair], sines[pair]);
                 a = y.a;
                 b = y.b;
             };
@@ -99,6 +117,7 @@ __device__ float make_row(const KvLayout& layout, const float* latent, const flo
     float scale = 1.0f;
     if (layout.format == row_format::f32 || layout.format == row_format::bf16) {
         bool const wide = layout.format == row_format::f32;
+#pragma unroll 1
         for (int i = threadIdx.x; i < rank + width; i += threads) {
             float const value = i < rank ? latent[i] : rope[i - rank];
             if (wide) {
@@ -114,98 +133,132 @@ __device__ float make_row(const KvLayout& layout, const float* latent, const flo
         for (int group = warp; group * scale_group < rank; group += threads / warp_size) {
             int const end = min((group + 1) * scale_group, rank);
             float amax = 0.0f;
+#pragma unroll 1
             for (int i = group * scale_group + lane; i < end; i += warp_size) amax = fmaxf(amax, fabsf(latent[i]));
             float const group_scale = amax_scale(warp_max(amax));
+#pragma unroll 1
             for (int i = group * scale_group + lane; i < end; i += warp_size) {
                 row[i] = encode_e4m3(divide(latent[i], group_scale));
             }
             if (lane == 0) put_float(row + rank + 4 * group, group_scale);
         }
+#pragma unroll 1
         for (int i = threadIdx.x; i < width; i += threads) put_bf16(rope_bytes + 2 * i, rope[i]);
         return scale;
     }
     if (layout.format == row_format::fp8) {
         float amax = 0.0f;
+#pragma unroll 1
         for (int i = threadIdx.x; i < rank; i += threads) amax = fmaxf(amax, fabsf(latent[i]));
         scale = amax_scale(block_max(amax, scratch));
+#pragma unroll 1
         for (int i = threadIdx.x; i < width; i += threads) put_bf16(rope_bytes + 2 * i, divide(rope[i], scale));
     } else {
         scale = layout.kv_scale;
+#pragma unroll 1
         for (int i = threadIdx.x; i < width; i += threads) rope_bytes[i] = encode_e4m3(divide(rope[i], scale));
     }
+#pragma unroll 1
     for (int i = threadIdx.x; i < rank; i += threads) row[i] = encode_e4m3(divide(latent[i], scale));
     return scale;
 }
 
-// Block (token, y): y 0 makes the token's cache row, the others rotate its queries.
+// Block (token, y): y 0 makes the token's cache row, the others rotate its queries. What does not follow from another read is asked for
+// before anything is waited for: the reads' latency is what a step of few tokens takes.
 __global__ void __launch_bounds__(threads) append_kernel(Append work) {
     let_next_kernel_begin();
     extern __shared__ uint4 shared[];
     __shared__ float scratch[warp_size];
     int64_t const token = blockIdx.x;
     int const rank = work.layout.rank, width = work.layout.rope, half = width / 2;
-    auto* row = reinterpret_cast<uint8_t*>(shared);
-    auto* latent = reinterpret_cast<float*>(row + work.layout.row_bytes);
-    float* rope = latent + rank;
-    float* cos = rope + width;
-    float* sin = cos + half;
-
-    if (width > 0 && work.table_rows > 0) {
-        int64_t table_row = work.rope_rows != nullptr ? work.rope_rows[token] : token;
-        table_row = min(max(table_row, int64_t{0}), work.table_rows - 1);
-        for (int i = threadIdx.x; i < half; i += threads) {
-            cos[i] = work.cos[table_row * half + i];
-            sin[i] = work.sin[table_row * half + i];
-        }
-    }
+    bool const has_table = width > 0 && work.table_rows > 0;
+    bool const has_rows = has_table && work.rope_rows != nullptr;
+    int32_t const rope_row = has_rows ? work.rope_rows[token] : 0;
+    auto table_place = [&] {  // of the token's cos and sin
+        int64_t const wanted = has_rows ? from_here(rope_row) : token;
+        return min(max(wanted, int64_t{0}), work.table_rows - 1) * half;
+    };
     if (blockIdx.y > 0) {
-        __syncthreads();
         int const block = static_cast<int>(blockIdx.y) - 1, blocks = static_cast<int>(gridDim.y) - 1;
         if (half % 4 == 0) {
-            rotate_queries<4>(work, token, cos, sin, block, blocks);
+            rotate_queries<4>(work, token, table_place, block, blocks);
         } else {
-            rotate_queries<1>(work, token, cos, sin, block, blocks);
+            rotate_queries<1>(work, token, table_place, block, blocks);
         }
         return;
     }
 
-    int32_t const sequence = work.step.sequence_of(token);
-    if (sequence < 0) return;
-    int32_t const position = work.step.positions[token];
-    int32_t const page =
-        page_of(work.step.block_table, work.step.max_pages, work.step.pages, work.layout.page_size, sequence, position);
-    if (page < 0) return;
-
+    auto* row = reinterpret_cast<uint8_t*>(shared);
+    auto* latent = reinterpret_cast<float*>(row + work.layout.row_bytes);
+    float* rope = latent + rank;
+    int32_t const named = work.step.token_sequence[token], position = work.step.positions[token];
+    auto latent_bits = [&](int i) { return load_bits(work.latent, work.latent_type, token * rank + i); };
+    auto weight_bits = [&](int i) { return load_bits(work.norm_weight, work.norm_weight_type, i); };
+    auto weight_of = [&](uint32_t bits) { return float_of_bits(bits, work.norm_weight_type); };
+    constexpr int at_once = 2;
+    uint32_t read[at_once] = {}, weights[at_once] = {};
+#pragma unroll
+    for (int k = 0; k < at_once; ++k) {
+        int const i = threadIdx.x + k * threads;
+        if (i >= rank) continue;
+        read[k] = latent_bits(i);
+        if (work.norm_weight != nullptr) weights[k] = weight_bits(i);
+    }
+#pragma unroll 1
+    for (int j = threadIdx.x; j < half; j += threads) {
+        int const first = work.interleaved ? 2 * j : j, second = work.interleaved ? 2 * j + 1 : j + half;
+        uint32_t const a = load_bits(work.rope_key, work.rope_key_type, token * width + first);
+        uint32_t const b = load_bits(work.rope_key, work.rope_key_type, token * width + second);
+        float const cosine = has_table ? work.cos[table_place() + j] : 1.0f, sine = has_table ? work.sin[table_place() + j] : 0.0f;
+        Pair const y = rotate({float_of_bits(a, work.rope_key_type), float_of_bits(b, work.rope_key_type)}, cosine, sine);
+        rope[first] = y.a;
+        rope[second] = y.b;
+    }
+    int32_t const sequence = from_here(named);
+    bool const known = sequence >= 0 && sequence < work.step.sequences;
+    const int32_t* entry =
+        known ? page_entry(work.step.block_table, work.step.max_pages, work.layout.page_size, sequence, position) : nullptr;
+    int32_t const listed = entry == nullptr ? -1 : *entry;
+#pragma unroll 1
     for (int i = threadIdx.x; i < work.layout.row_bytes / 16; i += threads) shared[i] = make_uint4(0, 0, 0, 0);
-    float squares = 0.0f;
-    for (int i = threadIdx.x; i < rank; i += threads) {
-        float const value = load_float(work.latent, work.latent_type, token * rank + i);
+
+    float values[at_once], squares = 0.0f;
+#pragma unroll
+    for (int k = 0; k < at_once; ++k) {
+        int const i = threadIdx.x + k * threads;
+        values[k] = float_of_bits(read[k], work.latent_type);
+        if (i < rank) latent[i] = values[k];
+        squares += values[k] * values[k];
+    }
+#pragma unroll 1
+    for (int i = threadIdx.x + at_once * threads; i < rank; i += threads) {
+        float const value = float_of_bits(latent_bits(i), work.latent_type);
         latent[i] = value;
         squares += value * value;
     }
-    __syncthreads();  // cos and sin are there
     if (work.norm_weight != nullptr) {
         float const mean = divide(block_sum(squares, scratch), static_cast<float>(rank));
         float const spread = __fsqrt_rn(__fadd_rn(mean, work.epsilon));
-        for (int i = threadIdx.x; i < rank; i += threads) {
-            latent[i] = __fmul_rn(divide(latent[i], spread), load_float(work.norm_weight, work.norm_weight_type, i));
+#pragma unroll
+        for (int k = 0; k < at_once; ++k) {
+            int const i = threadIdx.x + k * threads;
+            if (i < rank) latent[i] = __fmul_rn(divide(values[k], spread), weight_of(weights[k]));
         }
-    }
-    for (int j = threadIdx.x; j < half; j += threads) {
-        int const first = work.interleaved ? 2 * j : j, second = work.interleaved ? 2 * j + 1 : j + half;
-        Pair const x = {load_float(work.rope_key, work.rope_key_type, token * width + first),
-                        load_float(work.rope_key, work.rope_key_type, token * width + second)};
-        Pair const y = rotate(x, cos[j], sin[j]);
-        rope[first] = y.a;
-        rope[second] = y.b;
+#pragma unroll 1
+        for (int i = threadIdx.x + at_once * threads; i < rank; i += threads) {
+            latent[i] = __fmul_rn(divide(latent[i], spread), weight_of(weight_bits(i)));
+        }
     }
     __syncthreads();
     float const scale = make_row(work.layout, latent, rope, row, scratch);
     __syncthreads();
 
+    int32_t const page = from_here(listed);
+    if (page < 0 || page >= work.step.pages) return;
     int const slot = position % work.layout.page_size;
     uint8_t* page_bytes = work.pool + page * work.layout.page_bytes;
     auto* target = reinterpret_cast<uint4*>(page_bytes + static_cast<int64_t>(slot) * work.layout.row_bytes);
+#pragma unroll 1
     for (int i = threadIdx.x; i < work.layout.row_bytes / 16; i += threads) target[i] = shared[i];
     if (work.layout.has_page_scales() && threadIdx.x == 0) {
         reinterpret_cast<float*>(page_bytes + work.layout.scales_offset)[slot] = scale;
@@ -226,7 +279,7 @@ int append(const Append& given, cudaStream_t stream) {
     if (work.layout.rope % 2 != 0) {
         return fail(MLA_BAD_CALL, "qk_rope_head_dim is %d: rope needs pairs of values", work.layout.rope);
     }
-    size_t const shared = work.layout.row_bytes + 4 * (work.layout.rank + 2 * work.layout.rope);
+    size_t const shared = work.layout.row_bytes + 4 * (work.layout.rank + work.layout.rope);
     Device device;
     if (int status = current_device(&device)) return status;
     if (shared > static_cast<size_t>(device.shared_bytes)) {

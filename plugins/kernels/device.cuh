@@ -25,6 +25,16 @@ __device__ inline float load_float(const void* data, int32_t type, int64_t index
     }
 }
 
+// The same of f32, f16 and bf16 in two steps: a read that nothing waits for yet, and what waits for it.
+__device__ inline uint32_t load_bits(const void* data, int32_t type, int64_t index) {
+    return type == MLA_FLOAT ? static_cast<const uint32_t*>(data)[index] : static_cast<const uint16_t*>(data)[index];
+}
+
+__device__ inline float float_of_bits(uint32_t bits, int32_t type) {
+    if (type == MLA_FLOAT) return __uint_as_float(bits);
+    return type == MLA_FLOAT16 ? __half2float(__ushort_as_half(static_cast<uint16_t>(bits))) : __uint_as_float(bits << 16);
+}
+
 __device__ inline void store_float(void* data, int32_t type, int64_t index, float value) {
     switch (type) {
         case MLA_FLOAT: static_cast<float*>(data)[index] = value; break;
@@ -135,12 +145,18 @@ inline bool aligned_for_eight(const void* data, int64_t stride_a, int64_t stride
 // Division as the formats define it: correctly rounded f32, whatever the compiler's flags.
 __device__ inline float divide(float a, float b) { return __fdiv_rn(a, b); }
 
+// Where the block table has the page of a position of a sequence; null where it has no column for it.
+__device__ inline const int32_t* page_entry(const int32_t* block_table, int64_t max_pages, int32_t page_size, int64_t sequence,
+                                            int32_t position) {
+    int64_t const column = position / page_size;
+    return position < 0 || column >= max_pages ? nullptr : block_table + sequence * max_pages + column;
+}
+
 // Page of a position of a sequence, or -1 where the block table has no column for it or names no page of the pool.
 __device__ inline int32_t page_of(const int32_t* block_table, int64_t max_pages, int64_t pages, int32_t page_size,
                                   int64_t sequence, int32_t position) {
-    int64_t const column = position / page_size;
-    if (position < 0 || column >= max_pages) return -1;
-    int32_t const page = block_table[sequence * max_pages + column];
+    const int32_t* entry = page_entry(block_table, max_pages, page_size, sequence, position);
+    int32_t const page = entry == nullptr ? -1 : *entry;
     return page >= 0 && page < pages ? page : -1;
 }
 

@@ -66,6 +66,12 @@ __device__ inline void named_arrive(int id, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// The same value, of which nothing is made before this: what makes something of a read waits for it, and so do the reads behind that.
+__device__ inline int32_t from_here(int32_t value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+
 // In the order of the program: left to itself ptxas moves loads to where their values are used, or all of them to the front.
 __device__ inline uint4 load_in_order(const uint8_t* from) {
     uint4 value;

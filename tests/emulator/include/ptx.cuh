@@ -35,6 +35,8 @@ inline void wait_for_kernel_before() { emulator::wait_for_before(); }
 inline void named_sync(int id, int threads) { emulator::named_sync(id, threads); }
 inline void named_arrive(int id, int threads) { emulator::named_arrive(id, threads); }
 
+inline int32_t from_here(int32_t value) { return value; }
+
 inline uint4 load_in_order(const uint8_t* from) { return *reinterpret_cast<const uint4*>(from); }
 inline uint64_t load_in_order(const uint64_t* from) { return *from; }
 inline float2 load_pair(uint32_t address) { return *reinterpret_cast<const float2*>(static_cast<size_t>(address)); }
