@@ -106,7 +106,8 @@ SMALL = {
     "index decode": lambda: bench_cases.indexer(2, 1, 128),
     "index prompt": lambda: bench_cases.indexer(1, 6, 128),
     "append": lambda: bench_cases.append("fp8", 2, 3, 4),
-    "decode branch": lambda: bench_cases.decode_branch(3, 4),
+    "decode branch": lambda: bench_cases.composed(3, codes=True, heads=4),
+    "attention of a layer": lambda: bench_cases.composed(3, 70, codes=False, heads=4),
 }
 
 

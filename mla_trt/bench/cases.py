@@ -281,26 +281,32 @@ def append(row_format: str, batch: int, new: int, heads: int = 128) -> Case:
     )
 
 
-def decode_branch(tokens: int, heads: int = 128) -> Case:
-    """FP8 W_UK and W_UV products around attention over one key, so that the products are what is timed."""
-    step, pages = _step(np.random.default_rng(0), tokens, 1, 1)
+def composed(batch: int, keys: int = 1, *, codes: bool, heads: int = 128) -> Case:
+    """A decode step of a whole op over fp8 rows, from the rows that are appended to each head's output. Over one key the products
+    with W_UK and W_UV are what is timed. ``codes``: MlaDecodeBranchFp8, whose weights and activations are e4m3; else MlaAttention
+    with weights in bf16."""
+    step, pages = _step(np.random.default_rng(0), batch, 1, keys)
     layout = _layout("fp8")
+    dtype = TensorProto.FLOAT8E4M3FN if codes else TensorProto.BFLOAT16
     blocks = {"w_uk_scale": (heads, RANK // 128, NOPE // 128), "w_uv_scale": (heads, VALUE // 128, RANK // 128)}
     activations = heads * (NOPE + ROPE + VALUE)
+    dimensions = {} if codes else {"num_heads": heads, "qk_nope_head_dim": NOPE, "v_head_dim": VALUE}
     return Case(
-        "MlaDecodeBranchFp8",
-        {**_kv_attributes(layout), "softmax_scale": SCALE},
+        "MlaDecodeBranchFp8" if codes else "MlaAttention",
+        {**_kv_attributes(layout), **dimensions, "softmax_scale": SCALE},
         {
-            "query": Random((tokens, heads, NOPE + ROPE)),
-            **_new_latents(tokens),
-            "w_uk": Random((heads, RANK, NOPE), TensorProto.FLOAT8E4M3FN),
-            "w_uv": Random((heads, VALUE, RANK), TensorProto.FLOAT8E4M3FN),
-            **{name: np.full(shape, 2.0**-9, np.float32) for name, shape in blocks.items()},
+            "query": Random((batch, heads, NOPE + ROPE)),
+            **_new_latents(batch),
+            "w_uk": Random((heads, RANK, NOPE), dtype, NOPE**-0.5),
+            "w_uv": Random((heads, VALUE, RANK), dtype, RANK**-0.5),
+            **({name: np.full(shape, 2.0**-11, np.float32) for name, shape in blocks.items()} if codes else {}),
             **step,
             "kv_cache": Pool(layout, pages),
         },
-        flops=2.0 * tokens * heads * RANK * (NOPE + VALUE),
-        bytes=heads * RANK * (NOPE + VALUE) + 2.0 * tokens * (activations + RANK + ROPE),
+        flops=2.0 * batch * heads * (RANK * (NOPE + VALUE) + keys * (2 * RANK + ROPE)),
+        bytes=heads * RANK * (NOPE + VALUE) * (1 if codes else 2)
+        + batch * keys * _row_bytes(layout)
+        + 2.0 * batch * (activations + RANK + ROPE),
         tolerance=5e-2,
     )
 
@@ -330,7 +336,10 @@ def _cases() -> dict[str, Callable[[], Case]]:
         for new in (1, 32):
             cases[f"append-{row_format}-{128 * new}"] = functools.partial(append, row_format, 128, new)
     for tokens in (1, 8, 128):
-        cases[f"branch-fp8-{tokens}"] = functools.partial(decode_branch, tokens)
+        cases[f"branch-fp8-{tokens}"] = functools.partial(composed, tokens, codes=True)
+    for batch, keys in ((1, 32), (16, 4), (128, 4)):
+        for kind, codes in (("branch-fp8", True), ("attention", False)):
+            cases[f"{kind}-b{batch}-{keys}k"] = functools.partial(composed, batch, keys * 1024, codes=codes)
     return cases | _uneven_cases()
 
 
