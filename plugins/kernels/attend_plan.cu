@@ -325,7 +325,7 @@ int plan_attention(const Attend& work, const Partials& partials, bool after_appe
     Device device;
     if (int status = current_device(&device)) return status;
     auto* entries = static_cast<Entry*>(partials.plan.scratch);
-    return launch_early(plan_attention_kernel, 1, threads, 0, device, stream, work, partials, after_append, entries);
+    return launch_early("attention", plan_attention_kernel, 1, threads, 0, device, stream, work, partials, after_append, entries);
 }
 
 }  // namespace mla

@@ -55,10 +55,12 @@ bool is_exact(const Layer& layer) { return layer.append.layout.format == row_for
 
 bool has_lists(const Call& call) { return call.dims.K >= 0; }
 
-// x [tokens, H, columns] times a weight [H, rows, columns], the activations as e4m3 groups where the layer has it so.
+// x [tokens, H, columns] times a weight [H, rows, columns], the activations as e4m3 groups where the layer has it so. `beside`: see
+// Projection.
 int multiply(Call& call, const Layer& layer, const View& x, const View& out, const MlaTensor& w, const MlaTensor& w_scale,
-             int64_t tokens, const int32_t* x_tokens = nullptr, const int32_t* out_tokens = nullptr) {
+             int64_t tokens, bool beside, const int32_t* x_tokens = nullptr, const int32_t* out_tokens = nullptr) {
     Projection work{};
+    work.beside = beside;
     work.x_tokens = x_tokens;
     work.out_tokens = out_tokens;
     work.x = x;
@@ -98,13 +100,14 @@ int attend_absorbed(Call& call, const Layer& layer, const View& absorbed, const 
     if (int status = begin_attention(call, work, after_append, &attention)) return status;
     if (call.workspace.sizing()) return MLA_OK;
     if (has_w_uk) {
-        if (int status = multiply(call, layer, nope, absorbed, *layer.w_uk, *layer.w_uk_scale, count)) return status;
+        // before it is the append, the plan beside it, or a copy of queries
+        if (int status = multiply(call, layer, nope, absorbed, *layer.w_uk, *layer.w_uk_scale, count, true)) return status;
     } else if (int status = copy_values(nope, nullptr, absorbed, count, work.heads, layer.nope, call.stream)) {
         return status;
     }
     if (int status = attend(work, attention, call.stream)) return status;
     if (!has_w_uv) return MLA_OK;
-    return multiply(call, layer, mean, output, *layer.w_uv, *layer.w_uv_scale, count);
+    return multiply(call, layer, mean, output, *layer.w_uv, *layer.w_uv_scale, count, false);
 }
 
 // A step with long prompts. `rotated` has the rotated rope part of all queries.
@@ -145,7 +148,7 @@ int attend_mixed(Call& call, const Layer& layer, const View& rotated) {
             return status;
         }
     }
-    if (int status = multiply(call, layer, layer.query, absorbed, *layer.w_uk, *layer.w_uk_scale, few.capacity, few.tokens)) {
+    if (int status = multiply(call, layer, layer.query, absorbed, *layer.w_uk, *layer.w_uk_scale, few.capacity, false, few.tokens)) {
         return status;
     }
     Attend work = all;
@@ -156,7 +159,7 @@ int attend_mixed(Call& call, const Layer& layer, const View& rotated) {
     if (int status = begin_attention(call, work, false, &attention)) return status;
     if (call.workspace.sizing()) return MLA_OK;
     if (int status = attend(work, attention, call.stream)) return status;
-    return multiply(call, layer, mean, layer.output, *layer.w_uv, *layer.w_uv_scale, few.capacity, nullptr, few.tokens);
+    return multiply(call, layer, mean, layer.output, *layer.w_uv, *layer.w_uv_scale, few.capacity, false, nullptr, few.tokens);
 }
 
 // All tokens absorbed; those with lists of keys in windows.

@@ -11,7 +11,8 @@ constexpr int merge_warps = 4;
 constexpr int most_slices = 4;  // of a row: R 512
 // Where there is a plan: blocks on a multiprocessor, and parts of a row whose values are in flight.
 constexpr int merge_blocks = 5, merge_batch = 3;
-// Where there is none, all parts of a row are in flight: more of them than elsewhere are written and read in a tile's time.
+// Where there is none, all parts of a row are in flight, be they `most_parts`: more of them than elsewhere are written and read in a
+// tile's time.
 constexpr double host_merge_bytes = 1e7;
 
 // Four values of a part from `column` on, zero behind the last column.
@@ -155,8 +156,8 @@ __device__ void merge_row(const Attend& work, const Partials& partials, const Me
     }
 }
 
-// Where the host cuts: block (row of an item, slice), whose warps take turns with the parts.
-template <int type>
+// Where the host cuts: block (row of an item, slice), whose warps take turns with the parts, `batch` for each.
+template <int type, int batch>
 __global__ void __launch_bounds__(merge_warps* warp_size) merge_kernel(Attend work, Partials partials) {
     int32_t const number = static_cast<int32_t>(blockIdx.x) / partials.rows, row = static_cast<int32_t>(blockIdx.x) % partials.rows;
     let_next_kernel_begin();
@@ -164,7 +165,14 @@ __global__ void __launch_bounds__(merge_warps* warp_size) merge_kernel(Attend wo
     wait_for_kernel_before();
     if (row >= item.count) return;
     Merge const merge{item.first_token, item.first_head, item.count, number * partials.splits, 1, partials.splits, 0, 0, 1, 0};
-    merge_row<type, merge_warps, 8, 1>(work, partials, merge, row, blockIdx.y, threadIdx.x / warp_size);
+    merge_row<type, merge_warps, batch, 1>(work, partials, merge, row, blockIdx.y, threadIdx.x / warp_size);
+}
+
+// The one that has just enough parts in flight: more are instructions for nothing.
+template <int type>
+auto choose_merge(int splits) {
+    static_assert(16 * merge_warps >= most_parts);
+    return splits <= 4 * merge_warps ? merge_kernel<type, 4> : splits <= 8 * merge_warps ? merge_kernel<type, 8> : merge_kernel<type, 16>;
 }
 
 // What the plan says. Warps take whole rows in turn; those that follow each other are of different blocks.
@@ -188,13 +196,13 @@ __global__ void __launch_bounds__(merge_warps* warp_size, merge_blocks) merge_pl
 int merge_parts(const Attend& work, const Partials& partials, int64_t items, const Device& device, cudaStream_t stream) {
     constexpr int threads = merge_warps * warp_size;
     if (partials.plan.items != nullptr) {
-        return launch_early(merge_planned_kernel, merge_blocks * device.multiprocessors, threads, 0, device, stream, work, partials);
+        return launch_early("attention", merge_planned_kernel, merge_blocks * device.multiprocessors, threads, 0, device, stream, work, partials);
     }
     dim3 const grid(static_cast<unsigned>(items * partials.rows), ceil_div(work.layout.rank, merge_columns));
-    auto const kernel = partials.type == MLA_FLOAT16    ? merge_kernel<MLA_FLOAT16>
-                        : partials.type == MLA_BFLOAT16 ? merge_kernel<MLA_BFLOAT16>
-                                                        : merge_kernel<MLA_FLOAT>;
-    return launch_early(kernel, grid, threads, 0, device, stream, work, partials);
+    auto const kernel = partials.type == MLA_FLOAT16    ? choose_merge<MLA_FLOAT16>(partials.splits)
+                        : partials.type == MLA_BFLOAT16 ? choose_merge<MLA_BFLOAT16>(partials.splits)
+                                                        : choose_merge<MLA_FLOAT>(partials.splits);
+    return launch_early("attention", kernel, grid, threads, 0, device, stream, work, partials);
 }
 
 // How many parts the keys of each item are cut into: as many as fill the GPU evenly, as few as that takes.

@@ -7,10 +7,11 @@
 
 namespace mla {
 
-// Launches a kernel that calls `wait_for_kernel_before` ahead of everything that others read or write.
+// Launches a kernel that calls `wait_for_kernel_before` ahead of all that the kernel before makes or still uses. Each kernel that is
+// launched so must call it, be it in the end: who waits for it relies on all kernels before it.
 template <typename... Parameters, typename... Arguments>
-int launch_early(void (*kernel)(Parameters...), dim3 blocks, int threads, int bytes, const Device& device, cudaStream_t stream,
-                 const Arguments&... arguments) {
+int launch_early(const char* what, void (*kernel)(Parameters...), dim3 blocks, int threads, int bytes, const Device& device,
+                 cudaStream_t stream, const Arguments&... arguments) {
     cudaLaunchAttribute early{};
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = 1;
@@ -21,7 +22,7 @@ int launch_early(void (*kernel)(Parameters...), dim3 blocks, int threads, int by
     config.stream = stream;
     config.attrs = &early;
     config.numAttrs = device.major >= 9 ? 1 : 0;
-    return check_cuda("attention", cudaLaunchKernelEx(&config, kernel, arguments...));
+    return check_cuda(what, cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 
 }  // namespace mla

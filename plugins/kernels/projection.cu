@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "early.cuh"
 #include "mma.cuh"
 #include "projection_values.cuh"
 
@@ -41,7 +42,7 @@ struct Tile {
 template <int32_t type>
 constexpr int w_bytes = tile_rows * step_columns * element_bytes(type);
 
-// How a block goes about it. Dynamic shared memory: x_slots of x, stages of w, x_slots of x's scales.
+// How a block goes about it. Dynamic shared memory: x_slots of x, stages of w, x_slots of x's scales, stages of w's scale.
 struct Plan {
     int row_tiles;  // of a block, one after the other, with the same x
     int stages;  // tiles of w in shared memory, at most most_stages
@@ -183,10 +184,12 @@ __global__ void __launch_bounds__(Tile<tile_tokens>::threads, Tile<tile_tokens>:
     project_kernel(Projection work, Plan plan) {
     using T = Tile<tile_tokens>;
     constexpr int value_bytes = element_bytes(w_type);
+    let_next_kernel_begin();
     extern __shared__ __align__(128) uint8_t memory[];
     uint8_t* const x_tiles = memory;
     uint8_t* const w_tiles = x_tiles + plan.x_slots * T::x_bytes;
     auto* const x_scales = reinterpret_cast<float*>(w_tiles + plan.stages * w_bytes<w_type>);
+    float* const w_scales = x_scales + plan.x_slots * tile_tokens;
 
     int const head = blockIdx.z;
     int64_t const first_token = static_cast<int64_t>(blockIdx.y) * tile_tokens;
@@ -230,6 +233,7 @@ __global__ void __launch_bounds__(Tile<tile_tokens>::threads, Tile<tile_tokens>:
     auto convert_x = [&](const Item& item) {
 #pragma unroll 2
         for (int i = 0; i < T::x_units; ++i) {
+            if (first_token + x_row / 2 * 2 + i * x_stride >= work.tokens) break;  // a warp's two rows, whose products nobody reads
             auto* const at = reinterpret_cast<uint4*>(x_place(item, i));
             float v[8];
             if (work.x.type == MLA_FLOAT) {
@@ -271,6 +275,10 @@ __global__ void __launch_bounds__(Tile<tile_tokens>::threads, Tile<tile_tokens>:
         const uint8_t* from = static_cast<const uint8_t*>(work.w) +
                               ((static_cast<int64_t>(head) * work.rows + row) * work.columns + column) * value_bytes;
         int64_t const advance = static_cast<int64_t>(stride * value_bytes) * work.columns;
+        if (work.w_scale != nullptr && threadIdx.x == 0) {
+            int64_t const scale_rows = ceil_div(work.rows, scale_group), scale_row = item.row / scale_group;
+            copy_async_4(shared_address(w_scales + item.stage), work.w_scale + (head * scale_rows + scale_row) * steps + item.step);
+        }
         if (plan.w_aligned) {
 #pragma unroll
             for (int i = 0; i < units; ++i, from += advance) {
@@ -309,78 +317,78 @@ __global__ void __launch_bounds__(Tile<tile_tokens>::threads, Tile<tile_tokens>:
             }
         }
     };
-    Item item(first_row), ahead(first_row);
-    for (int index = -plan.stages; item.row < end_row; ++index) {
-        if (index >= 0) {
-            float w_factor = 1.0f;
-            if (work.w_scale != nullptr) {
-                int64_t const scale_rows = ceil_div(work.rows, scale_group), scale_row = item.row / scale_group;
-                w_factor = work.w_scale[(head * scale_rows + scale_row) * steps + item.step];
-            }
-            wait_for_copies(plan.stages - 1);
-            if (convert && item.row == first_row) convert_x(item);
-            __syncthreads();
-            const uint8_t* const x_tile = x_tiles + item.x_slot(plan) * T::x_bytes;
-            const uint8_t* const w_tile = w_tiles + item.stage * w_bytes<w_type>;
-            const float* const scales = x_scales + item.x_slot(plan) * tile_tokens;
-            int const chunks = min(ceil_div(work.columns - item.step * step_columns, chunk), step_columns / chunk);
+    // The first weights need not wait for the kernel before.
+    Item item(first_row), ahead(first_row), with_x(first_row);
+    for (int i = 0; i < plan.stages && ahead.row < end_row; ++i, ahead.next(steps, plan.stages)) load_w(ahead);
+    if (!work.beside) wait_for_kernel_before();
+    for (int i = 0; i < plan.stages; ++i, with_x.next(steps, plan.stages)) {
+        if (with_x.row == first_row) load_x(with_x);
+        copy_async_commit();  // a group for every item, be it empty
+    }
+    for (; item.row < end_row; item.next(steps, plan.stages)) {
+        wait_for_copies(plan.stages - 1);
+        if (convert && item.row == first_row) convert_x(item);
+        __syncthreads();
+        const uint8_t* const x_tile = x_tiles + item.x_slot(plan) * T::x_bytes;
+        const uint8_t* const w_tile = w_tiles + item.stage * w_bytes<w_type>;
+        const float* const scales = x_scales + item.x_slot(plan) * tile_tokens;
+        float const w_factor = work.w_scale == nullptr ? 1.0f : w_scales[item.stage];
+        int const chunks = min(ceil_div(work.columns - item.step * step_columns, chunk), step_columns / chunk);
 #pragma unroll 1
-            for (int c = 0; c < chunks; ++c) {
-                uint32_t b[T::n_tiles][4][2];
+        for (int c = 0; c < chunks; ++c) {
+            uint32_t b[T::n_tiles][4][2];
 #pragma unroll
-                for (int n = 0; n < T::n_tiles; ++n) {
-                    // outputs 2 t, 2 t + 1 of the n-th product are 2 n, 2 n + 1 of those that lane t has in all
-                    int const row = row_warp * T::warp_rows + g / 2 * (2 * T::n_tiles) + 2 * n + g % 2;
-                    w_fragments<w_type>(w_tile, row, c, t, b[n]);
-                }
+            for (int n = 0; n < T::n_tiles; ++n) {
+                // outputs 2 t, 2 t + 1 of the n-th product are 2 n, 2 n + 1 of those that lane t has in all
+                int const row = row_warp * T::warp_rows + g / 2 * (2 * T::n_tiles) + 2 * n + g % 2;
+                w_fragments<w_type>(w_tile, row, c, t, b[n]);
+            }
 #pragma unroll
-                for (int m = 0; m < T::m_tiles; ++m) {
-                    int const row = token_warp * T::warp_tokens + m * 16 + g;
-                    float products[T::n_tiles][4] = {};
+            for (int m = 0; m < T::m_tiles; ++m) {
+                int const row = token_warp * T::warp_tokens + m * 16 + g;
+                float products[T::n_tiles][4] = {};
 #pragma unroll
-                    for (int i = 0; i < 2; ++i) {
-                        int const unit = 8 * c + 2 * t + i;
-                        uint4 const low = *reinterpret_cast<const uint4*>(x_tile + place<2>(row, unit));
-                        uint4 const high = *reinterpret_cast<const uint4*>(x_tile + place<2>(row + 8, unit));
-                        uint32_t const a[2][4] = {{low.x, high.x, low.y, high.y}, {low.z, high.z, low.w, high.w}};
+                for (int i = 0; i < 2; ++i) {
+                    int const unit = 8 * c + 2 * t + i;
+                    uint4 const low = *reinterpret_cast<const uint4*>(x_tile + place<2>(row, unit));
+                    uint4 const high = *reinterpret_cast<const uint4*>(x_tile + place<2>(row + 8, unit));
+                    uint32_t const a[2][4] = {{low.x, high.x, low.y, high.y}, {low.z, high.z, low.w, high.w}};
 #pragma unroll
-                        for (int j = 0; j < 2; ++j) {
+                    for (int j = 0; j < 2; ++j) {
 #pragma unroll
-                            for (int n = 0; n < T::n_tiles; ++n) {
-                                mma_bf16(products[n], a[j], b[n][2 * i + j][0], b[n][2 * i + j][1]);
-                            }
+                        for (int n = 0; n < T::n_tiles; ++n) {
+                            mma_bf16(products[n], a[j], b[n][2 * i + j][0], b[n][2 * i + j][1]);
                         }
                     }
-                    float factor[2] = {w_factor, w_factor};
-                    if (work.quantize_x) {
-                        factor[0] *= scales[row];
-                        factor[1] *= scales[row + 8];
-                    }
+                }
+                float factor[2] = {w_factor, w_factor};
+                if (work.quantize_x) {
+                    factor[0] *= scales[row];
+                    factor[1] *= scales[row + 8];
+                }
 #pragma unroll
-                    for (int n = 0; n < T::n_tiles; ++n) {
+                for (int n = 0; n < T::n_tiles; ++n) {
 #pragma unroll
-                        for (int i = 0; i < 4; ++i) sums[m][n][i] += factor[i / 2] * products[n][i];
-                    }
+                    for (int i = 0; i < 4; ++i) sums[m][n][i] += factor[i / 2] * products[n][i];
                 }
             }
-            __syncthreads();
         }
+        __syncthreads();
         if (ahead.row < end_row) {
             load_w(ahead);
             if (ahead.row == first_row) load_x(ahead);
             ahead.next(steps, plan.stages);
         }
-        copy_async_commit();  // a group for every item, be it empty
-        if (index < 0) continue;
+        copy_async_commit();
         if (item.step == steps - 1) store_sums(item.row);
-        item.next(steps, plan.stages);
     }
+    if (work.beside) wait_for_kernel_before();  // for those who wait for this one
 }
 
 template <int tile_tokens, int32_t w_type>
 int launch_typed(const Projection& work, const Device& device, cudaStream_t stream) {
     using T = Tile<tile_tokens>;
-    constexpr int x_slot = T::x_bytes + tile_tokens * 4;
+    constexpr int x_slot = T::x_bytes + tile_tokens * 4, w_stage = w_bytes<w_type> + 4;  // with their scales
     constexpr int warps = 15;  // of a multiprocessor, below the 16 that fit, so that a wave need not be quite full
     int const budget = device.shared_bytes / 2 - 1024;  // two blocks, each with what the system takes
     int const steps = ceil_div(work.columns, step_columns), row_tiles = ceil_div(work.rows, tile_rows);
@@ -388,14 +396,14 @@ int launch_typed(const Projection& work, const Device& device, cudaStream_t stre
     Plan plan{};
     plan.row_tiles = 1;
     // Each block makes its own codes of x: few blocks with many tiles where that leaves the GPU full.
-    if (!T::few && steps <= (budget - 2 * w_bytes<w_type>) / x_slot) {
+    if (!T::few && steps <= (budget - 2 * w_stage) / x_slot) {
         int64_t const all = row_tiles * token_tiles * work.heads * (T::threads / warp_size);
         plan.row_tiles = static_cast<int>(std::clamp<int64_t>(all / (warps * device.multiprocessors), 1, row_tiles));
     }
     if (plan.row_tiles == 1) {
-        plan.stages = std::min(steps, budget / (x_slot + w_bytes<w_type>));
+        plan.stages = std::min(steps, budget / (x_slot + w_stage));
     } else {
-        plan.stages = std::min(steps * plan.row_tiles, (budget - steps * x_slot) / w_bytes<w_type>);
+        plan.stages = std::min(steps * plan.row_tiles, (budget - steps * x_slot) / w_stage);
     }
     plan.stages = std::clamp(plan.stages, 1, most_stages);
     plan.x_slots = plan.row_tiles == 1 ? plan.stages : steps;
@@ -404,7 +412,7 @@ int launch_typed(const Projection& work, const Device& device, cudaStream_t stre
     plan.w_aligned = reinterpret_cast<uintptr_t>(work.w) % 16 == 0 && work.columns * element_bytes(w_type) % 16 == 0;
     plan.out_aligned = aligned_for_eight(work.out.data, work.out.token_stride, work.out.head_stride, work.out.type);
 
-    int const shared = plan.x_slots * x_slot + plan.stages * w_bytes<w_type>;
+    int const shared = plan.x_slots * x_slot + plan.stages * w_stage;
     auto* const kernel = project_kernel<tile_tokens, w_type>;
     if (int status = check_cuda("product with W_UK or W_UV",
                                 cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
@@ -412,8 +420,7 @@ int launch_typed(const Projection& work, const Device& device, cudaStream_t stre
         return status;
     }
     dim3 const grid(ceil_div(row_tiles, plan.row_tiles), static_cast<unsigned>(token_tiles), work.heads);
-    kernel<<<grid, T::threads, shared, stream>>>(work, plan);
-    return MLA_OK;
+    return launch_early("product with W_UK or W_UV", kernel, grid, T::threads, shared, device, stream, work, plan);
 }
 
 template <int tile_tokens>

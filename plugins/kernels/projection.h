@@ -19,8 +19,10 @@ struct Projection {
     int64_t tokens;
     int32_t heads, rows, columns;
     bool exact;  // f32 products on plain cores; else bf16 products on tensor cores, sums in f32
+    bool beside;  // x was there before the kernel before began, which does not use `out`: both may run side by side
 };
 
+// Reads the weights while the kernel before is still at work: nothing on the stream since that kernel's op began may write them.
 int project(const Projection& work, cudaStream_t stream);
 
 // SM90's own kernel behind it: x in bf16, w in bf16 or e4m3, every token its own.

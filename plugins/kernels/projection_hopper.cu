@@ -1,11 +1,12 @@
 // Products with W_UK and W_UV on SM90: x in bf16, w in bf16 or e4m3 with scales, sums in f32.
 //
 // A block has 64 or 128 tokens of one head and makes one or several tiles of 128 outputs, 128 columns at a time. A group of threads has
-// 64 tokens and 64 outputs. Operands come by the copy engine, several steps ahead; codes of w become bf16 in shared memory, and so
-// do x and its codes where x is quantised, so that products of codes are exact. What bounds it is the memory, and the codes of x: a
-// block makes them once.
+// 64 tokens and 64 outputs. Operands come by the copy engine, several steps ahead. Where x is quantised products are of the codes
+// themselves: exact, and sums of 128 keep 14 bits (docs/kernels.md). Else codes of w become bf16 in shared memory. What bounds it is the
+// memory, and the codes of x: a block makes them once.
 #include <algorithm>
 
+#include "early.cuh"
 #include "hopper.cuh"
 #include "mma.cuh"
 #include "projection.h"
@@ -42,7 +43,7 @@ struct HopperPlan {
     int w, decoded, staged, scales, bytes;
 };
 
-template <int tokens, bool codes>
+template <int tokens, bool codes, bool decodes>
 HopperPlan make_plan(int row_tiles, int stages, int steps) {
     using T = Tile<tokens, codes>;
     HopperPlan plan{};
@@ -51,7 +52,7 @@ HopperPlan make_plan(int row_tiles, int stages, int steps) {
     plan.x_slots = row_tiles > 1 ? steps : stages;
     plan.w = plan.x_slots * T::x_bytes;
     plan.decoded = plan.w + stages * T::w_bytes;
-    plan.staged = plan.decoded + (codes ? 2 * decoded_bytes : 0);
+    plan.staged = plan.decoded + (decodes ? 2 * decoded_bytes : 0);
     plan.scales = plan.staged + T::threads / warp_size * staged_bytes;
     plan.bytes = plan.scales + plan.x_slots * tokens * 4;
     return plan;
@@ -64,17 +65,18 @@ __device__ int unit_at(int row, int unit, int tile_bytes) {
     return unit / 8 * tile_bytes + row * 128 + ((unit % 8 ^ (row & 7)) << 4);
 }
 
-// x of a step in place: bf16 values of its codes, and the scale of each token.
+// x of a step in place: its codes, where the first 64 of 128 columns were, and the scale of each token. A row's lanes have all read it
+// before any writes.
 template <int tokens>
 __device__ void quantize_x(uint8_t* x, float* scales, int count) {
     constexpr int lines = tokens * 4 / unit_lanes;  // at a time
     int const unit = threadIdx.x % unit_lanes;
 #pragma unroll 2
     for (int row = threadIdx.x / unit_lanes; row < round_up(count, lines); row += lines) {
-        auto* const at = reinterpret_cast<uint4*>(x + unit_at(row, unit, tokens * 128));
         float values[8], scale;
-        unpack(*at, MLA_BFLOAT16, values);
-        *at = quantize_eight(values, &scale);
+        unpack(*reinterpret_cast<const uint4*>(x + unit_at(row, unit, tokens * 128)), MLA_BFLOAT16, values);
+        uint2 const codes = encode_eight(values, &scale);
+        *reinterpret_cast<uint2*>(x + unit_at(row, unit / 2, 0) + unit % 2 * 8) = codes;
         if (unit == 0) scales[row] = scale;
     }
 }
@@ -145,6 +147,7 @@ __global__ void __launch_bounds__(Tile<tokens, codes>::threads, 1)
     project_hopper_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map, Projection work,
                           HopperPlan plan) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    let_next_kernel_begin();
     extern __shared__ __align__(1024) uint8_t memory[];
     __shared__ uint64_t barriers[most_stages];  // a stage's operands are there
     int const head = blockIdx.z;
@@ -153,27 +156,30 @@ __global__ void __launch_bounds__(Tile<tokens, codes>::threads, 1)
     int const steps = ceil_div(work.columns, step_columns);
     int const items = min(plan.row_tiles, ceil_div(work.rows - first_row, tile_rows)) * steps;
     bool const keeps_x = plan.row_tiles > 1;
+    constexpr bool decodes = codes && !quantize;
     using T = Tile<tokens, codes>;
     uint32_t const full = shared_address(barriers);
     auto x_slot = [&](int item) { return keeps_x ? item % steps : item % plan.stages; };
-    auto order = [&](int item) {  // by a warp
-        if (item >= items) return;
+    auto brings_x = [&](int item) { return !keeps_x || item < steps; };
+    // Both by a warp; the weights first.
+    auto order_w = [&](int item) {
+        if (item >= items || !elect_lane()) return;
         int const stage = item % plan.stages, column = item % steps * step_columns;
-        bool const with_x = !keeps_x || item < steps;
-        uint32_t const barrier = full + 8 * stage;
         uint32_t const w = shared_address(memory + plan.w) + stage * T::w_bytes;
+        barrier_expect(full + 8 * stage, T::w_bytes + (brings_x(item) ? T::x_bytes : 0));
+#pragma unroll
+        for (int i = 0; i < (codes ? 1 : pieces); ++i) {
+            copy_box(w + i * piece_bytes, &w_map, full + 8 * stage, codes ? column : column * 2 + i * 128,
+                     first_row + item / steps * tile_rows, head, 0);
+        }
+    };
+    auto order_x = [&](int item) {
+        if (item >= items || !brings_x(item) || !elect_lane()) return;
         uint32_t const x = shared_address(memory) + x_slot(item) * T::x_bytes;
-        if (!elect_lane()) return;
-        barrier_expect(barrier, T::w_bytes + (with_x ? T::x_bytes : 0));
 #pragma unroll
         for (int i = 0; i < pieces; ++i) {
-            if (with_x) {
-                copy_box(x + i * tokens * 128, &x_map, barrier, column * 2 + i * 128, head, static_cast<int>(first_token), 0);
-            }
-            if (i == 0 || !codes) {
-                copy_box(w + i * piece_bytes, &w_map, barrier, codes ? column : column * 2 + i * 128,
-                         first_row + item / steps * tile_rows, head, 0);
-            }
+            copy_box(x + i * tokens * 128, &x_map, full + 8 * (item % plan.stages), item % steps * step_columns * 2 + i * 128, head,
+                     static_cast<int>(first_token), 0);
         }
     };
     if (threadIdx.x < warp_size) {
@@ -182,7 +188,9 @@ __global__ void __launch_bounds__(Tile<tokens, codes>::threads, 1)
             fence_barrier_init();
         }
         __syncwarp();
-        for (int i = 0; i < plan.stages; ++i) order(i);
+        for (int i = 0; i < plan.stages; ++i) order_w(i);  // which need not wait for the kernel before
+        if (!work.beside) wait_for_kernel_before();
+        for (int i = 0; i < plan.stages; ++i) order_x(i);
     }
     __syncthreads();
 
@@ -205,14 +213,17 @@ __global__ void __launch_bounds__(Tile<tokens, codes>::threads, 1)
         barrier_wait(full + 8 * stage, item / plan.stages & 1);
         if (quantize && (!keeps_x || item < steps)) quantize_x<tokens>(x, x_scales, count);
         const uint8_t* w = memory + plan.w + stage * T::w_bytes;
-        if (codes) {
+        if (decodes) {
             uint8_t* const values = memory + plan.decoded + item % 2 * decoded_bytes;
             decode_w<tokens * 4>(w, values);
             w = values;
         }
         if (codes || quantize) fence_async();
         __syncthreads();  // and all have used what the item before had
-        if (threadIdx.x < warp_size && item > 0) order(item - 1 + plan.stages);
+        if (threadIdx.x < warp_size && item > 0) {
+            order_w(item - 1 + plan.stages);
+            order_x(item - 1 + plan.stages);
+        }
 
         float products[32];
         uint32_t const a = tile_descriptor(shared_address(x) + token_half * 64 * 128);
@@ -220,14 +231,21 @@ __global__ void __launch_bounds__(Tile<tokens, codes>::threads, 1)
         constexpr int next_a = tokens * 128 >> 4, next_b = piece_bytes >> 4;
         pin(products);
         product_fence();
-        product_bf16<0, true>(products, a, b);
-        product_bf16<1>(products, a, b);
-        product_bf16<2>(products, a, b);
-        product_bf16<3>(products, a, b);
-        product_bf16<0>(products, a + next_a, b + next_b);
-        product_bf16<1>(products, a + next_a, b + next_b);
-        product_bf16<2>(products, a + next_a, b + next_b);
-        product_bf16<3>(products, a + next_a, b + next_b);
+        if constexpr (quantize) {
+            product_e4m3<0, true>(products, a, b);
+            product_e4m3<1, false>(products, a, b);
+            product_e4m3<2, false>(products, a, b);
+            product_e4m3<3, false>(products, a, b);
+        } else {
+            product_bf16<0, true>(products, a, b);
+            product_bf16<1>(products, a, b);
+            product_bf16<2>(products, a, b);
+            product_bf16<3>(products, a, b);
+            product_bf16<0>(products, a + next_a, b + next_b);
+            product_bf16<1>(products, a + next_a, b + next_b);
+            product_bf16<2>(products, a + next_a, b + next_b);
+            product_bf16<3>(products, a + next_a, b + next_b);
+        }
         product_commit();
         product_wait();
         pin(products);
@@ -244,6 +262,7 @@ __global__ void __launch_bounds__(Tile<tokens, codes>::threads, 1)
 #pragma unroll
         for (int i = 0; i < 32; ++i) sums[i] = 0.0f;
     }
+    if (work.beside) wait_for_kernel_before();  // for those who wait for this one
 #endif
 }
 
@@ -252,7 +271,7 @@ int launch(const Projection& work, const Device& device, cudaStream_t stream) {
     int const steps = ceil_div(work.columns, step_columns), row_tiles = ceil_div(work.rows, tile_rows);
     int64_t const token_tiles = ceil_div<int64_t>(work.tokens, tokens);
     // One block for each multiprocessor, if there is work enough; of several row tiles where all of x fits.
-    auto plan_of = [&](int of_rows, int stages) { return make_plan<tokens, codes>(of_rows, stages, steps); };
+    auto plan_of = [&](int of_rows, int stages) { return make_plan<tokens, codes, codes && !quantize>(of_rows, stages, steps); };
     int const budget = device.shared_bytes - 1024;
     int64_t const wanted = ceil_div<int64_t>(row_tiles * token_tiles * work.heads, device.multiprocessors);
     auto tiles = static_cast<int>(std::clamp<int64_t>(wanted, 1, row_tiles));
@@ -280,8 +299,8 @@ int launch(const Projection& work, const Device& device, cudaStream_t stream) {
         return status;
     }
     dim3 const grid(ceil_div(row_tiles, plan.row_tiles), static_cast<unsigned>(token_tiles), work.heads);
-    kernel<<<grid, Tile<tokens, codes>::threads, plan.bytes, stream>>>(x_map, w_map, work, plan);
-    return MLA_OK;
+    return launch_early("product with W_UK or W_UV", kernel, grid, Tile<tokens, codes>::threads, plan.bytes, device, stream, x_map, w_map,
+                        work, plan);
 }
 
 template <int tokens>

@@ -34,8 +34,8 @@ __device__ inline void unpack(uint4 const& bits, int32_t type, float (&v)[8]) {
     }
 }
 
-// The codes of eight values of a group, as bf16, and the group's scale. The group's 16 lanes call together.
-__device__ inline uint4 quantize_eight(float (&v)[8], float* scale_of_group) {
+// The codes of eight values of a group, and the group's scale. The group's 16 lanes call together.
+__device__ inline uint2 encode_eight(float (&v)[8], float* scale_of_group) {
     float amax = 0.0f;
 #pragma unroll
     for (int i = 0; i < 8; ++i) amax = fmaxf(amax, fabsf(v[i]));
@@ -44,7 +44,7 @@ __device__ inline uint4 quantize_eight(float (&v)[8], float* scale_of_group) {
     float scale = divide(fminf(amax, activation_bound), e4m3_max);
     *scale_of_group = scale;
     if (amax > activation_bound || scale < 0x1p-60f) {
-        if (scale == 0.0f) return make_uint4(0, 0, 0, 0);
+        if (scale == 0.0f) return make_uint2(0, 0);
         // The divisions below want finite values, and remainders that are no denormals. A NaN stays one.
         float const lift = scale < 0x1p-60f ? 0x1p64f : 1.0f;
         scale *= lift;
@@ -68,7 +68,13 @@ __device__ inline uint4 quantize_eight(float (&v)[8], float* scale_of_group) {
         uint32_t const pair = __nv_cvt_float2_to_fp8x2(make_float2(v[2 * i], v[2 * i + 1]), __NV_SATFINITE, __NV_E4M3);
         codes[i / 2] |= pair << i % 2 * 16;
     }
-    uint2 const low = decode_e4m3x4(codes[0]), high = decode_e4m3x4(codes[1]);
+    return make_uint2(codes[0], codes[1]);
+}
+
+// The same, the codes as bf16.
+__device__ inline uint4 quantize_eight(float (&v)[8], float* scale_of_group) {
+    uint2 const codes = encode_eight(v, scale_of_group);
+    uint2 const low = decode_e4m3x4(codes.x), high = decode_e4m3x4(codes.y);
     return make_uint4(low.x, low.y, high.x, high.y);
 }
 
