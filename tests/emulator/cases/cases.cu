@@ -166,11 +166,11 @@ MLA_EXPORT int run_case(const char* name, const uint8_t* in, uint8_t* out, bool 
     if (is("too_large")) launch(endless, 300 << 10);
     if (is("early")) {
         launch(first_kernel);
-        return launch_early(next_kernel, 1, 128, 0, Device{9, 1, 0}, nullptr, out, right);
+        return launch_early(name, next_kernel, 1, 128, 0, Device{9, 1, 0}, nullptr, out, right);
     }
     if (is("never_waits")) {
         launch(first_kernel);
-        return launch_early(never_waits, 1, 128, 0, Device{9, 1, 0}, nullptr, out);
+        return launch_early(name, never_waits, 1, 128, 0, Device{9, 1, 0}, nullptr, out);
     }
     if (is("cluster")) {
         cudaLaunchAttribute cluster;
