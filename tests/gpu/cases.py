@@ -8,7 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from harness import Array, compare, compare_exactly
-from large_reference import append, attention, branch_output, branch_query
+from large_reference import F32_SUMS, append, attention, branch_output, branch_query
 from op_harness import Step, e4m3_weight, latent_pool, make_step
 
 from mla_trt.formats import KvLayout
@@ -147,16 +147,21 @@ def layer_case(
 
 
 def branch_case(
-    rng: np.random.Generator, step: Step, dimensions: tuple[int, int, int, int, int], dtype: str = "f32"
+    rng: np.random.Generator,
+    step: Step,
+    dimensions: tuple[int, int, int, int, int],
+    dtype: str = "f32",
+    unit: float = 2.0**-9,
 ) -> tuple[dict[str, Array], dict[str, Any]]:
     """Inputs and attributes of MlaDecodeBranchFp8.
 
     Products of the query's codes with W_UK are exact in f32 in any order, so that nothing is left open in what attention is
-    asked: scales are powers of two (the largest of each group is 448 of them), codes multiples of 1/4, weights integers.
+    asked: scales are powers of two (the largest of each group is 448 of them), codes multiples of 1/4, weights integers. The
+    query's values are multiples of ``unit``: of 1/2, sums have no more than 13 bits.
     """
     heads, nope, _, _, rank = dimensions
     inputs, attributes = layer_case(rng, step, "fp8", dimensions, weights="e4m3", dtype=dtype)
-    query = np.clip(np.round(rng.standard_normal((step.tokens, heads, nope)) * 512) / 512, -3.5, 3.5)
+    query = np.clip(np.round(rng.standard_normal((step.tokens, heads, nope)) / unit) * unit, -3.5, 3.5)
     for start in range(0, nope, 128):
         largest = rng.integers(start, min(start + 128, nope), (step.tokens, heads, 1))
         np.put_along_axis(query, largest, rng.choice([-3.5, 3.5], largest.shape), axis=2)
@@ -221,14 +226,16 @@ def compare_branch(
     inputs: Mapping[str, Array],
     attributes: Mapping[str, Any],
     attend: Callable[[Mapping[str, Array], Mapping[str, Any]], Mapping[str, Array]],
+    sums: float = F32_SUMS,
 ) -> None:
     """The outputs of MlaDecodeBranchFp8, whose parts are compared each on what the part before gave.
 
     bf16 lies between the parts, and codes are functions of it. The query is exact (`branch_case`), so that with the latent
-    that the same kernels make of it nothing is left but the error of f32 sums.
+    that the same kernels make of it nothing is left but the error of sums.
 
     Args:
         attend: outputs of MlaDecoding from its inputs and attributes, by the kernels that made ``found``.
+        sums: see `branch_output`.
     """
     query_rope = inputs["query"][:, :, inputs["query"].shape[2] - attributes["qk_rope_head_dim"] :]
     cache = append({**inputs, "query_rope": query_rope}, attributes)["kv_cache_out"]
@@ -240,10 +247,10 @@ def compare_branch(
     known = _known(op, attributes)
     latent = attend(given, known)["output"]
     compare("attended latent", latent, attention(given, known)["output"], TOLERANCE)
-    expected, error = branch_output(inputs, latent)
+    expected, error = branch_output(inputs, latent, sums)
     rounding = {np.dtype(np.float32): 2**-24, np.dtype(np.float16): 2**-11}.get(inputs["query"].dtype, 2**-8)
     units = error + rounding * np.abs(expected)
-    compare("output (of the error that f32 sums and its type explain)", found["output"], expected, 1.0, units=units)
+    compare("output (of the error that sums and its type explain)", found["output"], expected, 1.0, units=units)
 
 
 def _known(op: Op, attributes: Mapping[str, Any]) -> dict[str, Any]:
