@@ -51,12 +51,45 @@ struct Slice {
         for (int row = 0; row < rows; ++row) {
             int const first = row % 8 * 4, place = row / 8 * 2;
             for (int j = 0; j < n; ++j) sums[static_cast<size_t>(j)] = what.clear ? 0.0f : d[first + j % 8 / 2][j / 8 * 4 + place + j % 2];
-            for (int i = 0; i < k; ++i) {
-                float const factor = left[static_cast<size_t>(row * k + i)];
-                const float* line = right.data() + i * n;
-                for (int j = 0; j < n; ++j) sums[static_cast<size_t>(j)] += factor * line[j];
+            const float* factors = left.data() + row * k;
+            if (what.codes) {
+                add_codes(sums.data(), factors, right.data());
+            } else {
+                for (int i = 0; i < k; ++i) {
+                    const float* line = right.data() + i * n;
+                    for (int j = 0; j < n; ++j) sums[static_cast<size_t>(j)] += factors[i] * line[j];
+                }
             }
             for (int j = 0; j < n; ++j) d[first + j % 8 / 2][j / 8 * 4 + place + j % 2] = sums[static_cast<size_t>(j)];
+        }
+    }
+
+    // Sums keep 14 bits, as on Hopper (docs/kernels.md): each of the terms, and the sum so far, is cut off at 2^-13 of the largest one's
+    // leading bit. What is left are whole numbers below 2^14, whose f32 sum is exact.
+    void add_codes(float* all_sums, const float* factors, const float* right) const {
+        constexpr int terms = 32, some = 16;  // columns at a time: so many that the compiler takes them together
+        constexpr uint32_t exponent = 0x7f800000, kept = 13u << 23, least = 20u << 23;
+        for (int first = 0; first < what.n; first += some) {
+            float* sums = all_sums + first;
+            float products[terms][some], largest[some], unit[some], inverse[some], whole[some];
+            for (int j = 0; j < some; ++j) largest[j] = std::fabs(sums[j]);
+            for (int i = 0; i < terms; ++i) {
+                for (int j = 0; j < some; ++j) {
+                    products[i][j] = factors[i] * right[i * what.n + first + j];
+                    float const size = std::fabs(products[i][j]);
+                    largest[j] = size > largest[j] ? size : largest[j];
+                }
+            }
+            for (int j = 0; j < some; ++j) {
+                uint32_t const leading = std::max(__float_as_uint(largest[j]) & exponent, least);
+                unit[j] = __uint_as_float(leading - kept);
+                inverse[j] = __uint_as_float((254u << 23) - (leading - kept));
+                whole[j] = std::trunc(sums[j] * inverse[j]);
+            }
+            for (int i = 0; i < terms; ++i) {
+                for (int j = 0; j < some; ++j) whole[j] += std::trunc(products[i][j] * inverse[j]);
+            }
+            for (int j = 0; j < some; ++j) sums[j] = whole[j] * unit[j];
         }
     }
 

@@ -94,13 +94,28 @@ def product(machine: ctypes.CDLL, form: int, a: npt.NDArray, b: npt.NDArray, *, 
     return d
 
 
+def test_sums_of_products_of_codes_keep_14_bits(machine: ctypes.CDLL) -> None:
+    a, b = (np.zeros((64, 128), ml_dtypes.float8_e4m3fn) for _ in range(2))
+    b[:, 32:64] = 1
+    b[:, 32] = 64
+    a[:3, 32], a[:3, 33] = [128, 256, -256], [1, 1, -1]  # 2^13 + 1, 2^14 + 1
+    a[3, 33:64] = 1  # 31, and no large one
+    found = product(machine, 0, a, b)[:4]
+    assert np.array_equal(found, np.repeat([[8193], [16384], [-16384], [31]], 64, axis=1))
+    b[:, :32] = 0
+    b[:, 1] = 1
+    # the sum so far is cut off too
+    assert np.array_equal(product(machine, 1, a, b)[:4], np.repeat([[8194], [16384], [-16384], [32]], 64, axis=1))
+
+
 def test_products_of_four_warps(machine: ctypes.CDLL) -> None:
     generator = np.random.default_rng(1)
     a, b = (generator.normal(size=(64, 128)).astype(ml_dtypes.float8_e4m3fn) for _ in range(2))
     left, right = a.astype(np.float32), b.astype(np.float32)
-    assert np.allclose(product(machine, 0, a, b), left[:, 32:64] @ right[:, 32:64].T, atol=1e-4)
+    cut = 34 * 2.0**-9  # no sum is above 2^5
+    assert np.allclose(product(machine, 0, a, b), left[:, 32:64] @ right[:, 32:64].T, atol=cut)
     both = left[:, 32:64] @ (right[:, :32] + right[:, 32:64]).T
-    assert np.allclose(product(machine, 1, a, b), both, atol=1e-4)
+    assert np.allclose(product(machine, 1, a, b), both, atol=2 * cut)
 
     a, b = (generator.normal(size=(64, 64)).astype(ml_dtypes.bfloat16) for _ in range(2))
     left, right = a.astype(np.float32), b.astype(np.float32)
