@@ -45,10 +45,12 @@ def lowered(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def repository(lowered: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models of several settings; moved after it was written."""
     folder = tmp_path_factory.mktemp("written") / "repository"
-    pages = ["--pages", str(PAGES), "--drain-seconds", "1", "--quiet"]
+    common = ["--drain-seconds", "1", "--quiet"]
+    pages = ["--pages", str(PAGES), *common]
+    long = ["--pages", str(20 * PAGES), *common]  # for a stream that does not end by itself while others are looked at
     write = ["triton", str(lowered), "-o", str(folder)]
     assert main([*write, "--name", "many", "--max-batch", "8", *pages]) == 0
-    assert main([*write, "--name", "one", "--max-batch", "1", "--max-waiting", "2", *pages]) == 0
+    assert main([*write, "--name", "one", "--max-batch", "1", "--max-waiting", "2", *long]) == 0
     assert main([*write, "--name", "stops", "--max-new-tokens", "20", "--stop-ids", "45", *pages]) == 0
     return Path(shutil.move(folder, tmp_path_factory.mktemp("moved") / "models"))
 
@@ -198,7 +200,7 @@ def test_a_tensor_of_other_bytes_than_its_shape_says_is_refused(server: TritonSe
 
 def test_one_at_a_time_the_larger_priority_goes_first_and_a_full_queue_refuses(server: TritonServer) -> None:
     server.load("one")
-    running = Answer(server, "one", [1], max_new_tokens=1000, priority=9)
+    running = Answer(server, "one", [1], max_new_tokens=19 * PAGE * PAGES, priority=9)
     running.read()
     done: list[str] = []
 
