@@ -7,8 +7,8 @@
 
 namespace mla {
 
-// Launches a kernel that calls `wait_for_kernel_before` ahead of all that the kernel before makes or still uses. Some thread of each kernel
-// that is launched so must call it, be it in the end: who waits for that kernel relies on all before it.
+// Launches a kernel that calls `wait_for_kernel_before` ahead of all that the kernel before makes or still uses. Each of its blocks
+// does so, or calls `end_after_kernel_before`: who waits for that kernel relies on all before it.
 template <typename... Parameters, typename... Arguments>
 int launch_early(const char* what, void (*kernel)(Parameters...), dim3 blocks, int threads, int bytes, const Device& device,
                  cudaStream_t stream, const Arguments&... arguments) {

@@ -382,8 +382,7 @@ __global__ void __launch_bounds__(Tile<tile_tokens>::threads, Tile<tile_tokens>:
         copy_async_commit();
         if (item.step == steps - 1) store_sums(item.row);
     }
-    // For those who wait for this one. One block does: others would keep theirs that have not begun from their places.
-    if (work.beside && blockIdx.x == 0 && blockIdx.y == 0 && blockIdx.z == 0) wait_for_kernel_before();
+    if (work.beside) end_after_kernel_before();
 }
 
 template <int tile_tokens, int32_t w_type>

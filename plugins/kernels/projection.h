@@ -22,7 +22,7 @@ struct Projection {
     bool beside;  // x was there before the kernel before began, which does not use `out`: both may run side by side
 };
 
-// Reads the weights while the kernel before is still at work: nothing on the stream since that kernel's op began may write them.
+// Reads the weights while the kernel before is still at work: what wrote them must have ended before the op's first kernel began.
 int project(const Projection& work, cudaStream_t stream);
 
 // SM90's own kernel behind it: x in bf16, w in bf16 or e4m3, every token its own.

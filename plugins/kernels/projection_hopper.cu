@@ -262,8 +262,7 @@ __global__ void __launch_bounds__(Tile<tokens, codes>::threads, 1)
 #pragma unroll
         for (int i = 0; i < 32; ++i) sums[i] = 0.0f;
     }
-    // for those who wait for this one; see projection.cu
-    if (work.beside && blockIdx.x == 0 && blockIdx.y == 0 && blockIdx.z == 0) wait_for_kernel_before();
+    if (work.beside) end_after_kernel_before();
 #endif
 }
 

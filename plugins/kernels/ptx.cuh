@@ -60,6 +60,12 @@ __device__ inline void wait_for_kernel_before() {
 #endif
 }
 
+// In the end of a kernel that runs beside the one before, by all blocks: it does not end before that one, and who waits for it relies on
+// that. One block waits, for a kernel ends with the last of its blocks.
+__device__ inline void end_after_kernel_before() {
+    if (blockIdx.x == 0 && blockIdx.y == 0 && blockIdx.z == 0) wait_for_kernel_before();
+}
+
 // Barriers 1 to 15 of the block, among `threads` threads: `sync` waits, `arrive` does not.
 __device__ inline void named_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 __device__ inline void named_arrive(int id, int threads) {

@@ -83,8 +83,6 @@ struct Launched {  // a grid, or a copy that the stream does
     Gate gate;
     std::vector<std::unique_ptr<Cluster>> clusters;
 
-    bool waited = false;  // a thread of it for the grid before
-
     int64_t live() const { return begun - ended; }
     bool complete() const { return ended == count; }
 };
@@ -98,7 +96,7 @@ struct Block {
     Gate named[16];
     int live = 0, any = 0;
     int copies_under_way = 0;
-    bool let = false;
+    bool let = false, waited = false;
     uint32_t window = 0;
     size_t used = 0;
     std::map<const void*, void*> statics;

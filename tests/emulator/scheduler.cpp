@@ -251,6 +251,9 @@ void start_blocks() {
 
 void end_block(Block* block) {
     if (block->copies_under_way > 0) fail("block %u ends while copies to its shared memory are under way", block->index.x);
+    if (block->launched->grid.early && !block->waited) {
+        fail("block %u of a kernel that was launched early ends, and did not wait for the kernel before", block->index.x);
+    }
     for (const Warp& warp : block->warps) {
         const Warp& first = block->warps[static_cast<size_t>(warp.number / group_warps * group_warps)];
         if (warp.products != first.products) fail("block %u: warps %d and %d multiply different tiles", block->index.x, first.number, warp.number);
@@ -263,10 +266,7 @@ void end_block(Block* block) {
     }
     Launched& launched = *block->launched;
     launched.let += block->let ? 0 : 1;
-    if (++launched.ended == launched.count) {
-        if (launched.grid.early && !launched.waited) fail("a kernel that was launched early ends, and no thread waited for the kernel before");
-        wake(launched.for_end);
-    }
+    if (++launched.ended == launched.count) wake(launched.for_end);
     machine.last = nullptr;
     Cluster* cluster = block->cluster;
     cluster->blocks.erase(std::find(cluster->blocks.begin(), cluster->blocks.end(), block));
@@ -369,10 +369,15 @@ void let_next_begin() {
 }
 
 void wait_for_before() {
-    Launched* own = machine.running->block->launched;
-    own->waited = true;
-    Launched* before = own->before;
+    machine.running->block->waited = true;
+    Launched* before = machine.running->block->launched->before;
     if (before != nullptr && !before->complete()) wait(before->for_end, "the kernel before");
+}
+
+void end_after_before() {
+    machine.running->block->waited = true;
+    uint3 const& index = machine.running->block->index;
+    if (index.x == 0 && index.y == 0 && index.z == 0) wait_for_before();
 }
 
 void* dynamic_shared() { return reinterpret_cast<void*>(size_t{machine.running->block->window} + reserved_bytes); }

@@ -73,7 +73,7 @@ def test_blocks_of_a_cluster_read_from_each_other(machine: ctypes.CDLL) -> None:
         ("endless", "nobody can run; 32 of block 0: named barrier 1"),
         ("parted", "lanes of a warp part: __shfl_sync and __syncwarp, block 0 thread (16|48)"),
         ("leaves_early", "block 0 ends while copies to its shared memory are under way"),
-        ("never_waits", "a kernel that was launched early ends, and no thread waited for the kernel before"),
+        ("never_waits", "block 0 of a kernel that was launched early ends, and did not wait for the kernel before"),
         ("too_large", "a block has 308224 bytes of shared memory, more than there are"),
     ],
 )

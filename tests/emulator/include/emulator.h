@@ -112,6 +112,7 @@ void synchronize();
 // The next grid may begin when all blocks say so or have ended; whether the one before has ended, it must wait for.
 void let_next_begin();
 void wait_for_before();
+void end_after_before();
 
 template <typename... Parameters>
 struct Launch {

@@ -31,6 +31,7 @@ inline uint32_t encode_pair(float low, float high) {
 
 inline void let_next_kernel_begin() { emulator::let_next_begin(); }
 inline void wait_for_kernel_before() { emulator::wait_for_before(); }
+inline void end_after_kernel_before() { emulator::end_after_before(); }
 
 inline void named_sync(int id, int threads) { emulator::named_sync(id, threads); }
 inline void named_arrive(int id, int threads) { emulator::named_arrive(id, threads); }
