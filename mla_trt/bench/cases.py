@@ -313,7 +313,10 @@ def composed(batch: int, keys: int = 1, *, codes: bool, heads: int = 128) -> Cas
 
 def _cases() -> dict[str, Callable[[], Case]]:
     cases: dict[str, Callable[[], Case]] = {}
-    shapes = ((128, 128, 4096), (128, 128, 16384), (32, 128, 32768), (128, 64, 4096), (64, 16, 16384), (1, 128, 32768))
+    shapes = (
+        *((128, 128, 4096), (128, 128, 16384), (32, 128, 32768), (128, 64, 4096), (64, 16, 16384)),
+        *((1, 128, 32768), (1, 16, 32768)),
+    )
     kinds = {"bf16": ("bf16", 0), "fp8": ("fp8", 2), "fp8-1term": ("fp8", 1), "fp8-bf16products": ("fp8", 0)}
     for kind, (row_format, terms) in kinds.items():
         for batch, heads, keys in shapes:

@@ -71,6 +71,7 @@ struct Partials {
     bool by_token;  // items are heads of one token
     bool output_aligned;  // four outputs that follow each other may be written at once
     int32_t splits;  // parts of every item, where there is no plan
+    int32_t cluster;  // blocks of a part, which merge what they have themselves
     Plan plan;
 
     MLA_BOTH int64_t row(int32_t slot, int row) const { return static_cast<int64_t>(slot) * rows + row; }
@@ -96,6 +97,12 @@ int attend(const Attend& work, const Attention& attention, cudaStream_t stream);
 constexpr int hopper_fp8_tile = 128, attend_tile = 64;  // keys of a tile: of the first, and of the next two
 bool attend_takes_hopper_fp8(const Attend& work, const Device& device);
 int hopper_fp8_rows(const Attend& work);
+// Blocks of a cluster where one sequence is cut into many parts: they make one part of what they have. Not where blocks have fewer rows, for
+// these have little to merge; and each token has blocks of its own, so that one that belongs to no sequence leaves some without rows.
+constexpr int hopper_fp8_cluster = 2;
+inline bool hopper_fp8_takes_clusters(const Attend& work, const Partials& partials) {
+    return partials.rows == 64 && work.heads % partials.rows == 0 && !partials.by_token;
+}
 int attend_hopper_fp8(const Attend& work, const Partials& partials, cudaStream_t stream);
 bool attend_takes_hopper_bf16(const Attend& work, const Device& device);
 constexpr int hopper_bf16_rows = 64;

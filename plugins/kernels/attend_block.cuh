@@ -34,7 +34,7 @@ int launch_blocks(void (*kernel)(Parameters...), const Attend& work, const Parti
                                          static_cast<long long>(work.step.tokens));
     Device device;
     if (int status = current_device(&device)) return status;
-    return launch_early("attention", kernel, static_cast<unsigned>(blocks), threads, bytes, device, stream, arguments...);
+    return launch_clusters_early("attention", kernel, static_cast<unsigned>(blocks), partials.cluster, threads, bytes, device, stream, arguments...);
 }
 
 // Copied rows to the tile of keys, by `threads` threads of which this is number `thread`, value by value.

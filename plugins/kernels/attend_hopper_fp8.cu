@@ -15,13 +15,69 @@
 // - Keys come in five pieces of 128 bytes of a tile's rows into a ring; who has a piece's last values in registers orders the one
 //   that takes its place. Pages outside of the pool and behind the end are outside of the tensor map: zeros. A tile's weights lie
 //   where its rope was.
+// - Where one sequence is cut into parts, two blocks of an item are a cluster: what both have of a row becomes one part (`merge_cluster`),
+//   so that half of the bytes are left for the merge.
 #include "attend_hopper_fp8_output.cuh"
 #include "attend_hopper_fp8_scores.cuh"
+#include "cluster.cuh"
 
 namespace mla {
 namespace {
 
 using namespace hopper;
+
+// Makes one part of what the blocks of a cluster have, bfloat16 rows in shared memory, weighed by 2^(lse - largest). Half a row by a warp,
+// rows in turn by the blocks.
+template <typename F>
+__device__ void merge_cluster(const Partials& partials, const Item& item, const uint8_t* memory) {
+    constexpr int warps = threads / warp_size;
+    int const lane = threadIdx.x % warp_size, own = cluster_rank();
+#pragma unroll 1
+    for (int unit = static_cast<int>(threadIdx.x) / warp_size; unit < 2 * F::rows / F::cluster; unit += warps) {
+        int const row = unit / 2 * F::cluster + own, column = unit % 2 * (rank / 2) + 8 * lane;
+        if (row >= item.count) break;
+        const auto* own_lse = reinterpret_cast<const uint32_t*>(memory + Places<F>::part_lse) + row;
+        const auto* own_values = reinterpret_cast<const uint4*>(memory + (row * narrow_row + column) * 2);
+        float weights[F::cluster];
+        uint4 values[F::cluster];
+#pragma unroll
+        for (int i = 0; i < F::cluster; ++i) {
+            weights[i] = __uint_as_float(load_from_block(own_lse, i));
+            values[i] = load_from_block(own_values, i);
+        }
+        float largest = weights[0], sum = 0.0f;
+#pragma unroll
+        for (int i = 1; i < F::cluster; ++i) largest = fmaxf(largest, weights[i]);
+        float const base = largest == -INFINITY ? 0.0f : largest;
+#pragma unroll
+        for (int i = 0; i < F::cluster; ++i) {
+            weights[i] = exp2f(weights[i] - base);
+            sum += weights[i];
+        }
+        float const inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+        float total[8] = {};
+#pragma unroll
+        for (int i = 0; i < F::cluster; ++i) {
+            uint32_t const words[4] = {values[i].x, values[i].y, values[i].z, values[i].w};
+            float const weight = weights[i] * inverse;
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                total[2 * j] = fmaf(weight, __uint_as_float(words[j] << 16), total[2 * j]);
+                total[2 * j + 1] = fmaf(weight, __uint_as_float(words[j] & 0xffff0000u), total[2 * j + 1]);
+            }
+        }
+        uint32_t packed[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            __nv_bfloat162 const pair = __floats2bfloat162_rn(total[2 * j], total[2 * j + 1]);
+            packed[j] = reinterpret_cast<const uint32_t&>(pair);
+        }
+        int64_t const at = partials.row(item.slot, row);
+        *reinterpret_cast<uint4*>(reinterpret_cast<uint16_t*>(partials.output + at * rank) + column) =
+            make_uint4(packed[0], packed[1], packed[2], packed[3]);
+        if (column == 0) partials.lse[at] = largest == -INFINITY ? -INFINITY : largest + log2f(sum);
+    }
+}
 
 template <typename F>
 __global__ void __launch_bounds__(threads, 1)
@@ -53,7 +109,7 @@ __global__ void __launch_bounds__(threads, 1)
     }
     __syncthreads();
     const Item& item = shared_item;  // read again where it is needed: registers are scarce
-    if (item.sequence < 0) {
+    if (item.sequence < 0) {  // then there is none for the others of a cluster either
         zero_padding(work, partials, item);
         return;
     }
@@ -76,6 +132,13 @@ __global__ void __launch_bounds__(threads, 1)
     } else {
         registers_increase<192>();
         output_group<F>(work, partials, item, ring, memory);
+    }
+    if constexpr (F::cluster > 1) {
+        cluster_barrier();
+        merge_cluster<F>(partials, item, memory);
+        cluster_arrive();  // nothing more is read of others
+        cluster_wait();  // a block's shared memory ends with it
+        return;
     }
     __syncthreads();
     if (item.slot >= 0 && partials.type == MLA_BFLOAT16) {
@@ -100,15 +163,14 @@ int launch(const Attend& work, const Partials& partials, cudaStream_t stream) {
     return launch_blocks(attend_hopper_fp8_kernel<F>, work, partials, threads, Places<F>::total, stream, map, query_map, work, partials);
 }
 
-template <bool lists>
+template <Keys keys>
 int launch_rows(const Attend& work, const Partials& partials, cudaStream_t stream) {
-    switch (partials.rows) {
-        case 16: return launch<Form<16, 2, lists>>(work, partials, stream);
-        case 32: return launch<Form<32, 2, lists>>(work, partials, stream);
-        default: break;
+    if constexpr (keys != Keys::of_clusters) {
+        if (partials.rows == 16) return launch<Form<16, 2, keys>>(work, partials, stream);
+        if (partials.rows == 32) return launch<Form<32, 2, keys>>(work, partials, stream);
     }
-    return work.query_terms == 1 ? launch<Form<64, 1, lists>>(work, partials, stream)
-                                 : launch<Form<64, 2, lists>>(work, partials, stream);
+    return work.query_terms == 1 ? launch<Form<64, 1, keys>>(work, partials, stream)
+                                 : launch<Form<64, 2, keys>>(work, partials, stream);
 }
 
 }  // namespace
@@ -126,7 +188,7 @@ bool attend_takes_hopper_fp8(const Attend& work, const Device& device) {
     }
     // code for sm_90a alone has the kernel's body, and with it its static shared memory
     cudaFuncAttributes attributes;
-    return cudaFuncGetAttributes(&attributes, attend_hopper_fp8_kernel<Form<64, 1, false>>) == cudaSuccess &&
+    return cudaFuncGetAttributes(&attributes, attend_hopper_fp8_kernel<Form<64, 1, Keys::all>>) == cudaSuccess &&
            attributes.sharedSizeBytes > 0;
 }
 
@@ -137,7 +199,8 @@ int hopper_fp8_rows(const Attend& work) {
 }
 
 int attend_hopper_fp8(const Attend& work, const Partials& partials, cudaStream_t stream) {
-    return work.indices == nullptr ? launch_rows<false>(work, partials, stream) : launch_rows<true>(work, partials, stream);
+    if (work.indices != nullptr) return launch_rows<Keys::listed>(work, partials, stream);
+    return partials.cluster > 1 ? launch_rows<Keys::of_clusters>(work, partials, stream) : launch_rows<Keys::all>(work, partials, stream);
 }
 
 }  // namespace mla

@@ -192,7 +192,7 @@ __device__ void output_group(const Attend& work, const Partials& partials, const
             }
         }
     };
-    if (item.slot >= 0 && partials.type == MLA_BFLOAT16) {
+    if (F::cluster > 1 || (item.slot >= 0 && partials.type == MLA_BFLOAT16)) {
         for_pairs([&](int row, int column, float first, float second) {
             *reinterpret_cast<__nv_bfloat162*>(memory + (row * narrow_row + column) * 2) = __floats2bfloat162_rn(first, second);
         });

@@ -13,11 +13,14 @@ constexpr int threads = 4 * group;
 constexpr int pieces = 5;  // of a tile: four of the latent and the rope part
 constexpr int piece_bytes = tile * 128;
 constexpr int row_piece_bytes = 64 * 128;  // of the query
-// Two forms for at most 32 or 16 rows, two for 64; each for all keys and for lists of keys.
-template <int row_count, int query_terms, bool with_lists>
+// Two forms for at most 32 or 16 rows, two for 64; each for all keys, and for lists of keys. Those of 64 rows also for all keys of one
+// sequence, whose blocks are in clusters.
+enum class Keys { all, listed, of_clusters };
+template <int row_count, int query_terms, Keys which>
 struct Form {
     static constexpr int rows = row_count, terms = query_terms;
-    static constexpr bool lists = with_lists;
+    static constexpr bool lists = which == Keys::listed;
+    static constexpr int cluster = which == Keys::of_clusters ? hopper_fp8_cluster : 1;
     static constexpr bool packed = rows <= 32;  // both terms in one product
     static constexpr bool second = terms == 2 && !packed;
     static constexpr int ring = second ? 9 : 11;  // pieces in flight
@@ -41,6 +44,7 @@ struct Places {
     static constexpr int sums = query_scales + 64 * 4;  // [2][64]
     static constexpr int factors = sums + 2 * 64 * 4;  // [64]
     static constexpr int limits = factors + 64 * 4;  // [64]
+    static constexpr int part_lse = limits;  // of a block of a cluster, in the end [64]
     static constexpr int pages = limits + 64 * 4;  // [8][2], as the block table has them, of the halves of a tile
     static constexpr int raw_scales = pages + 8 * 2 * 4;  // [4][128]
     static constexpr int offsets = raw_scales;  // of listed rows in the pool, in 16 bytes, [4][128]: in their place

@@ -281,7 +281,9 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
         int const head = flat % work.heads;
         int64_t const out_row = token * work.heads + head;
         float const lse = sum == 0.0f ? -INFINITY : top[r] + log2f(sum) - weight_bits;
-        if (item.slot >= 0) {
+        if constexpr (F::cluster > 1) {
+            reinterpret_cast<float*>(memory + P::part_lse)[row] = lse;
+        } else if (item.slot >= 0) {
             partials.lse[partials.row(item.slot, row)] = lse;
         } else {
             if (work.lse != nullptr) work.lse[out_row] = lse * ln2;

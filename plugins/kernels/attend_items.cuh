@@ -13,6 +13,7 @@
 namespace mla {
 
 constexpr int block_tiles = 6;  // what a block takes besides its tiles, in tiles' time
+constexpr double cluster_tiles = 0.4;  // what one of a cluster takes more
 constexpr float merge_bytes = 8e6f;  // of parts that are written and read in a tile's time
 constexpr int most_parts = 64;  // of an item's keys
 
@@ -28,10 +29,12 @@ inline int64_t most_planned(const Attend& work, int rows, int multiprocessors) {
     return most_items(work, rows, false) + int64_t{3} * multiprocessors;
 }
 
-// Blocks of an attention kernel. Where items are not of one token, one is left for the tokens that belong to no sequence.
+// Blocks of an attention kernel. Where items are not of one token, one is left for the tokens that belong to no sequence; clusters are of
+// items that a token fills, so that such a token leaves blocks of its own.
 inline int64_t block_count(const Attend& work, const Partials& partials) {
     if (partials.plan.items != nullptr) return most_planned(work, partials.rows, partials.multiprocessors) + 1;
-    return most_items(work, partials.rows, partials.by_token) * partials.splits + (partials.by_token ? 0 : 1);
+    int64_t const items = most_items(work, partials.rows, partials.by_token);
+    return items * partials.splits * partials.cluster + (partials.by_token || partials.cluster > 1 ? 0 : 1);
 }
 
 #if defined(__CUDACC__)
@@ -53,13 +56,23 @@ __device__ inline Item rows_of_sequence(const Attend& work, int rows, int32_t se
     return {first_token + row / work.heads, sequence, row % work.heads, max(min(all_rows - row, rows), 0)};
 }
 
-// Gives an item, which has rows, its part of the keys: from `begin` on as many shares as `shares` says, of `all`.
-__device__ inline void take_keys(const Attend& work, const Partials& partials, Item& item, int32_t begin, int32_t shares, int32_t all) {
-    int64_t const last_token = item.first_token + (item.first_head + item.count - 1) / work.heads;
-    item.keys = work.indices != nullptr ? list_length(work, item.first_token) : max(last_key(work, last_token) + 1, 0);
+__device__ inline int64_t last_token_of(const Attend& work, const Item& item) {
+    return item.first_token + (item.first_head + item.count - 1) / work.heads;
+}
+
+// Gives an item its part of so many keys: from `begin` on as many shares as `shares` says, of `all`.
+__device__ inline void take_keys_of(int32_t keys, const Partials& partials, Item& item, int32_t begin, int32_t shares, int32_t all) {
+    item.keys = keys;
     uint32_t const tiles = (static_cast<uint32_t>(item.keys) + partials.tile - 1) >> (31 - __clz(partials.tile));
     item.first_tile = static_cast<int32_t>(tiles * begin / all);
     item.last_tile = static_cast<int32_t>(tiles * (begin + shares) / all);
+}
+
+// The same of the keys of an item that has rows.
+__device__ inline void take_keys(const Attend& work, const Partials& partials, Item& item, int32_t begin, int32_t shares, int32_t all) {
+    int32_t const keys = work.indices != nullptr ? list_length(work, item.first_token)
+                                                 : max(last_key(work, last_token_of(work, item)) + 1, 0);
+    take_keys_of(keys, partials, item, begin, shares, all);
 }
 
 // Item number `item` where the host cuts, without its keys; of no rows where there is none.
@@ -102,10 +115,20 @@ __device__ inline void take_item(const Attend& work, const Partials& partials, I
     wait_for_kernel_before();
     let_next_kernel_begin();
     if (lane != 0) return;
-    Item item = rows_of_item(work, partials, block / splits);
-    item.slot = splits > 1 ? block : -1;
+    int32_t const blocks = splits * partials.cluster, number = block / blocks, part = block - number * blocks;
+    // the item's last key is asked for beside its rows: with its last token as most steps have it
+    int64_t const likely = min(static_cast<int64_t>(((number + 1) * partials.rows - 1) / work.heads), work.step.tokens - 1);
+    int32_t const likely_key = last_key(work, likely);
+    Item item = rows_of_item(work, partials, number);
+    item.slot = splits > 1 ? block / partials.cluster : -1;
     if (item.count == 0) item.sequence = item.slot = -1;
-    if (item.sequence >= 0) take_keys(work, partials, item, block % splits, 1, splits);
+    if (item.sequence >= 0) {
+        if (last_token_of(work, item) == likely) {
+            take_keys_of(max(likely_key + 1, 0), partials, item, part, 1, blocks);
+        } else {
+            take_keys(work, partials, item, part, 1, blocks);
+        }
+    }
     *shared_item = item;
 }
 
@@ -128,7 +151,7 @@ __device__ inline void zero_padding(const Attend& work, const Partials& partials
     if (partials.plan.items != nullptr) {
         parts = partials.plan.counts->parts;
     } else {
-        parts = ceil_div(new_tokens_of(work, 0) * work.heads, partials.rows) * int64_t{partials.splits};
+        parts = ceil_div(new_tokens_of(work, 0) * work.heads, partials.rows) * int64_t{partials.splits} * partials.cluster;
     }
     int64_t const end = max(work.step.query_offsets[work.step.sequences], 0);
     for (int64_t token = end + blockIdx.x - parts; token < work.step.tokens; token += gridDim.x - parts) {

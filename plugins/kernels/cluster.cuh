@@ -48,7 +48,7 @@ __device__ inline void cluster_wait() {
 #endif
 }
 
-// The value of four or eight bytes at this place in the shared memory of the cluster's block `rank`.
+// The value of four, eight or sixteen bytes at this place in the shared memory of the cluster's block `rank`.
 template <typename T>
 __device__ inline T load_from_block(const T* shared, int rank) {
 #if __CUDA_ARCH__ >= 900
@@ -56,7 +56,12 @@ __device__ inline T load_from_block(const T* shared, int rank) {
     uint32_t remote;
     T value;
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(local), "r"(rank));
-    if constexpr (sizeof(T) == 8) {
+    if constexpr (sizeof(T) == 16) {
+        asm volatile("ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                     : "r"(remote)
+                     : "memory");
+    } else if constexpr (sizeof(T) == 8) {
         asm volatile("ld.shared::cluster.u64 %0, [%1];" : "=l"(value) : "r"(remote) : "memory");
     } else {
         asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(value) : "r"(remote) : "memory");

@@ -205,24 +205,28 @@ int merge_parts(const Attend& work, const Partials& partials, int64_t items, con
     return launch_early("attention", kernel, grid, threads, 0, device, stream, work, partials);
 }
 
-// How many parts the keys of each item are cut into: as many as fill the GPU evenly, as few as that takes.
-int choose_splits(const Partials& partials, int64_t items, int64_t keys, int rank) {
+// How the keys of each item are cut: into how many parts, each of how many blocks.
+struct Cut {
+    int splits = 1, cluster = 1;
+    double cost = 1e30;
+};
+
+// As many blocks as fill the GPU evenly, as few as that takes.
+Cut choose_splits(const Partials& partials, int64_t items, int64_t keys, int rank, int cluster) {
     int64_t const tiles = ceil_div<int64_t>(keys, partials.tile);
-    int64_t limit = tiles < most_parts ? tiles : most_parts;
+    int64_t limit = ceil_div<int64_t>(tiles, cluster);
+    if (limit > most_parts) limit = most_parts;
     if (limit > partials.slots / items) limit = partials.slots / items;
     // In units of a tile's time on a multiprocessor: each wave takes its blocks' tiles and what a block takes besides; parts
     // are written and read again.
     double const merged = static_cast<double>(items) * partials.rows * rank * 2 * (partials.type == MLA_FLOAT ? 4 : 2) / host_merge_bytes;
-    int best = 1;
-    double best_cost = 1e30;
-    for (int splits = 1; splits <= limit; ++splits) {
-        auto const waves = static_cast<double>(ceil_div<int64_t>(items * splits, partials.multiprocessors));
-        double const cost = waves * static_cast<double>(ceil_div<int64_t>(tiles, splits) + block_tiles) +
+    Cut best;
+    for (int splits = cluster > 1 ? 2 : 1; splits <= limit; ++splits) {  // a cluster makes parts, and no outputs
+        int64_t const blocks = int64_t{splits} * cluster;
+        auto const waves = static_cast<double>(ceil_div<int64_t>(items * blocks, partials.multiprocessors));
+        double const cost = waves * (static_cast<double>(ceil_div<int64_t>(tiles, blocks) + block_tiles) + (cluster > 1 ? cluster_tiles : 0.0)) +
                             (splits > 1 ? 1.0 + merged * splits : 0.0);
-        if (cost < best_cost) {
-            best_cost = cost;
-            best = splits;
-        }
+        if (cost < best.cost) best = {splits, cluster, cost};
     }
     return best;
 }
@@ -263,6 +267,7 @@ int begin_attention(Call& call, const Attend& work, bool after_append, Attention
                                                                   : Attention::exact;
     Partials& partials = attention->partials;
     partials = {};
+    partials.cluster = 1;
     switch (attention->kernel) {
         case Attention::hopper_fp8: partials.rows = hopper_fp8_rows(work); break;
         case Attention::hopper_bf16: partials.rows = hopper_bf16_rows; break;
@@ -295,7 +300,13 @@ int begin_attention(Call& call, const Attend& work, bool after_append, Attention
     if (attention->kernel == Attention::hopper_fp8) partials.type = MLA_BFLOAT16;
     if (attention->kernel == Attention::hopper_bf16 && hopper_bf16_halves(work.layout.format)) partials.type = MLA_FLOAT16;
     int64_t const keys = work.indices == nullptr ? work.step.max_pages * work.layout.page_size : work.top_k;
-    partials.splits = choose_splits(partials, attention->items, keys, work.layout.rank);
+    Cut cut = choose_splits(partials, attention->items, keys, work.layout.rank, 1);
+    if (attention->kernel == Attention::hopper_fp8 && hopper_fp8_takes_clusters(work, partials)) {
+        Cut const clusters = choose_splits(partials, attention->items, keys, work.layout.rank, hopper_fp8_cluster);
+        if (clusters.cost < cut.cost) cut = clusters;
+    }
+    partials.splits = cut.splits;
+    partials.cluster = cut.cluster;
     return MLA_OK;
 }
 

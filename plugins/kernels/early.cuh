@@ -9,20 +9,29 @@ namespace mla {
 
 // Launches a kernel that calls `wait_for_kernel_before` ahead of all that the kernel before makes or still uses. Each of its blocks
 // does so, or calls `end_after_kernel_before`: who waits for that kernel relies on all before it.
+// `cluster` of them share their shared memory.
 template <typename... Parameters, typename... Arguments>
-int launch_early(const char* what, void (*kernel)(Parameters...), dim3 blocks, int threads, int bytes, const Device& device,
-                 cudaStream_t stream, const Arguments&... arguments) {
-    cudaLaunchAttribute early{};
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
+int launch_clusters_early(const char* what, void (*kernel)(Parameters...), dim3 blocks, int cluster, int threads, int bytes,
+                          const Device& device, cudaStream_t stream, const Arguments&... arguments) {
+    cudaLaunchAttribute attributes[2] = {};
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
     cudaLaunchConfig_t config{};
     config.gridDim = blocks;
     config.blockDim = static_cast<unsigned>(threads);
     config.dynamicSmemBytes = static_cast<size_t>(bytes);
     config.stream = stream;
-    config.attrs = &early;
-    config.numAttrs = device.major >= 9 ? 1 : 0;
+    config.attrs = attributes;
+    config.numAttrs = device.major < 9 ? 0 : cluster == 1 ? 1 : 2;
     return check_cuda(what, cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+
+template <typename... Parameters, typename... Arguments>
+int launch_early(const char* what, void (*kernel)(Parameters...), dim3 blocks, int threads, int bytes, const Device& device,
+                 cudaStream_t stream, const Arguments&... arguments) {
+    return launch_clusters_early(what, kernel, blocks, 1, threads, bytes, device, stream, arguments...);
 }
 
 }  // namespace mla

@@ -30,7 +30,6 @@ class EmulatedGpu:
     """Kernels and memory, in place of the GPU's between `install` and `remove`.
 
     Args:
-        multiprocessors: of the GPU; as many blocks of a kernel live at a time.
         early: copies and products are done at once, and kernels in their order; else all of it comes as late, and the next
             kernel as early, as the kernels allow.
         hopper: the kernels for sm_90a are there, else the portable ones alone.
@@ -43,17 +42,19 @@ class EmulatedGpu:
         PluginLibraryError: CUDA's headers are not here.
     """
 
-    def __init__(self, *, multiprocessors: int = 16, early: bool = False, hopper: bool = True) -> None:
+    def __init__(self, *, early: bool = False, hopper: bool = True) -> None:
         path = build()
         self.library = KernelLibrary(path)
         self._machine = ctypes.CDLL(str(path))
         self._machine.emulator_synchronize.restype = ctypes.c_char_p
-        self._machine.emulator_set(multiprocessors, int(early), int(hopper))
+        self._early, self._hopper = early, hopper
         self._runtime = EmulatedRuntime()
         self._before: tuple[Any, Any] | None = None
 
-    def install(self) -> None:
-        """From now on this process has this GPU."""
+    def install(self, multiprocessors: int = 16) -> None:
+        """From now on this process has this GPU. As many blocks of a kernel live at a time as it has multiprocessors,
+        but 16 at most."""
+        self._machine.emulator_set(multiprocessors, int(self._early), int(self._hopper))
         enqueue = Call.enqueue
 
         def work(call: Call, *arguments: Any) -> None:

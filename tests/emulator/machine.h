@@ -14,6 +14,7 @@
 namespace emulator {
 
 constexpr size_t window_bytes = 256 << 10, stack_bytes = 256 << 10, page = 4096;
+constexpr int most_blocks = 16;  // of a kernel at a time: there are only so many places for stacks
 constexpr size_t reserved_bytes = 1024;    // of a block's shared memory, by the system: no address is 0
 constexpr size_t usable_bytes = 228 << 10;  // of all of it, on Hopper
 constexpr uint8_t poison = 0xff;           // NaN, and -1: what nobody wrote

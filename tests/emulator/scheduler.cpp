@@ -242,7 +242,7 @@ void start_blocks() {
         }
         const Grid& grid = launched->grid;
         while (launched->begun < launched->count &&
-               (grid.all_at_once || launched->live() + grid.cluster <= std::max(settings.multiprocessors, grid.cluster))) {
+               (grid.all_at_once || launched->live() + grid.cluster <= std::max(std::min(settings.multiprocessors, most_blocks), grid.cluster))) {
             launched->clusters.push_back(std::make_unique<Cluster>());
             for (int rank = 0; rank < grid.cluster; ++rank) start_block(launched.get(), launched->clusters.back().get(), launched->begun++, rank);
         }

@@ -47,6 +47,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cpu: runs without a GPU")
     config.addinivalue_line("markers", "small: small enough for compute-sanitizer and the emulator")
+    config.addinivalue_line("markers", "multiprocessors(count): of the emulated GPU; how work is cut depends on it")
     if config.getoption("--no-guards"):
         harness.guard_bytes = 0
 
@@ -96,7 +97,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         gpu = _emulated_gpu(item.config.getoption("--early"), item.config.getoption("--portable"))
         if isinstance(gpu, str):
             pytest.skip(gpu)
-        gpu.install()
+        size = item.get_closest_marker("multiprocessors")
+        gpu.install(*(size.args if size is not None else ()))
         harness.emulated = gpu.library
         item.user_properties.append(("emulated", True))
     if _lost:

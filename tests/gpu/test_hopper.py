@@ -247,6 +247,23 @@ def test_parts_of_any_size(sizes: tuple[int, int], listed: bool, kind: Kind) -> 
     _compare(run_op("MlaDecoding", inputs, **attributes), inputs, attributes)
 
 
+@pytest.mark.small
+@pytest.mark.multiprocessors(132)
+@TERMS
+@pytest.mark.parametrize(
+    ("new", "cached", "padding", "more_pages", "heads"),
+    [(2, 2046, 0, 0, 128), (1, 2111, 1, 0, 128), (4, 1900, 0, 0, 64), (2, 40, 0, 31, 128), (0, 500, 2, 24, 128)],
+)
+def test_one_sequence(new: int, cached: int, padding: int, more_pages: int, heads: int, terms: int) -> None:
+    """Its parts are made by clusters where they are many, by the block table: parts may have no key, and blocks no rows."""
+    rng = np.random.default_rng(27)
+    step = step_of(rng, [new], [cached], padding=padding)
+    inputs, attributes = _case(rng, step, heads, terms)
+    inputs["block_table"] = np.pad(inputs["block_table"], ((0, 0), (0, more_pages)), constant_values=-1)
+    inputs["sinks"] = rng.normal(size=heads).astype(np.float32)
+    _compare(run_op("MlaDecoding", inputs, repeat=2, **attributes), inputs, attributes)
+
+
 @KINDS
 def test_sinks(kind: Kind) -> None:
     rng = np.random.default_rng(8)
