@@ -81,6 +81,7 @@ exit status: 0 ended by Ctrl-C or SIGTERM; 1 there is no tritonserver, or it end
     "bench": """examples:
   mla-trt bench kernels -o results
   mla-trt bench kernels --cases '^decode-fp8' --no-peers
+  mla-trt bench kernels --cases 'b1-' --against before/libmla_trt_kernels.so
   mla-trt bench layer --cases 'b16-4k|b128-4k' --formats fp8 -o results
 
 kernels needs a GPU and the kernel library (mla-trt plugins build --kernels-only). Peers run where flash_mla, flash_mla_vllm,

@@ -190,11 +190,59 @@ def test_uneven_cases_are_compared_with_even_ones_by_their_share_of_the_ceiling(
         if name.startswith("uneven"):
             assert make().neighbour in bench_cases.CASES, name
     case = bench_cases.Case("MlaDecoding", {}, {}, flops=7.5e14 * 1e-4, bytes=1.0)
-    beside = object.__new__(bench._Neighbour)
+    beside = object.__new__(bench._Beside)
     beside.name, beside.case = "even", replace(case, flops=2 * case.flops)
     result = bench._beside("x", case, beside, CEILINGS, 0.0, [200.0], [250.0])
     assert (result.peer, result.peer_us) == ("even", 250.0)
     assert result.ratio == pytest.approx(0.5 / 0.8)
+
+
+class Build(ReferenceLibrary):
+    """A build whose kernels take ``us``, and give zeros where it is ``broken``."""
+
+    def __init__(self, us: float, *, broken: bool = False) -> None:
+        self.us, self.broken = us, broken
+
+    def call(self, *arguments: Any) -> ReferenceCall:
+        call = super().call(*arguments)
+        call.build = self  # type: ignore[attr-defined]
+        return call
+
+
+class TimedSets:
+    """`bench._Ours` without a GPU."""
+
+    def __init__(self, sets: Any) -> None:
+        self.build = sets[0].call.build
+        for data in sets:
+            data.enqueue(AnyStream())
+            if self.build.broken:
+                data.memory["output"].fill(0)
+
+    def time(self) -> float:
+        return float(self.build.us)
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_build_is_measured_against_another_which_must_be_right_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "_Ours", TimedSets)
+    monkeypatch.setattr(bench, "_sets_of", lambda _: 1)
+    monkeypatch.setattr(bench, "synchronize", lambda: None)
+    monkeypatch.setattr(bench, "SECONDS", 0.0)
+    monkeypatch.setattr(bench, "CASES", {"small": SMALL["decoding"]})
+
+    def measure(build: Build, other: Build) -> Result:
+        return bench.bench_case("small", build, CEILINGS, against=("before.so", other))  # type: ignore[arg-type]
+
+    result = measure(Build(10.0), Build(15.0))
+    assert (result.us, result.peer, result.peer_us) == (10.0, "before.so", 15.0)
+    assert result.ratio == pytest.approx(1.5)
+    assert measure(Build(10.0, broken=True), Build(15.0)).note.startswith("wrong: error")
+    wrong = measure(Build(10.0), Build(15.0, broken=True))
+    assert (wrong.us, wrong.ratio) == (None, None)
+    assert wrong.note.startswith("before.so is wrong: error")
 
 
 def test_what_was_measured_is_written_when_the_rest_is_interrupted(
@@ -228,3 +276,5 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--list shows them" in capsys.readouterr().err
     assert main(["bench", "kernels", "--cases", "("]) == 2
     assert "not a regular expression" in capsys.readouterr().err
+    assert main(["bench", "layer", "--against", "before.so"]) == 2
+    assert "--against is of kernels" in capsys.readouterr().err

@@ -376,25 +376,40 @@ def _matrix_products() -> tuple[float | None, float | None]:
     return bf16, fp8
 
 
-def bench_case(name: str, library: KernelLibrary, ceilings: Ceilings, with_peer: bool = True) -> Result:
-    """Measures one case. A case that the library refuses, or whose result is wrong, has a note in place of figures."""
+def bench_case(
+    name: str,
+    library: KernelLibrary,
+    ceilings: Ceilings,
+    with_peer: bool = True,
+    against: tuple[str, KernelLibrary] | None = None,
+) -> Result:
+    """Measures one case. A case that the library refuses, or whose result is wrong, has a note in place of figures.
+
+    Args:
+        against: another build and its name, which is measured in place of a peer or neighbour.
+    """
     case = CASES[name]()
     count = _sets_of(case)
     sets: list[_Set] = []
     ours: _Ours | None = None
-    beside: _Neighbour | None = None
+    beside: _Beside | None = None
     try:
         for seed in range(count):
             sets.append(_Set(library, case, seed))
         synchronize()
         ours = _Ours(sets)
-        checker = _Checker(case, sets[-1])
-        tokens = len(checker.positions)
-        error = max(checker.error(token) for token in {0, tokens // 2, tokens - 1})
+        error = _error(case, sets[-1])
         if error > case.tolerance:
             return Result(name, error, note=f"wrong: error {error:.1e} > {case.tolerance:.0e}")
-        if case.neighbour is not None:
-            beside = _Neighbour(library, case.neighbour)
+        if against is not None:
+            other, other_library = against
+            beside = _Beside(other, other_library, case)
+            other_error = _error(case, beside.sets[-1])
+            if other_error > case.tolerance:
+                return Result(name, error, note=f"{other} is wrong: error {other_error:.1e} > {case.tolerance:.0e}")
+        elif case.neighbour is not None:
+            beside = _Beside(case.neighbour, library, CASES[case.neighbour]())
+        if beside is not None:
             times, even_times = _alternate(ours, beside.ours)
             return _beside(name, case, beside, ceilings, error, times, even_times)
         theirs, peer_note = _make_peer(case, count) if with_peer else (None, "")
@@ -417,12 +432,20 @@ def _sets_of(case: Case) -> int:
     return max(1, min(16, math.ceil(4 * properties().l2CacheSize / max(one, 1))))
 
 
-class _Neighbour:
-    """Our kernel on the even shape that a case is compared with."""
+def _error(case: Case, data: _Set) -> float:
+    """The largest error of some tokens of a set that has run."""
+    checker = _Checker(case, data)
+    tokens = len(checker.positions)
+    return max(checker.error(token) for token in {0, tokens // 2, tokens - 1})
 
-    def __init__(self, library: KernelLibrary, name: str) -> None:
-        self.name, self.case = name, CASES[name]()
-        self.sets = [_Set(library, self.case, seed) for seed in range(_sets_of(self.case))]
+
+class _Beside:
+    """A kernel of ours that a case is compared with: on an even shape, or of another build on the case's own."""
+
+    def __init__(self, name: str, library: KernelLibrary, case: Case) -> None:
+        self.name, self.case = name, case
+        self.sets = [_Set(library, case, seed) for seed in range(_sets_of(case))]
+        synchronize()
         self.ours = _Ours(self.sets)
 
 
@@ -492,13 +515,13 @@ def _result(
 def _beside(
     name: str,
     case: Case,
-    beside: _Neighbour,
+    beside: _Beside,
     ceilings: Ceilings,
     error: float,
     times: Sequence[float],
     even_times: Sequence[float],
 ) -> Result:
-    """The result of a case whose peer is a case of ours: the ratio is that of the shares of the ceiling."""
+    """The result of a case whose peer is ours too: the ratio is that of the shares of the ceiling."""
     result = _result(name, case, ceilings, error, times, beside.name, even_times, "")
     even = _result(beside.name, beside.case, ceilings, 0.0, even_times, "", [], "")
     assert result.of_ceiling is not None
@@ -514,12 +537,13 @@ def run(options: argparse.Namespace) -> int:
         return 0
     check_usable()
     library = KernelLibrary(find_library(name=KERNELS).path)
+    against = None if options.against is None else (str(options.against), KernelLibrary(options.against.absolute()))
     ceilings = measure_ceilings()
     results: list[Result] = []
     status = 0
     for name in names:
         try:
-            results.append(bench_case(name, library, ceilings, options.peers))
+            results.append(bench_case(name, library, ceilings, options.peers, against))
         except CudaError as error:  # the process has lost the GPU
             results.append(Result(name, note=f"{error}; the rest was not run"))
         except KeyboardInterrupt:  # what was measured is written all the same

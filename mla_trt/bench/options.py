@@ -22,6 +22,12 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--list", action="store_true", help="list the cases")
     parser.add_argument("--no-peers", dest="peers", action="store_false", help="measure ours only")
     parser.add_argument(
+        "--against",
+        type=Path,
+        metavar="FILE.so",
+        help="kernels: another build of them, which is measured in place of peers: does a change make them faster?",
+    )
+    parser.add_argument(
         "-o",
         "--output",
         type=Path,
@@ -38,8 +44,10 @@ def choose_cases(options: argparse.Namespace, cases: Iterable[str]) -> list[str]
     """The names that `--cases` has chosen.
 
     Raises:
-        UsageError: it is no regular expression, or no name has it.
+        UsageError: it is no regular expression, or no name has it; or `--against` is given for the layer.
     """
+    if options.what == "layer" and options.against is not None:
+        raise UsageError("--against is of kernels: 'mla-trt bench kernels' measures two builds beside each other")
     try:
         names = [name for name in cases if re.search(options.cases, name)]
     except re.error as error:
