@@ -14,8 +14,10 @@ import numpy.typing as npt
 import pytest
 from onnx import TensorProto, helper
 
+from mla_trt.bench import case_data
 from mla_trt.bench import cases as bench_cases
 from mla_trt.bench import kernels as bench
+from mla_trt.bench.check import Checker
 from mla_trt.bench.kernels_report import Ceilings, Result, markdown, write_results
 from mla_trt.cli import main
 from mla_trt.ops import OPS
@@ -90,7 +92,7 @@ class AnyStream:
 @pytest.fixture(autouse=True)
 def _on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     HostMemory.made = []
-    monkeypatch.setattr(bench, "Memory", HostMemory)
+    monkeypatch.setattr(case_data, "Memory", HostMemory)
     for name, value in {"INDEX_HEADS": 4, "TOP_K": 24}.items():
         monkeypatch.setattr(bench_cases, name, value)
 
@@ -114,8 +116,8 @@ SMALL = {
 @pytest.mark.parametrize("make", SMALL.values(), ids=SMALL.keys())
 def test_a_token_is_checked_against_the_reference_of_that_token(make: Any) -> None:
     case = make()
-    data = bench._Set(ReferenceLibrary(), case, 0)  # type: ignore[arg-type]
-    checker = bench._Checker(case, data)
+    data = case_data.CaseData(ReferenceLibrary(), case, 0)  # type: ignore[arg-type]
+    checker = Checker(case, data)
     tokens = range(len(checker.positions))
     assert min(checker.error(token) for token in tokens) > 0.4  # nothing has run
     data.enqueue(AnyStream())  # type: ignore[arg-type]
@@ -132,7 +134,7 @@ def test_every_case_can_be_made_and_moves_no_less_than_it_says() -> None:
         if "128k" in name or "16k" in name or "32k" in name:
             continue  # as the shorter ones, and slow
         case = make()
-        kinds = {name: bench._kind(content) for name, content in case.inputs.items()}
+        kinds = {name: case_data.kind_of(content) for name, content in case.inputs.items()}
         op = OPS[case.op_type]
         op.complete(case.attributes, name)
         assert {formal.name for formal in op.inputs if not formal.optional} <= set(kinds), name
@@ -142,11 +144,11 @@ def test_every_case_can_be_made_and_moves_no_less_than_it_says() -> None:
 
 def test_content_repeats_through_large_tensors() -> None:
     rng = np.random.default_rng(0)
-    memory = bench._filled(rng, bench_cases.Random((3, 700_001), TensorProto.FLOAT))
+    memory = case_data.filled(rng, bench_cases.Random((3, 700_001), TensorProto.FLOAT))
     values = memory.read().view(np.float32)
-    np.testing.assert_array_equal(values[bench.DISTINCT :], values[: len(values) - bench.DISTINCT])
+    np.testing.assert_array_equal(values[case_data.DISTINCT :], values[: len(values) - case_data.DISTINCT])
     assert 0.99 < values.std() < 1.01
-    weights = bench._filled(rng, bench_cases.Random((2, 512, 128), TensorProto.FLOAT8E4M3FN)).read()
+    weights = case_data.filled(rng, bench_cases.Random((2, 512, 128), TensorProto.FLOAT8E4M3FN)).read()
     assert not (weights & 0x7F == 0x7F).any()  # no NaN
 
 

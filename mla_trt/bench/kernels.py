@@ -15,237 +15,33 @@ import importlib
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from statistics import median
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
-from onnx import TensorProto, helper
 
 from mla_trt.bench import peers
-from mla_trt.bench.cases import CASES, Case, Content, Pool, Random
+from mla_trt.bench.case_data import CaseData, bytes_of, kind_of
+from mla_trt.bench.cases import CASES, Case
+from mla_trt.bench.ceilings import measure_ceilings
+from mla_trt.bench.check import largest_error
 from mla_trt.bench.kernels_report import Ceilings, Result, markdown, write_results
 from mla_trt.bench.options import add_bench_arguments, choose_cases
-from mla_trt.cuda import CudaError, Memory, Stream, check_usable, milliseconds, properties, synchronize
+from mla_trt.cuda import CudaError, Stream, check_usable, milliseconds, properties, synchronize
 from mla_trt.errors import MlaTrtError, UsageError
-from mla_trt.formats import IndexLayout, KvLayout, PageLayout
-from mla_trt.ops import OPS, TensorType, infer_shapes, make_node
-from mla_trt.plugins.kernel_library import Call, DeviceTensor, KernelLibrary
+from mla_trt.plugins.kernel_library import KernelLibrary
 from mla_trt.plugins.library import KERNELS, find_library
 
-Array = npt.NDArray[Any]
-
-DISTINCT = (
-    1_000_003  # normal values that are drawn; a prime, so that their repetition has no period in common with shapes
-)
-DISTINCT_PAGES = 61
 GRAPH_MILLISECONDS = 4.0
 MOST_LAUNCHES = 100
 ROUNDS = 15
 SECONDS = 1.5  # of alternating rounds
-SAMPLED_HEADS = 3
 WRONG, INTERRUPTED = 4, 130  # exit statuses
-
-PLACES = {"kv_cache", "indexer_cache"}
-
-
-class _Set:
-    """One set of a case's tensors and the call over them."""
-
-    def __init__(self, library: KernelLibrary, case: Case, seed: int) -> None:
-        rng = np.random.default_rng(seed)
-        self.memory: dict[str, Memory] = {}
-        self.kinds = {name: _kind(content) for name, content in case.inputs.items()}
-        for name, content in case.inputs.items():
-            self.memory[name] = _filled(rng, content)
-        op = OPS[case.op_type]
-        outputs = {output.name: f"{output.name}_result" for output in op.outputs}
-        node = make_node(case.op_type, {name: name for name in case.inputs}, outputs, **case.attributes)
-        inferred = infer_shapes(node, [self.kinds[name] if name else None for name in node.input])
-        results = dict(zip(outputs, inferred, strict=True))
-        for name, kind in results.items():
-            source = name.removesuffix("_out")
-            if source in PLACES:
-                self.memory[name] = self.memory[source]
-            else:
-                self.memory[name] = Memory(_bytes(kind))
-                self.memory[name].fill(0xFF)
-        self.kinds |= results
-        self.call: Call = library.call(
-            case.op_type,
-            op.complete(case.attributes, case.op_type),
-            {name: self._tensor(name) for name in case.inputs},
-            {name: self._tensor(name) for name in results},
-        )
-        self.workspace = Memory(self.call.workspace_bytes())
-
-    def _tensor(self, name: str) -> DeviceTensor:
-        return DeviceTensor(self.memory[name].address, self.kinds[name].dtype, _shape(self.kinds[name]))
-
-    def enqueue(self, stream: Stream) -> None:
-        self.call.enqueue(self.workspace.address, self.workspace.size, stream.handle)
-
-    def close(self) -> None:
-        for memory in {*self.memory.values(), self.workspace}:
-            memory.close()
-
-
-def _shape(kind: TensorType) -> tuple[int, ...]:
-    return tuple(int(dim or 0) for dim in kind.shape)
-
-
-def _bytes(kind: TensorType) -> int:
-    return math.prod(_shape(kind)) * int(helper.tensor_dtype_to_np_dtype(kind.dtype).itemsize)
-
-
-def _kind(content: Content) -> TensorType:
-    if isinstance(content, Random):
-        return TensorType(content.dtype, content.shape)
-    if isinstance(content, Pool):
-        return TensorType(TensorProto.INT32, (content.pages, content.layout.page_words))
-    return TensorType(helper.np_dtype_to_tensor_dtype(content.dtype), content.shape)
-
-
-def _filled(rng: np.random.Generator, content: Content) -> Memory:
-    """Device memory with the content; large tensors repeat a part of odd length."""
-    if isinstance(content, Random):
-        count = min(math.prod(content.shape), DISTINCT)
-        dtype = helper.tensor_dtype_to_np_dtype(content.dtype)
-        spread = 100.0 if content.dtype == TensorProto.FLOAT8E4M3FN else content.spread
-        part = (spread * rng.standard_normal(count, np.float32)).clip(-448, 448).astype(dtype)
-    elif isinstance(content, Pool):
-        part = _pages(rng, content.layout, min(content.pages, DISTINCT_PAGES))
-    else:
-        part = content
-    memory = Memory(_bytes(_kind(content)))
-    memory.write(part)
-    filled = part.nbytes
-    while filled < memory.size:
-        more = min(filled, memory.size - filled)
-        memory.copy(memory.address, filled, more)
-        filled += more
-    return memory
-
-
-def _pages(rng: np.random.Generator, layout: PageLayout, count: int) -> Array:
-    pages = layout.empty(count)
-    page, slot = np.divmod(np.arange(count * layout.page_size), layout.page_size)
-    if isinstance(layout, KvLayout):
-        widths = (layout.kv_lora_rank, layout.qk_rope_head_dim)
-        layout.write(pages, page, slot, *(rng.standard_normal((len(page), width), np.float32) for width in widths))
-    else:
-        assert isinstance(layout, IndexLayout)
-        layout.write(pages, page, slot, rng.standard_normal((len(page), layout.index_head_dim), np.float32))
-    return pages
-
-
-# what is checked: some tokens alone, over copies of their sequence's pages
-
-
-def relative_error(found: Array, expected: Array) -> float:
-    """Frobenius norm of the difference over that of ``expected``; infinite where anything is NaN."""
-    found, expected = found.astype(np.float64), expected.astype(np.float64)
-    error = float(np.linalg.norm(found - expected) / max(float(np.linalg.norm(expected)), 1e-30))
-    return error if math.isfinite(error) else math.inf
-
-
-class _Checker:
-    """Compares tokens of a set that has run with the op's reference."""
-
-    def __init__(self, case: Case, data: _Set) -> None:
-        self.case, self.data, self.op = case, data, OPS[case.op_type]
-        step = {name: content for name, content in case.inputs.items() if isinstance(content, np.ndarray)}
-        self.sequence_of, self.positions, self.table = (
-            step[name] for name in ("token_sequence", "positions", "block_table")
-        )
-
-    def error(self, token: int) -> float:
-        """The largest error of the checked outputs of one token."""
-        given, heads = self._one_token(token)
-        attributes = dict(self.case.attributes)
-        expected = self.op.reference(self.op.complete(attributes, self.case.op_type), given)
-        shapes = {output.name: output.shape for output in self.op.outputs}
-        errors = []
-        for name in self.case.checked:
-            if name.removesuffix("_out") in PLACES:
-                errors.append(self._row_error(name, token, expected[name]))
-                continue
-            found = self._slice(name, shapes[name].split(), token, heads)
-            if name == "indices":
-                chosen, wanted = (set(lists.reshape(-1).tolist()) - {-1} for lists in (found, expected[name]))
-                errors.append(len(chosen ^ wanted) / max(len(wanted), 1) / 2)
-            else:
-                errors.append(relative_error(found, expected[name]))
-        return max(errors)
-
-    def _one_token(self, token: int) -> tuple[dict[str, Array], Array]:
-        sequence, position = int(self.sequence_of[token]), int(self.positions[token])
-        shapes = {formal.name: formal.shape for formal in self.op.inputs}
-        heads = self._sampled_heads(shapes)
-        used = self.table[sequence, : position // self.case.attributes["page_size"] + 1]
-        replaced: dict[str, Array] = {
-            "query_offsets": np.array([0, 1], np.int32),
-            "cache_lengths": np.array([position], np.int32),
-            "token_sequence": np.zeros(1, np.int32),
-            "positions": np.array([position], np.int32),
-            "block_table": np.arange(len(used), dtype=np.int32)[None],
-        }
-        given: dict[str, Array] = {}
-        for name in self.case.inputs:
-            if name in PLACES:
-                given[name] = self._gather(name, used)
-            elif name in replaced:
-                given[name] = replaced[name]
-            else:
-                given[name] = self._slice(name, (shapes[name] or "").split(), token, heads)
-        return given, heads
-
-    def _sampled_heads(self, shapes: Mapping[str, str | None]) -> Array:
-        for name in self.case.inputs:
-            words = (shapes[name] or "").split()
-            if "H" in words:
-                count = _shape(self.data.kinds[name])[words.index("H")]
-                return np.unique(np.linspace(0, count - 1, SAMPLED_HEADS).astype(int))
-        return np.zeros(0, int)
-
-    def _slice(self, name: str, words: Sequence[str], token: int, heads: Array) -> Array:
-        """The part of a tensor that belongs to the token and the sampled heads."""
-        kind, memory = self.data.kinds[name], self.data.memory[name]
-        shape, dtype = _shape(kind), helper.tensor_dtype_to_np_dtype(kind.dtype)
-        if words[0] in ("T", "N", "index_N"):  # cos and sin have a row for each token
-            row = _bytes(kind) // shape[0]
-            values = memory.read(token * row, row).view(dtype).reshape(1, *shape[1:])
-        else:
-            values = memory.read().view(dtype).reshape(shape)
-        return values.take(heads, axis=words.index("H")) if "H" in words else values
-
-    def _gather(self, name: str, used: Array) -> Array:
-        words = _shape(self.data.kinds[name])[1]
-        pages = [self.data.memory[name].read(4 * words * int(page), 4 * words) for page in used]
-        return np.stack(pages).view(np.int32)
-
-    def _row_error(self, name: str, token: int, expected: Array) -> float:
-        """Of the row that the token wrote."""
-        content = self.case.inputs[name.removesuffix("_out")]
-        assert isinstance(content, Pool)
-        layout, position = content.layout, int(self.positions[token])
-        used = self.table[int(self.sequence_of[token]), : position // layout.page_size + 1]
-        found = self._gather(name, used)
-        place = np.array([len(used) - 1]), np.array([position % layout.page_size])
-        rows = [layout.read(pool, *place) for pool in (found, expected)]  # type: ignore[attr-defined]
-        values = [np.concatenate(row, axis=1) if isinstance(row, tuple) else row for row in rows]
-        return relative_error(*values)
-
-
-# timing
 
 
 class _Ours:
     """Our kernel over all sets, as a graph."""
 
-    def __init__(self, sets: Sequence[_Set]) -> None:
+    def __init__(self, sets: Sequence[CaseData]) -> None:
         self.stream = Stream()
         self._pass(sets)
         once = self._timed(lambda: self._pass(sets))
@@ -260,7 +56,7 @@ class _Ours:
         self.graph = self.stream.capture(work)
         self.time()
 
-    def _pass(self, sets: Sequence[_Set]) -> None:
+    def _pass(self, sets: Sequence[CaseData]) -> None:
         for data in sets:
             data.enqueue(self.stream)
         self.stream.synchronize()
@@ -320,62 +116,6 @@ class _Theirs:
         return 1e3 * self._timed(self.graph.replay) / self.launches
 
 
-def measure_ceilings() -> Ceilings:
-    """Device copy by cudaMemcpy; matrix products through torch, where it is installed."""
-    return Ceilings(*measure_copy(), *_matrix_products())
-
-
-def measure_copy() -> tuple[str, float]:
-    """Name of the GPU, and bytes/s of a device copy, read and written."""
-    gpu = properties()
-    name = gpu.name.decode().rstrip("\0")
-    size = min(4 << 30, gpu.totalGlobalMem // 8)
-    source, target = Memory(size), Memory(size)
-    source.fill(1)
-    stream, times = Stream(), []
-    for _ in range(6):
-        start = stream.record()
-        stream.copy(target.address, source.address, size)
-        end = stream.record()
-        stream.synchronize()
-        times.append(milliseconds(start, end))
-    for memory in (source, target):
-        memory.close()
-    stream.close()
-    return name, 2 * size / (1e-3 * median(times[1:]))
-
-
-def _matrix_products() -> tuple[float | None, float | None]:
-    try:
-        torch = importlib.import_module("torch")
-    except ImportError:
-        return None, None
-    size = 8192
-    left, right = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    eights = left.to(torch.float8_e4m3fn), right.to(torch.float8_e4m3fn).t()
-    one = torch.ones((), device="cuda")
-
-    def rate(product: Callable[[], Any]) -> float:
-        for _ in range(3):
-            product()
-        times = []
-        for _ in range(10):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            product()
-            end.record()
-            torch.cuda.synchronize()
-            times.append(start.elapsed_time(end))
-        return float(2 * size**3 / (1e-3 * median(times)))
-
-    bf16 = rate(lambda: left @ right)
-    try:
-        fp8 = rate(lambda: torch._scaled_mm(*eights, scale_a=one, scale_b=one, out_dtype=torch.bfloat16))
-    except (RuntimeError, TypeError):
-        fp8 = None
-    return bf16, fp8
-
-
 def bench_case(
     name: str,
     library: KernelLibrary,
@@ -390,21 +130,21 @@ def bench_case(
     """
     case = CASES[name]()
     count = _sets_of(case)
-    sets: list[_Set] = []
+    sets: list[CaseData] = []
     ours: _Ours | None = None
     beside: _Beside | None = None
     try:
         for seed in range(count):
-            sets.append(_Set(library, case, seed))
+            sets.append(CaseData(library, case, seed))
         synchronize()
         ours = _Ours(sets)
-        error = _error(case, sets[-1])
+        error = largest_error(case, sets[-1])
         if error > case.tolerance:
             return Result(name, error, note=f"wrong: error {error:.1e} > {case.tolerance:.0e}")
         if against is not None:
             other, other_library = against
             beside = _Beside(other, other_library, case)
-            other_error = _error(case, beside.sets[-1])
+            other_error = largest_error(case, beside.sets[-1])
             if other_error > case.tolerance:
                 return Result(name, error, note=f"{other} is wrong: error {other_error:.1e} > {case.tolerance:.0e}")
         elif case.neighbour is not None:
@@ -428,15 +168,8 @@ def bench_case(
 
 def _sets_of(case: Case) -> int:
     """Sets of data that are larger than the L2 cache together."""
-    one = sum(_bytes(_kind(content)) for content in case.inputs.values())
+    one = sum(bytes_of(kind_of(content)) for content in case.inputs.values())
     return max(1, min(16, math.ceil(4 * properties().l2CacheSize / max(one, 1))))
-
-
-def _error(case: Case, data: _Set) -> float:
-    """The largest error of some tokens of a set that has run."""
-    checker = _Checker(case, data)
-    tokens = len(checker.positions)
-    return max(checker.error(token) for token in {0, tokens // 2, tokens - 1})
 
 
 class _Beside:
@@ -444,12 +177,12 @@ class _Beside:
 
     def __init__(self, name: str, library: KernelLibrary, case: Case) -> None:
         self.name, self.case = name, case
-        self.sets = [_Set(library, case, seed) for seed in range(_sets_of(case))]
+        self.sets = [CaseData(library, case, seed) for seed in range(_sets_of(case))]
         synchronize()
         self.ours = _Ours(self.sets)
 
 
-def _release(sets: Sequence[_Set], ours: _Ours | None) -> None:
+def _release(sets: Sequence[CaseData], ours: _Ours | None) -> None:
     try:
         if ours is not None:
             ours.close()

@@ -27,7 +27,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from mla_trt.bench.kernels import measure_copy, relative_error
+from mla_trt.bench.ceilings import measure_copy
+from mla_trt.bench.check import relative_error
 from mla_trt.bench.layer_step import (
     ABSORBED,
     EXPORTED,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mla_trt.bench.kernels import relative_error
+from mla_trt.bench.check import relative_error
 from mla_trt.formats import IndexLayout, KvLayout, ceil_div
 from mla_trt.models.attention_layer import LayerDimensions, index_scores, layer_reference, rope_tables
 from mla_trt.models.weights import NUMPY_TYPES
