@@ -67,14 +67,17 @@ class CaseData:
 
 
 def shape_of(kind: TensorType) -> tuple[int, ...]:
+    """The dimensions, all of which are known."""
     return tuple(int(dim or 0) for dim in kind.shape)
 
 
 def bytes_of(kind: TensorType) -> int:
+    """Of a tensor of this type."""
     return math.prod(shape_of(kind)) * int(helper.tensor_dtype_to_np_dtype(kind.dtype).itemsize)
 
 
 def kind_of(content: Content) -> TensorType:
+    """Type and shape of the tensor that has this content; pages are words."""
     if isinstance(content, Random):
         return TensorType(content.dtype, content.shape)
     if isinstance(content, Pool):

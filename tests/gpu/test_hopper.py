@@ -258,10 +258,12 @@ def test_parts_of_any_size(sizes: tuple[int, int], listed: bool, kind: Kind) -> 
         (4, 1900, 0, 0, 64, 1),
         (2, 40, 0, 31, 128, 2),
         (0, 500, 2, 24, 128, 1),
+        (3, 200, 1, 0, 16, 2),
     ],
 )
 def test_one_sequence(new: int, cached: int, padding: int, more_pages: int, heads: int, terms: int) -> None:
-    """Its parts are made by clusters where they are many, by the block table: parts may have no key, and blocks no rows."""
+    """Its parts are made by clusters where they are many, by the block table: parts may have no key, and blocks no rows. The last token
+    of a block's rows may be one of no sequence."""
     rng = np.random.default_rng(27)
     step = step_of(rng, [new], [cached], padding=padding)
     inputs, attributes = _case(rng, step, heads, terms)
