@@ -112,7 +112,7 @@ def _kv_attributes(pages: KvLayout) -> dict[str, Any]:
 
 def decoding(row_format: str, batch: int, heads: int, keys: int, new: int = 1, terms: int = 0) -> Case:
     """Dense decode, with the query in ``terms`` e4m3 terms. Peers: FlashMLA over bf16 rows, vLLM's fork of it over e4m3
-    rows of nearly the same length, with the query in one term."""
+    rows as those of fp8_flat, with the query in one term."""
     step, pages = _step(np.random.default_rng(0), batch, new, keys)
     layout, tokens = _layout(row_format), batch * new
     peer = "flash_mla_dense" if row_format == "bf16" else "vllm_flash_mla_dense_fp8"
@@ -317,7 +317,10 @@ def _cases() -> dict[str, Callable[[], Case]]:
         *((128, 128, 4096), (128, 128, 16384), (32, 128, 32768), (128, 64, 4096), (64, 16, 16384)),
         *((1, 128, 32768), (1, 16, 32768)),
     )
-    kinds = {"bf16": ("bf16", 0), "fp8": ("fp8", 2), "fp8-1term": ("fp8", 1), "fp8-bf16products": ("fp8", 0)}
+    kinds = {"bf16": ("bf16", 0), "fp8": ("fp8", 2), "fp8-1term": ("fp8", 1), "fp8-bf16products": ("fp8", 0)} | {
+        "fp8_flat": ("fp8_flat", 2),
+        "fp8_flat-1term": ("fp8_flat", 1),
+    }
     for kind, (row_format, terms) in kinds.items():
         for batch, heads, keys in shapes:
             name = f"decode-{kind}-b{batch}-h{heads}-{keys // 1024}k"
@@ -350,7 +353,10 @@ def _uneven_cases() -> dict[str, Callable[[], Case]]:
     """Shapes that are multiples of nothing, fill no wave of blocks, or have one sequence out of the common, beside even ones."""
     ragged = [int(keys) for keys in np.random.default_rng(1).integers(1, 8192, 128)]
     cases: dict[str, Callable[[], Case]] = {}
-    for kind, row_format, terms in (("bf16", "bf16", 0), ("fp8-1term", "fp8", 1), ("fp8", "fp8", 2)):
+    for kind, row_format, terms in (
+        *(("bf16", "bf16", 0), ("fp8-1term", "fp8", 1), ("fp8", "fp8", 2)),
+        *(("fp8_flat-1term", "fp8_flat", 1), ("fp8_flat", "fp8_flat", 2)),
+    ):
         for name, heads, keys, even in (
             ("b127-h128-4099", 128, [4099] * 127, 128),
             ("ragged-h128", 128, ragged, 128),

@@ -63,7 +63,8 @@ struct Plan {
 struct Partials {
     float* output;  // [slots, rows, R], divided by the part's own sum; the values of `type` lie at each row's beginning
     float* lse;  // [slots, rows], base 2, -inf where the part has no key
-    int32_t* narrow;  // [slots, 4, 2], of 16 rows and 256 columns each: 0 where they are f32 instead of float16
+    float scale;  // what multiplies them in the merge
+    int32_t* narrow;  // [slots, 4, 2], of 16 rows and 256 columns each: 0 where they are f32 instead of float16; null: nowhere
     int rows;  // of a block
     int tile;  // keys of a tile, a power of two
     int32_t type;  // MLA_FLOAT, MLA_BFLOAT16, or MLA_FLOAT16 as `narrow` says

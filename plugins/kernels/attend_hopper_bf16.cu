@@ -393,10 +393,7 @@ bool attend_takes_hopper_bf16(const Attend& work, const Device& device) {
         return false;
     }
     if ((work.indices != nullptr || codes) && work.step.pages * layout.page_bytes / 16 >= no_row) return false;
-    // code for sm_90a alone has the kernel's body, and with it its static shared memory
-    cudaFuncAttributes attributes;
-    return cudaFuncGetAttributes(&attributes, attend_hopper_bf16_kernel<false, row_format::bf16>) == cudaSuccess &&
-           attributes.sharedSizeBytes > 0;
+    return has_hopper_code();
 }
 
 int attend_hopper_bf16(const Attend& work, const Partials& partials, cudaStream_t stream) {

@@ -26,8 +26,8 @@ namespace {
 
 using namespace hopper;
 
-// Makes one part of what the blocks of a cluster have, bfloat16 rows in shared memory, weighed by 2^(lse - largest). Half a row by a warp,
-// rows in turn by the blocks.
+// Makes one part of what the blocks of a cluster have, rows of two bytes a value in shared memory, weighed by 2^(lse - largest). Half a row
+// by a warp, rows in turn by the blocks.
 template <typename F>
 __device__ void merge_cluster(const Partials& partials, const Item& item, const uint8_t* memory) {
     constexpr int warps = threads / warp_size;
@@ -62,16 +62,14 @@ __device__ void merge_cluster(const Partials& partials, const Item& item, const 
             float const weight = weights[i] * inverse;
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
-                total[2 * j] = fmaf(weight, __uint_as_float(words[j] << 16), total[2 * j]);
-                total[2 * j + 1] = fmaf(weight, __uint_as_float(words[j] & 0xffff0000u), total[2 * j + 1]);
+                float2 const pair = NarrowPair<F>::read(words[j]);
+                total[2 * j] = fmaf(weight, pair.x, total[2 * j]);
+                total[2 * j + 1] = fmaf(weight, pair.y, total[2 * j + 1]);
             }
         }
         uint32_t packed[4];
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            __nv_bfloat162 const pair = __floats2bfloat162_rn(total[2 * j], total[2 * j + 1]);
-            packed[j] = reinterpret_cast<const uint32_t&>(pair);
-        }
+        for (int j = 0; j < 4; ++j) packed[j] = NarrowPair<F>::make(total[2 * j], total[2 * j + 1]);
         int64_t const at = partials.row(item.slot, row);
         *reinterpret_cast<uint4*>(reinterpret_cast<uint16_t*>(partials.output + at * rank) + column) =
             make_uint4(packed[0], packed[1], packed[2], packed[3]);
@@ -81,8 +79,8 @@ __device__ void merge_cluster(const Partials& partials, const Item& item, const 
 
 template <typename F>
 __global__ void __launch_bounds__(threads, 1)
-    attend_hopper_fp8_kernel(const __grid_constant__ CUtensorMap map, const __grid_constant__ CUtensorMap query_map, Attend work,
-                             Partials partials) {
+    attend_hopper_fp8_kernel(const __grid_constant__ CUtensorMap map, const __grid_constant__ CUtensorMap rope_map,
+                             const __grid_constant__ CUtensorMap query_map, Attend work, Partials partials) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     using P = Places<F>;
     extern __shared__ __align__(1024) uint8_t memory[];
@@ -91,20 +89,21 @@ __global__ void __launch_bounds__(threads, 1)
     uint32_t const queries_full = shared_address(memory + P::queries_full);
     if (threadIdx.x == 32) {
 #pragma unroll 1
-        for (int i = 0; i < F::ring + 8; ++i) {
+        for (int i = 0; i < P::barriers; ++i) {
             barrier_init(shared_address(memory + P::scales_full) + 8 * i, F::lists ? group : 1);
         }
         barrier_init(queries_full, 1);
         fence_barrier_init();
         prefetch_map(&query_map);
         if (!F::lists) prefetch_map(&map);
+        if (F::apart) prefetch_map(&rope_map);
     }
     if (warp == 0) {
         take_item(work, partials, &shared_item);
         __syncwarp();
         // before the queries are ordered, or the answers come behind them
         if (!F::lists && shared_item.sequence >= 0) {
-            Ring<F>{memory, &map, &shared_item, shared_item.last_tile - shared_item.first_tile}.fetch_pages(work);
+            Ring<F>{memory, &map, &rope_map, &shared_item, shared_item.last_tile - shared_item.first_tile}.fetch_pages(work);
         }
     }
     __syncthreads();
@@ -118,7 +117,7 @@ __global__ void __launch_bounds__(threads, 1)
                       [&](int column) { return shared_address(memory + P::raw_query(column)); });
     }
     // from a lane, so that the compiler knows the number of tiles to be uniform
-    Ring<F> const ring{memory, &map, &item, __shfl_sync(0xffffffffu, item.last_tile - item.first_tile, 0)};
+    Ring<F> const ring{memory, &map, &rope_map, &item, __shfl_sync(0xffffffffu, item.last_tile - item.first_tile, 0)};
     if (threadIdx.x < 2 * group) {
         registers_decrease<64>();
         if (!F::lists && warp == 0) {
@@ -141,7 +140,7 @@ __global__ void __launch_bounds__(threads, 1)
         return;
     }
     __syncthreads();
-    if (item.slot >= 0 && partials.type == MLA_BFLOAT16) {
+    if (item.slot >= 0 && partials.type != MLA_FLOAT) {
         if (!elect_lane()) return;
 #pragma unroll 1
         for (int row = warp; row < item.count; row += threads / warp_size) {
@@ -157,20 +156,35 @@ __global__ void __launch_bounds__(threads, 1)
 
 template <typename F>
 int launch(const Attend& work, const Partials& partials, cudaStream_t stream) {
-    CUtensorMap map, query_map;
+    CUtensorMap map, rope_map, query_map;
     if (int status = make_query_map(&query_map, work, F::rows)) return status;
-    if (int status = make_map(&map, work, pieces, 1)) return status;
-    return launch_blocks(attend_hopper_fp8_kernel<F>, work, partials, threads, Places<F>::total, stream, map, query_map, work, partials);
+    // the pool as [page][row][byte]
+    auto make_row_map = [&](CUtensorMap* made, int bytes) {
+        const KvLayout& layout = work.layout;
+        return make_tensor_map(made, work.pool, {layout.row_bytes, layout.page_size, work.step.pages, 1},
+                               {layout.row_bytes, layout.page_bytes, layout.page_bytes * work.step.pages}, {bytes, half, 1, 1});
+    };
+    if (int status = make_row_map(&map, 128)) return status;
+    if (int status = make_row_map(&rope_map, F::apart ? rope : 128)) return status;
+    return launch_blocks(attend_hopper_fp8_kernel<F>, work, partials, threads, Places<F>::total, stream, map, rope_map, query_map, work,
+                         partials);
 }
 
-template <Keys keys>
+template <Keys keys, bool flat>
 int launch_rows(const Attend& work, const Partials& partials, cudaStream_t stream) {
     if constexpr (keys != Keys::of_clusters) {
-        if (partials.rows == 16) return launch<Form<16, 2, keys>>(work, partials, stream);
-        if (partials.rows == 32) return launch<Form<32, 2, keys>>(work, partials, stream);
+        if (partials.rows == 16) return launch<Form<16, 2, keys, flat>>(work, partials, stream);
+        if (partials.rows == 32) return launch<Form<32, 2, keys, flat>>(work, partials, stream);
     }
-    return work.query_terms == 1 ? launch<Form<64, 1, keys>>(work, partials, stream)
-                                 : launch<Form<64, 2, keys>>(work, partials, stream);
+    return work.query_terms == 1 ? launch<Form<64, 1, keys, flat>>(work, partials, stream)
+                                 : launch<Form<64, 2, keys, flat>>(work, partials, stream);
+}
+
+template <bool flat>
+int launch_keys(const Attend& work, const Partials& partials, cudaStream_t stream) {
+    if (work.indices != nullptr) return launch_rows<Keys::listed, flat>(work, partials, stream);
+    return partials.cluster > 1 ? launch_rows<Keys::of_clusters, flat>(work, partials, stream)
+                                : launch_rows<Keys::all, flat>(work, partials, stream);
 }
 
 }  // namespace
@@ -181,15 +195,12 @@ bool attend_takes_hopper_fp8(const Attend& work, const Device& device) {
     }
     const KvLayout& layout = work.layout;
     if (work.indices != nullptr && work.step.pages * layout.page_bytes / 16 >= no_row) return false;
-    if (layout.format != row_format::fp8 || layout.rank != rank || layout.rope != rope || layout.page_size < half ||
+    if ((layout.format != row_format::fp8 && layout.format != row_format::fp8_flat) || layout.rank != rank || layout.rope != rope || layout.page_size < half ||
         (layout.page_size & (layout.page_size - 1)) != 0 ||
         reinterpret_cast<uintptr_t>(work.pool) % 16 != 0) {
         return false;
     }
-    // code for sm_90a alone has the kernel's body, and with it its static shared memory
-    cudaFuncAttributes attributes;
-    return cudaFuncGetAttributes(&attributes, attend_hopper_fp8_kernel<Form<64, 1, Keys::all>>) == cudaSuccess &&
-           attributes.sharedSizeBytes > 0;
+    return has_hopper_code();
 }
 
 int hopper_fp8_rows(const Attend& work) {
@@ -199,8 +210,7 @@ int hopper_fp8_rows(const Attend& work) {
 }
 
 int attend_hopper_fp8(const Attend& work, const Partials& partials, cudaStream_t stream) {
-    if (work.indices != nullptr) return launch_rows<Keys::listed>(work, partials, stream);
-    return partials.cluster > 1 ? launch_rows<Keys::of_clusters>(work, partials, stream) : launch_rows<Keys::all>(work, partials, stream);
+    return work.layout.format == row_format::fp8_flat ? launch_keys<true>(work, partials, stream) : launch_keys<false>(work, partials, stream);
 }
 
 }  // namespace mla

@@ -8,6 +8,27 @@ namespace hopper {
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
+// Two values of a part that is narrow: float16 where they are of codes, which float16 holds whatever they are, else bfloat16.
+template <typename F>
+struct NarrowPair {
+    __device__ static uint32_t make(float first, float second) {
+        if constexpr (F::flat) {
+            __half2 const pair = __floats2half2_rn(first, second);
+            return reinterpret_cast<const uint32_t&>(pair);
+        } else {
+            __nv_bfloat162 const pair = __floats2bfloat162_rn(first, second);
+            return reinterpret_cast<const uint32_t&>(pair);
+        }
+    }
+    __device__ static float2 read(uint32_t word) {
+        if constexpr (F::flat) {
+            return __half22float2(reinterpret_cast<const __half2&>(word));
+        } else {
+            return make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u));
+        }
+    }
+};
+
 // 64 columns x 128 keys of a piece as fragments of four products. Lane 4 g + t of warp w has columns 16 w + 2 g (rows g of the
 // product) and the next (rows g + 8), and of each 16 keys 2 t, 2 t + 1, 8 + 2 t, 9 + 2 t. First as they come, [i / 4][i % 4] being
 // keys 8 i + 2 t and the next in two columns; `line` is the address of the lane's first 16 bytes.
@@ -53,10 +74,7 @@ __device__ void output_group(const Attend& work, const Partials& partials, const
     } else {
         make_query<F>(work, item, memory, static_cast<int>(number / warp_size) - 1);
         named_sync(queries_there, threads);
-        if (number / warp_size == 8) {
-#pragma unroll 1
-            for (int i = P::early_pieces; i < F::ring; ++i) ring.order(work, i / pieces, i % pieces);
-        }
+        if (number / warp_size == 8) ring.fill(work);
     }
     float sums[4][values];
 #pragma unroll
@@ -81,6 +99,7 @@ __device__ void output_group(const Attend& work, const Partials& partials, const
     };
     // The table of a tile's scales: half of it by each group.
     auto make_scales = [&](int32_t n) {
+        if (!F::scales) return;
         int const key = own_thread();
         if (key < half) ring.make_scale(work, n, side * half + key, n % 3);
     };
@@ -192,9 +211,9 @@ __device__ void output_group(const Attend& work, const Partials& partials, const
             }
         }
     };
-    if (F::cluster > 1 || (item.slot >= 0 && partials.type == MLA_BFLOAT16)) {
+    if (F::cluster > 1 || (item.slot >= 0 && partials.type != MLA_FLOAT)) {
         for_pairs([&](int row, int column, float first, float second) {
-            *reinterpret_cast<__nv_bfloat162*>(memory + (row * narrow_row + column) * 2) = __floats2bfloat162_rn(first, second);
+            *reinterpret_cast<uint32_t*>(memory + (row * narrow_row + column) * 2) = NarrowPair<F>::make(first, second);
         });
         fence_async();
     } else {

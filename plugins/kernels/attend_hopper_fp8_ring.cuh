@@ -11,19 +11,26 @@ namespace hopper {
 constexpr int tile = hopper_fp8_tile, half = 64;  // keys of a tile, and of a copy
 constexpr int threads = 4 * group;
 constexpr int pieces = 5;  // of a tile: four of the latent and the rope part
-constexpr int piece_bytes = tile * 128;
+constexpr int piece_bytes = tile * 128, small_piece_bytes = tile * rope;  // the second: of the rope part as codes
+constexpr int pages_ahead = 6;  // tiles whose pages are asked for before that tile's turn: so long before are they known to all who ask
 constexpr int row_piece_bytes = 64 * 128;  // of the query
 // Two forms for at most 32 or 16 rows, two for 64; each for all keys, and for lists of keys. Those of 64 rows also for all keys of one
-// sequence, whose blocks are in clusters.
+// sequence, whose blocks are in clusters. All of them for rows of either format.
 enum class Keys { all, listed, of_clusters };
-template <int row_count, int query_terms, Keys which>
+template <int row_count, int query_terms, Keys which, bool is_flat>
 struct Form {
     static constexpr int rows = row_count, terms = query_terms;
     static constexpr bool lists = which == Keys::listed;
+    static constexpr bool flat = is_flat;  // rows of fp8_flat, else of fp8
+    // Rows have scales of their own. A listed row of fp8_flat has 1, and one that there is not 0.
+    static constexpr bool scales = !flat || lists;
     static constexpr int cluster = which == Keys::of_clusters ? hopper_fp8_cluster : 1;
     static constexpr bool packed = rows <= 32;  // both terms in one product
     static constexpr bool second = terms == 2 && !packed;
-    static constexpr int ring = second ? 9 : 11;  // pieces in flight
+    // Ropes of half a piece's size have places of their own, where room is scarcest. Not of lists, which have more of it to find rows.
+    static constexpr bool apart = flat && second && !lists;
+    static constexpr int ropes = apart ? 2 : 0;
+    static constexpr int ring = apart ? 8 : second ? 9 : 11;  // places for pieces, for those of latents where ropes are apart
     // Sums of a tile's weights are made between the next tile's products; not of lists, where the table's next one comes too early.
     static constexpr bool late_sums = !lists;
 };
@@ -31,29 +38,35 @@ struct Form {
 // Where things lie in shared memory, in bytes.
 template <typename F>
 struct Places {
-    static constexpr int query = F::ring * piece_bytes;
+    static constexpr int query = F::ring * piece_bytes + F::ropes * small_piece_bytes;
     static constexpr int query_low = query + pieces * row_piece_bytes;
     // Of the scales s of three tiles: s, log2 s, 1 / s, each [8][4][4]: of each 16 keys four threads' fours, so that what threads
     // read together meets no bank twice.
     static constexpr int scales = query_low + (F::second ? 4 * row_piece_bytes : 0);
-    static constexpr int rescale = scales + 3 * 3 * tile * 4;  // [2][64]
+    static constexpr int rescale = scales + (F::scales ? 3 * 3 * tile * 4 : 0);  // [2][64]
     static constexpr int tile_factors = rescale + 2 * 64 * 4;  // [2][64]
     static constexpr int changed = tile_factors + 2 * 64 * 4;  // [2][4]
     static constexpr int maxima = changed + 2 * 4 * 4;  // [2][2][64]
     static constexpr int query_scales = maxima + 2 * 2 * 64 * 4;  // [64]
-    static constexpr int sums = query_scales + 64 * 4;  // [2][64]
-    static constexpr int factors = sums + 2 * 64 * 4;  // [64]
-    static constexpr int limits = factors + 64 * 4;  // [64]
+    static constexpr int factors = query_scales;  // in the end [64]
+    static constexpr int limits = query_scales + 64 * 4;  // [64]
     static constexpr int part_lse = limits;  // of a block of a cluster, in the end [64]
     static constexpr int pages = limits + 64 * 4;  // [8][2], as the block table has them, of the halves of a tile
     static constexpr int raw_scales = pages + 8 * 2 * 4;  // [4][128]
     static constexpr int offsets = raw_scales;  // of listed rows in the pool, in 16 bytes, [4][128]: in their place
-    static constexpr int scales_full = raw_scales + 4 * tile * 4;  // [4][2], their barriers
-    static constexpr int full = scales_full + 4 * 2 * 8;  // barriers of the ring
-    static constexpr int queries_full = full + F::ring * 8;  // barrier of the queries as they come
+    static constexpr int scales_full = raw_scales + (F::scales ? 4 * tile * 4 : 0);  // [4][2], their barriers
+    static constexpr int scales_barriers = F::scales ? 4 * 2 : 0;
+    static constexpr int full = scales_full + scales_barriers * 8;  // barriers of the ring, then of the ropes
+    static constexpr int queries_full = full + (F::ring + F::ropes) * 8;  // barrier of the queries as they come
+    static constexpr int barriers = scales_barriers + F::ring + F::ropes;  // those of before
     static constexpr int total = queries_full + 8;
+    static_assert(total <= 226 << 10);  // a kilobyte is the item's
 
-    static constexpr int early_pieces = pieces;  // of the ring, ordered before the queries are codes
+    // What the score groups add up in the end [2][64], where maxima were of a tile before the last one.
+    MLA_BOTH static constexpr int sums(int32_t tiles) { return maxima + (tiles & 1) * 2 * 64 * 4; }
+
+    // Of the ring, ordered before the queries are codes: those of the first tile.
+    static constexpr int early_pieces = F::apart ? pieces - 1 : pieces;
     // A column of the queries as they come: behind those pieces, in the ring's second tile, or else where the codes will be, row by row.
     MLA_BOTH static constexpr int raw_query(int column) {
         if (!F::second) return early_pieces * piece_bytes + column * F::rows * 128;
@@ -77,30 +90,43 @@ constexpr float half_code_unit = 0x1p60f;
 enum : int { weights_ready = 1, weights_free = 3, maxima_ready = 5, piece_used = 6, rows_found = 10, queries_there = 11, tile_done = 12 };
 
 // The ring of pieces. Piece `i` of the block's tile `n` is number 5 n + i, in slot (5 n + i) % ring. Columns of the pieces in
-// order: the two output groups' first ones, their second ones, rope.
+// order: the two output groups' first ones, their second ones, rope. Where ropes are apart the others are numbers 4 n + i, and the
+// rope's slots come behind theirs.
 template <typename F>
 struct Ring {
     using P = Places<F>;
     uint8_t* memory;
-    const CUtensorMap* map;
+    const CUtensorMap *map, *rope_map;
     const Item* item;
     int32_t count;  // tiles of this block
 
+    static constexpr int in_turn = F::apart ? pieces - 1 : pieces;  // pieces of a tile that the ring has
     __device__ static constexpr int column(int i) { return i == 1 ? 2 : i == 2 ? 1 : i; }
-    __device__ static int slot(int32_t n, int i) { return static_cast<int>(static_cast<uint32_t>(pieces * n + i) % F::ring); }
-    __device__ static int parity(int32_t n, int i) { return static_cast<int>(static_cast<uint32_t>(pieces * n + i) / F::ring & 1); }
+    __device__ static constexpr bool is_small(int i) { return F::apart && i == 4; }
+    __device__ static int slot(int32_t n, int i) {
+        if (is_small(i)) return F::ring + static_cast<int>(static_cast<uint32_t>(n) % max(F::ropes, 1));
+        return static_cast<int>(static_cast<uint32_t>(in_turn * n + i) % F::ring);
+    }
+    __device__ static int parity(int32_t n, int i) {
+        if (is_small(i)) return static_cast<int>(static_cast<uint32_t>(n) / max(F::ropes, 1) & 1);
+        return static_cast<int>(static_cast<uint32_t>(in_turn * n + i) / F::ring & 1);
+    }
 
-    __device__ uint32_t piece(int32_t n, int i) const { return shared_address(memory) + slot(n, i) * piece_bytes; }
+    // Of a slot, from the first one's place.
+    __device__ static uint32_t offset(int slot, int i) {
+        return is_small(i) ? F::ring * piece_bytes + (slot - F::ring) * small_piece_bytes : slot * piece_bytes;
+    }
+    __device__ uint32_t piece(int32_t n, int i) const { return shared_address(memory) + offset(slot(n, i), i); }
     // A tile's weights lie where its rope was.
     __device__ uint32_t weights(int32_t n) const { return piece(n, 4); }
     __device__ void wait(int32_t n, int i) const {
         barrier_wait(shared_address(memory + P::full) + 8 * slot(n, i), parity(n, i));
     }
 
-    // Asks for the pages of four tiles. By the warp that then begins with them.
+    // Asks for the first tiles' pages. By the warp that then begins with them.
     __device__ void fetch_pages(const Attend& work) const {
         int const lane = threadIdx.x % warp_size;
-        if (lane < 8) fetch_page(work, lane / 2, lane % 2);
+        if (lane < 2 * pages_ahead) fetch_page(work, lane / 2, lane % 2);
     }
 
     // Orders the pieces that come before the queries are codes, and the scales of three tiles; `bring_scales` goes on from there.
@@ -108,34 +134,53 @@ struct Ring {
         copy_async_wait<0>();
         __syncwarp();
 #pragma unroll 1
-        for (int i = 0; i < P::early_pieces; ++i) order(work, i / pieces, i % pieces);
+        for (int i = 0; i < in_turn; ++i) order_in_turn(work, 0, i);
+        if (F::apart) order(work, 0, 4);
 #pragma unroll 1
         for (int i = 0; i < 6; ++i) order_scales(work, i / 2, i % 2);
     }
 
-    // Orders the piece that is `ring` after piece i of tile n, when that one is used up. By a warp.
+    // Orders what else the ring has place for.
+    __device__ void fill(const Attend& work) const {
+#pragma unroll 1
+        for (int i = P::early_pieces; i < F::ring; ++i) order_in_turn(work, i / in_turn, i % in_turn);
+#pragma unroll 1
+        for (int n = 1; n < F::ropes; ++n) order(work, n, 4);
+    }
+
+    // Orders the piece that takes the place of piece i of tile n, when that one is used up. By a warp.
     __device__ void order_after(const Attend& work, int32_t n, int i) const {
-        int const later = i + F::ring % pieces;
-        order(work, n + F::ring / pieces + (later >= pieces), later >= pieces ? later - pieces : later);
+        if (is_small(i)) return order(work, n + F::ropes, i);
+        int const later = i + F::ring % in_turn;
+        order(work, n + F::ring / in_turn + (later >= in_turn), later >= in_turn ? later - in_turn : later);
     }
 
     // By a warp. Halves without a page come from outside of the map.
     __device__ void order(const Attend& work, int32_t n, int i) const {
+        if (is_small(i)) {
+            order_to(work, n, slot(n, i), piece(n, i), rope_map, rank, small_piece_bytes);
+        } else {
+            order_in_turn(work, n, i);
+        }
+    }
+    __device__ void order_in_turn(const Attend& work, int32_t n, int i) const {
+        int const slot = static_cast<int>(static_cast<uint32_t>(in_turn * n + i) % F::ring);
+        order_to(work, n, slot, shared_address(memory) + slot * piece_bytes, map, column(i) * 128, piece_bytes);
+    }
+    __device__ void order_to(const Attend& work, int32_t n, int slot, uint32_t target, const CUtensorMap* from, int byte, int bytes) const {
         if (n >= count) return;
-        uint32_t const barrier = shared_address(memory + P::full) + 8 * slot(n, i), target = piece(n, i);
+        uint32_t const barrier = shared_address(memory + P::full) + 8 * slot;
         int32_t const page[2] = {page_of_half(work, n, 0), page_of_half(work, n, 1)};
         if (elect_lane()) {
-            barrier_expect(barrier, piece_bytes);
+            barrier_expect(barrier, bytes);
 #pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                copy_box(target + h * (piece_bytes / 2), map, barrier, 0, row_of_half(work, n, h), column(i), page[h]);
-            }
+            for (int h = 0; h < 2; ++h) copy_box(target + h * (bytes / 2), from, barrier, byte, row_of_half(work, n, h), page[h], 0);
         }
     }
 
     // Orders the scales of a half's rows, by a warp; without a page any others.
     __device__ void order_scales(const Attend& work, int32_t n, int h) const {
-        if (n >= count) return;
+        if (!F::scales || n >= count) return;
         int32_t const page = page_of_half(work, n, h);
         uint32_t const barrier = shared_address(memory + P::scales_full) + (n % 4 * 2 + h) * 8;
         const uint8_t* scales =
@@ -147,12 +192,12 @@ struct Ring {
         }
     }
 
-    // At tile n: orders the scales of tile n + 3, whose pages have been asked for, and asks for those of n + 4. Of a half, by a warp.
+    // At tile n: orders the scales of tile n + 3, whose pages have been asked for, and asks for pages. Of a half, by a warp.
     __device__ void bring_scales(const Attend& work, int32_t n, int h) const {
         copy_async_wait<0>();
         __syncwarp();
         order_scales(work, n + 3, h);
-        if (elect_lane()) fetch_page(work, n + 4, h);
+        if (elect_lane()) fetch_page(work, n + pages_ahead, h);
     }
 
     // What the softmax needs of the scale of key `key` of tile n. `third`: n % 3.
@@ -192,11 +237,13 @@ struct Ring {
         const auto* offsets = reinterpret_cast<const uint32_t*>(memory + P::offsets) + n % 4 * tile + first_row;
         uint32_t const target = piece(n, i) + first_row * 128 + ((unit ^ (first_row & 7)) << 4);
         const uint8_t* source = work.pool + column(i) * 128 + unit * 16;
+        if (!F::flat || i != 4 || unit < rope / 16) {
 #pragma unroll
-        for (int k = 0; k < tile / 16; ++k) {
-            uint32_t const offset = offsets[16 * k];
-            bool const there = offset != no_row;
-            copy_async_16(target + k * 2048, source + (there ? static_cast<uint64_t>(offset) * 16 : 0), there);
+            for (int k = 0; k < tile / 16; ++k) {
+                uint32_t const offset = offsets[16 * k];
+                bool const there = offset != no_row;
+                copy_async_16(target + k * 2048, source + (there ? static_cast<uint64_t>(offset) * 16 : 0), there);
+            }
         }
         barrier_arrive_after_copies(shared_address(memory + P::full) + 8 * slot(n, i));
     }
@@ -286,7 +333,8 @@ private:
         int64_t const page_start = there ? page * work.layout.page_bytes : 0;
         reinterpret_cast<uint32_t*>(ring.memory + P::offsets)[n % 4 * tile + key] =
             there ? static_cast<uint32_t>((page_start + slot * work.layout.row_bytes) / 16) : no_row;
-        return there ? reinterpret_cast<const float*>(work.pool + page_start + work.layout.scales_offset)[slot] : 0.0f;
+        if (!there) return 0.0f;
+        return F::flat ? 1.0f : reinterpret_cast<const float*>(work.pool + page_start + work.layout.scales_offset)[slot];
     }
 };
 

@@ -38,7 +38,11 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
     // known to be uniform where it comes from a lane: faster with few rows, where keys are waited for, slower with many
     auto own_keys = [&] { return tile_descriptor(shared_address(memory)) + side() * (piece_bytes >> 5); };
     uint32_t const uniform_keys = F::packed ? __shfl_sync(0xffffffffu, own_keys(), 0) : 0;
-    auto keys_of = [&](int32_t n, int i) { return (F::packed ? uniform_keys : own_keys()) + ring.slot(n, i) * (piece_bytes >> 4); };
+    auto keys_of = [&](int32_t n, int i) { return (F::packed ? uniform_keys : own_keys()) + (ring.offset(ring.slot(n, i), i) >> 4); };
+    auto rope_of = [&](int32_t n) {
+        if (!F::apart) return keys_of(n, 4);
+        return tile_descriptor(shared_address(memory)) + side() * (small_piece_bytes >> 5) + (ring.offset(ring.slot(n, 4), 4) >> 4);
+    };
     uint32_t const query = tile_descriptor(shared_address(memory + P::query));
     uint32_t const query_low = tile_descriptor(shared_address(memory + P::query_low));
     int third = 0;  // n % 3
@@ -50,7 +54,10 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
     float sums[own_rows<F>];  // of a tile's weights as they were rounded
     float4 inverse;
     // 1 / s of the `quarter`-th 16 of the group's keys, of the tile whose number % 3 is `which`; adds their weights.
-    auto read_inverse = [&](int which, int quarter) { inverse = scales_of(which)[4 * quarter + 2 * (tile / 4)]; };
+    auto read_inverse = [&](int which, int quarter) {
+        inverse = F::scales ? scales_of(which)[4 * quarter + 2 * (tile / 4)]
+                            : make_float4(half_code_unit, half_code_unit, half_code_unit, half_code_unit);
+    };
     auto add_weights = [&](int quarter) {
 #pragma unroll
         for (int r = 0; r < own_rows<F>; ++r) {
@@ -121,13 +128,23 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
         add_quarter(3);
         if constexpr (!F::lists) ring.wait(n, 4);
         {
-            uint32_t const keys = keys_of(n, 4);
+            uint32_t const keys = rope_of(n);
             constexpr uint32_t columns = 4 * (row_piece_bytes >> 4);
             product_fence();
-            product_bf16<0>(scores, query + columns, keys);
-            product_bf16<1>(scores, query + columns, keys);
-            product_bf16<2>(scores, query + columns, keys);
-            product_bf16<3>(scores, query + columns, keys);
+            if constexpr (F::flat) {
+                constexpr int row = F::apart ? rope : 128;
+                product_e4m3<0, false, row>(scores, query + columns, keys);
+                product_e4m3<1, false, row>(scores, query + columns, keys);
+                if constexpr (F::second) {  // its codes lie behind those of the first
+                    product_e4m3<0, false, row>(scores, query + columns + rope / 16, keys);
+                    product_e4m3<1, false, row>(scores, query + columns + rope / 16, keys);
+                }
+            } else {
+                product_bf16<0>(scores, query + columns, keys);
+                product_bf16<1>(scores, query + columns, keys);
+                product_bf16<2>(scores, query + columns, keys);
+                product_bf16<3>(scores, query + columns, keys);
+            }
         }
         product_commit();
         named_sync(weights_free + buffer, threads);  // with it comes this tile's table of scales
@@ -135,14 +152,17 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
         constexpr int at_once = F::lists ? 1 : 2;  // 16 keys each
         float4 scale[at_once], logarithm[at_once];
         auto read_table = [&](int quarter) {
+            if (!F::scales) return;
             scale[quarter % at_once] = table[4 * quarter], logarithm[quarter % at_once] = table[4 * quarter + tile / 4];
         };
+        // else a scale of 0 says so
+        bool const no_page = !F::scales && ring.page_of_half(work, n, side()) == static_cast<int32_t>(work.step.pages);
 #pragma unroll
         for (int quarter = 0; quarter < at_once; ++quarter) read_table(quarter);
         product_wait();
         pin(scores);
 
-        // y of each key, and the largest of each row over both groups
+        // y of each key (without scales: still to be multiplied by the row's factor), and the largest of each row over both groups
         float best[own_rows<F>];
 #pragma unroll
         for (int r = 0; r < own_rows<F>; ++r) best[r] = -INFINITY;
@@ -158,18 +178,21 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
                     high[0] += high[2];
                     high[1] += high[3];
                 }
-                low[0] = fmaf(low[0] * factors[r], by.x, plus.x);
-                low[1] = fmaf(low[1] * factors[r], by.y, plus.y);
-                high[0] = fmaf(high[0] * factors[r], by.z, plus.z);
-                high[1] = fmaf(high[1] * factors[r], by.w, plus.w);
+                if constexpr (F::scales) {
+                    low[0] = fmaf(low[0] * factors[r], by.x, plus.x);
+                    low[1] = fmaf(low[1] * factors[r], by.y, plus.y);
+                    high[0] = fmaf(high[0] * factors[r], by.z, plus.z);
+                    high[1] = fmaf(high[1] * factors[r], by.w, plus.w);
+                }
             }
             if (j / 2 + at_once < 4) read_table(j / 2 + at_once);
         }
-        if (!F::lists && n >= masked_from) {
+        if (!F::lists && (n >= masked_from || no_page)) {
             int32_t const first_key = (ring.first_tile() + n) * tile + side() * half + 2 * quad_thread();
 #pragma unroll
             for (int r = 0; r < own_rows<F>; ++r) {
-                int const seen = reinterpret_cast<const int32_t*>(memory + P::limits)[first_row() + 8 * r] - first_key;
+                int const limit = reinterpret_cast<const int32_t*>(memory + P::limits)[first_row() + 8 * r];
+                int const seen = no_page ? -1 : limit - first_key;
 #pragma unroll
                 for (int j = 0; j < 8; ++j) {
                     if (8 * j > seen) scores[4 * j + 2 * r] = -INFINITY;
@@ -183,6 +206,7 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
             for (int j = 0; j < 8; ++j) best[r] = fmaxf(best[r], fmaxf(scores[4 * j + 2 * r], scores[4 * j + 2 * r + 1]));
             best[r] = fmaxf(best[r], __shfl_xor_sync(0xffffffffu, best[r], 1));
             best[r] = fmaxf(best[r], __shfl_xor_sync(0xffffffffu, best[r], 2));
+            if constexpr (!F::scales) best[r] *= factors[r];
             if (quad_thread() == 0 && has_rows()) {
                 reinterpret_cast<float*>(memory + P::maxima)[(buffer * 2 + side()) * 64 + first_row() + 8 * r] = best[r];
             }
@@ -212,8 +236,10 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
 #pragma unroll
             for (int r = 0; r < own_rows<F>; ++r) {
                 const float *low = scores + 4 * j + 2 * r, *high = low + 4;
-                words[r][j / 2] = encode_pair(power_of_two(low[0] + base[r]), power_of_two(low[1] + base[r])) |
-                                  encode_pair(power_of_two(high[0] + base[r]), power_of_two(high[1] + base[r])) << 16;
+                auto weight = [&](float score) {
+                    return power_of_two(F::scales ? score + base[r] : fmaf(score, factors[r], base[r]));
+                };
+                words[r][j / 2] = encode_pair(weight(low[0]), weight(low[1])) | encode_pair(weight(high[0]), weight(high[1])) << 16;
             }
             if (!F::late_sums) {
                 read_inverse(third, j / 2);
@@ -261,7 +287,7 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
     }
 
     // what divides the output
-    auto* all_sums = reinterpret_cast<float*>(memory + P::sums);
+    auto* all_sums = reinterpret_cast<float*>(memory + P::sums(ring.count));
     bool const first_lane = quad_thread() == 0 && has_rows();
 #pragma unroll
     for (int r = 0; r < own_rows<F>; ++r) {
@@ -289,7 +315,9 @@ __device__ void score_group(const Attend& work, const Partials& partials, const 
             if (work.lse != nullptr) work.lse[out_row] = lse * ln2;
             if (work.sinks != nullptr && sum != 0.0f) sum += exp2f(work.sinks[head] * log2e - top[r] + weight_bits);
         }
-        reinterpret_cast<float*>(memory + P::factors)[row] = sum == 0.0f ? 0.0f : 1.0f / sum;
+        // parts are of codes
+        float const whole = F::flat && item.slot < 0 ? work.layout.kv_scale : 1.0f;
+        reinterpret_cast<float*>(memory + P::factors)[row] = sum == 0.0f ? 0.0f : whole / sum;
     }
 }
 

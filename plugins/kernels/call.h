@@ -93,6 +93,8 @@ struct Device {
     int shared_bytes;
 };
 int current_device(Device* device);
+// Whether the library has code for sm_90a, which alone has the kernels for Hopper.
+bool has_hopper_code();
 
 // The ops. Each takes its scratch memory first and returns MLA_OK before any launch when call.workspace.sizing().
 int run_plan(Call& call);

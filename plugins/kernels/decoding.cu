@@ -73,7 +73,7 @@ __device__ void merge_row(const Attend& work, const Partials& partials, const Me
         if (part >= parts) continue;
         slots[i] = merge.slot_of(part);
         lse[i] = partials.lse[partials.row(slots[i], row)];
-        if (type == MLA_FLOAT16) said[i] = *partials.narrow_at(slots[i], row, first_slice * merge_columns);
+        if (type == MLA_FLOAT16 && partials.narrow != nullptr) said[i] = *partials.narrow_at(slots[i], row, first_slice * merge_columns);
     }
     Four<type> values[batch][slices];
     auto load = [&](int first) {
@@ -97,7 +97,7 @@ __device__ void merge_row(const Attend& work, const Partials& partials, const Me
     float denominator = sum;
     if (work.sinks != nullptr) denominator += exp2f(work.sinks[head] * log2e - base);
     float weights[2];
-    for (int i = 0; i < 2; ++i) weights[i] = largest == -INFINITY ? 0.0f : exp2f(lse[i] - base) / denominator;
+    for (int i = 0; i < 2; ++i) weights[i] = largest == -INFINITY ? 0.0f : exp2f(lse[i] - base) / denominator * partials.scale;
 
     float4 total[slices];
 #pragma unroll
@@ -275,6 +275,9 @@ int begin_attention(Call& call, const Attend& work, bool after_append, Attention
         case Attention::exact: partials.rows = exact_rows; break;
     }
     partials.tile = attention->kernel == Attention::hopper_fp8 ? hopper_fp8_tile : attend_tile;
+    // of rows with one scale for all, parts are of the codes, not of what these stand for
+    bool const of_codes = attention->kernel == Attention::hopper_fp8 && work.layout.format == row_format::fp8_flat;
+    partials.scale = of_codes ? work.layout.kv_scale : 1.0f;
     partials.multiprocessors = device.multiprocessors;
     partials.slots = slots_of_processor * device.multiprocessors;
     partials.output_aligned = in_fours(work.output);
@@ -296,8 +299,9 @@ int begin_attention(Call& call, const Attend& work, bool after_append, Attention
         return plan_attention(work, partials, after_append, call.stream);
     }
     // Where the host cuts there are few rows, and the parts' bytes are much of what the step takes. What e4m3 products lose is more than
-    // bfloat16 does; what those of bfloat16 lose is about as much.
-    if (attention->kernel == Attention::hopper_fp8) partials.type = MLA_BFLOAT16;
+    // bfloat16 does; what those of bfloat16 lose is about as much. float16 holds whatever is made of codes alone.
+    if (attention->kernel == Attention::hopper_fp8) partials.type = of_codes ? MLA_FLOAT16 : MLA_BFLOAT16;
+    if (of_codes) partials.narrow = nullptr;
     if (attention->kernel == Attention::hopper_bf16 && hopper_bf16_halves(work.layout.format)) partials.type = MLA_FLOAT16;
     int64_t const keys = work.indices == nullptr ? work.step.max_pages * work.layout.page_size : work.top_k;
     Cut cut = choose_splits(partials, attention->items, keys, work.layout.rank, 1);

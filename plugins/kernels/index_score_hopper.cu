@@ -322,9 +322,7 @@ bool index_takes_hopper(const IndexWindow& window, const Device& device) {
         window.padded_heads % 32 != 0 || layout.page_size < warp_keys || (layout.page_size & (layout.page_size - 1)) != 0 || slots_of(window, device, max_window_rows) < 1) {
         return false;
     }
-    // code for sm_90a alone has the kernel's body, and with it its static shared memory
-    cudaFuncAttributes attributes;
-    return cudaFuncGetAttributes(&attributes, score_codes_kernel<2, 64, true, false>) == cudaSuccess && attributes.sharedSizeBytes > 0;
+    return has_hopper_code();
 }
 
 int score_index_keys_hopper(const Call& call, const IndexWindow& window, const Device& device) {

@@ -104,13 +104,11 @@ int launch_tensor(const Plan& plan, const Device& device, cudaStream_t stream) {
                                                   parameters, bytes, stream));
 }
 
-// Whether SM90's own kernel takes it. Code for sm_90a alone has the kernel's body, and with it its static shared memory.
+// Whether SM90's own kernel takes it.
 bool takes_hopper(const Plan& plan, const Device& device) {
     using S = prefill_hopper::HopperShape;
-    cudaFuncAttributes attributes;
     return device.major == 9 && plan.arguments.nope == S::nope && plan.arguments.layout.rope == S::rope &&
-           plan.arguments.value == S::width && plan.rank == 512 &&
-           cudaFuncGetAttributes(&attributes, prefill_hopper::prefill_hopper) == cudaSuccess && attributes.sharedSizeBytes > 0;
+           plan.arguments.value == S::width && plan.rank == 512 && has_hopper_code();
 }
 
 int launch_hopper(const Plan& plan, const Device& device, cudaStream_t stream) {

@@ -321,10 +321,7 @@ bool project_takes_hopper(const Projection& work, const Device& device) {
         !aligned_for_eight(work.out.data, work.out.token_stride, work.out.head_stride, work.out.type)) {
         return false;
     }
-    // code for sm_90a alone has the kernel's body, and with it its static shared memory
-    cudaFuncAttributes attributes;
-    return cudaFuncGetAttributes(&attributes, project_hopper_kernel<128, false, false>) == cudaSuccess &&
-           attributes.sharedSizeBytes > 0;
+    return has_hopper_code();
 }
 
 int project_hopper(const Projection& work, const Device& device, cudaStream_t stream) {

@@ -8,7 +8,7 @@
 
 namespace mla {
 
-// A tensor of bytes, innermost axis first; strides are those of the outer axes. A box's innermost axis is 128 bytes, and its
+// A tensor of bytes, innermost axis first; strides are those of the outer axes. A box's innermost axis is 128 or 64 bytes, and its
 // 16-byte units are permuted by the row, as the tensor cores want operands. What lies outside of the tensor is zeros.
 inline int make_tensor_map(CUtensorMap* map, const void* data, const std::array<int64_t, 4>& sizes,
                            const std::array<int64_t, 3>& strides, const std::array<int, 4>& box) {
@@ -32,7 +32,7 @@ inline int make_tensor_map(CUtensorMap* map, const void* data, const std::array<
     }
     CUresult const status =
         encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 4, const_cast<void*>(data), map_sizes, map_strides, map_box, steps,
-               CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+               CU_TENSOR_MAP_INTERLEAVE_NONE, box[0] == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (status == CUDA_SUCCESS) return MLA_OK;
     return fail(MLA_CUDA, "cuTensorMapEncodeTiled gave error %d for a tensor of %lld x %lld x %lld x %lld bytes",

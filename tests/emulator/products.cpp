@@ -24,15 +24,17 @@ const float* code_values() {
 
 float bf16_value(uint16_t bits) { return __uint_as_float(uint32_t{bits} << 16); }
 
-// Shared memory behind a descriptor: units of 16 bytes are permuted by the row of 128 bytes that they are in.
+// Shared memory behind a descriptor: units of 16 bytes are permuted by the row of 128 bytes that they are in, or by two rows of 64.
 struct Tile {
     uint32_t base, start, stride;  // the block's memory; the tile in it; from one tile of columns to the next
+    uint32_t row;  // its bytes
 
-    Tile(uint32_t block, uint32_t descriptor) : base(block), start((descriptor & 0x3fff) << 4), stride((descriptor >> 16 & 0x3fff) << 4) {}
+    Tile(uint32_t block, uint32_t descriptor, int row_bytes = 128)
+        : base(block), start((descriptor & 0x3fff) << 4), stride((descriptor >> 16 & 0x3fff) << 4), row(static_cast<uint32_t>(row_bytes)) {}
 
     const uint8_t* at(uint32_t offset) const {
         uint32_t const logical = start + offset;
-        return reinterpret_cast<const uint8_t*>(size_t{base + (logical ^ (logical >> 3 & 0x70))});
+        return reinterpret_cast<const uint8_t*>(size_t{base + (logical ^ (logical >> 3 & (row - 16)))});
     }
 };
 
@@ -97,7 +99,7 @@ struct Slice {
         const float* codes = code_values();
         for (int row = 0; row < count; ++row) {
             for (int unit = 0; unit < 2; ++unit) {
-                const uint8_t* bytes = tile.at(static_cast<uint32_t>((first + row) * 128 + unit * 16));
+                const uint8_t* bytes = tile.at(static_cast<uint32_t>(first + row) * tile.row + static_cast<uint32_t>(unit * 16));
                 for (int i = 0; i < k / 2; ++i) {
                     uint16_t bits;
                     std::memcpy(&bits, bytes + (what.codes ? 0 : 2 * i), 2);
@@ -127,7 +129,7 @@ struct Slice {
     }
 
     void read_right(float* right, int k) const {
-        Tile const tile(block, what.b);
+        Tile const tile(block, what.b, what.b_row);
         if (!what.columns) {
             read_rows(right, tile, 0, what.n, k, 1, what.n);
             return;

@@ -6,9 +6,9 @@ namespace emulator {
 namespace {
 
 CUresult encode(CUtensorMap* map, CUtensorMapDataType, cuuint32_t rank, void* data, const cuuint64_t* sizes, const cuuint64_t* strides,
-                const cuuint32_t* box, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion,
+                const cuuint32_t* box, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion,
                 CUtensorMapFloatOOBfill) {
-    if (rank != 4 || box[0] != 128 || reinterpret_cast<size_t>(data) % 16 != 0) return CUDA_ERROR_INVALID_VALUE;
+    if (rank != 4 || box[0] != (swizzle == CU_TENSOR_MAP_SWIZZLE_64B ? 64 : 128) || reinterpret_cast<size_t>(data) % 16 != 0) return CUDA_ERROR_INVALID_VALUE;
     Box made{};
     made.data = static_cast<const uint8_t*>(data);
     made.strides[0] = 1;
@@ -34,9 +34,9 @@ void Box::walk(uint32_t shared, int c0, int c1, int c2, int c3, Each each) const
         for (int64_t y = c2; y < c2 + box[2]; ++y) {
             for (int64_t x = c1; x < c1 + box[1]; ++x, ++row) {
                 bool const there = x >= 0 && y >= 0 && z >= 0 && x < sizes[1] && y < sizes[2] && z < sizes[3];
-                for (int unit = 0; unit < 8; ++unit) {
-                    uint32_t const at = shared + 128 * row + static_cast<uint32_t>(16 * unit);
-                    auto* values = reinterpret_cast<uint8_t*>(size_t{at ^ (at >> 3 & 0x70)});
+                for (int unit = 0; unit < box[0] / 16; ++unit) {
+                    uint32_t const bytes = static_cast<uint32_t>(box[0]), at = shared + bytes * row + static_cast<uint32_t>(16 * unit);
+                    auto* values = reinterpret_cast<uint8_t*>(size_t{at ^ (at >> 3 & (bytes - 16))});
                     for (int byte = 0; byte < 16; ++byte) {
                         int64_t const column = c0 + 16 * unit + byte;
                         bool const inside = there && column >= 0 && column < sizes[0];

@@ -1,4 +1,4 @@
-"""The kernels for SM90: MlaDecoding and MlaPrefillSparse with queries in bfloat16, over fp8 rows with e4m3 products
+"""The kernels for SM90: MlaDecoding and MlaPrefillSparse with queries in bfloat16, over fp8 and fp8_flat rows with e4m3 products
 (attend_hopper_fp8.cu; 1 or 2 codes for a value of the query), and with bfloat16 products (attend_hopper_bf16.cu) over bf16 rows and
 over codes, which it decodes.
 
@@ -22,7 +22,8 @@ from op_harness import behind_a_page_of_nan
 from test_gpu_decoding import LENGTHS, RAGGED, STEPS, ragged_step
 
 Kind = int | str
-"""Terms of the query over fp8 rows, or the format of rows whose products are of bfloat16."""
+"""Terms of the query over fp8 rows, "flat" with them over fp8_flat rows, or the format of rows whose products are of bfloat16."""
+FLAT: dict[Kind, int] = {"flat1": 1, "flat2": 2}
 MOST: dict[Kind, float] = {1: 1.5e-1, 2: 4e-2, "bf16": 5e-3, "fp8": 8e-3, "fp8_ds_mla": 1e-2}
 """Of the largest output."""
 MEAN: dict[Kind, float] = {1: 6e-2, 2: 2.5e-2, "bf16": 5e-3, "fp8": 5e-3, "fp8_ds_mla": 5e-3}
@@ -51,14 +52,20 @@ def _case(
 ) -> tuple[dict[str, Array], dict[str, Any]]:
     pages = layout(_row_format(kind), page_size=more.pop("page_size", 64))
     inputs, attributes = decoding_case(rng, step, pages, heads, "bf16", **more)
-    return inputs, attributes | {"query_terms": kind if isinstance(kind, int) else 0}
+    return inputs, attributes | {"query_terms": _terms(kind)}
+
+
+def _terms(kind: Kind) -> int:
+    return kind if isinstance(kind, int) else FLAT.get(kind, 0)
 
 
 def _row_format(kind: Kind) -> str:
+    if kind in FLAT:
+        return "fp8_flat"
     return kind if isinstance(kind, str) else "fp8"
 
 
-KINDS = pytest.mark.parametrize("kind", [1, 2, "bf16", "fp8", "fp8_ds_mla"])
+KINDS = pytest.mark.parametrize("kind", [1, 2, "bf16", "fp8", "fp8_ds_mla", *FLAT])
 TERMS = pytest.mark.parametrize("terms", [1, 2])
 LISTED = pytest.mark.parametrize("listed", [False, True], ids=["dense", "listed"])
 
@@ -186,7 +193,8 @@ def test_peaked_and_flat_attention(scale: float, heads: int, kind: Kind) -> None
     rng = np.random.default_rng(7)
     inputs, attributes = _case(rng, step_of(rng, [1, 2], [3000, 62]), heads, kind, scale=scale * 576**-0.5)
     found, expected = run_op("MlaDecoding", inputs, **attributes), attention(inputs, attributes)
-    compare("output", found["output"], expected["output"], MOST[kind] * (3 if scale > 1 and kind == 1 else 1))
+    terms = _terms(kind)
+    compare("output", found["output"], expected["output"], MOST[terms or kind] * (3 if scale > 1 and terms == 1 else 1))
 
 
 @pytest.mark.parametrize("heads", [16, 64])

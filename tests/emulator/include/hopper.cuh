@@ -100,17 +100,18 @@ struct Product {
     bool codes, clear, columns;
     const uint32_t* a_registers;
     uint32_t a, b;
+    int b_row;  // bytes of a row of B
 };
 void order_product_of(void* const* given);
 
-inline void order(float* d, int n, bool codes, bool clear, bool columns, const uint32_t* a_registers, uint32_t a, uint32_t b) {
-    Product own{d, n, codes, clear, columns, a_registers, a, b};
+inline void order(float* d, int n, bool codes, bool clear, bool columns, const uint32_t* a_registers, uint32_t a, uint32_t b, int b_row = 128) {
+    Product own{d, n, codes, clear, columns, a_registers, a, b, b_row};
     emulator::together("wgmma", &own, order_product_of);
 }
 
-template <int step, bool clear>
+template <int step, bool clear, int b_row = 128>
 inline void product_e4m3(float (&d)[32], uint32_t a, uint32_t b) {
-    order(d, 64, true, clear, false, nullptr, a + 2 * step, b + 2 * step);
+    order(d, 64, true, clear, false, nullptr, a + 2 * step, b + 2 * step, b_row);
 }
 template <int step, bool clear = false>
 inline void product_bf16(float (&d)[32], uint32_t a, uint32_t b) {

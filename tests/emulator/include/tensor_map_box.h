@@ -11,7 +11,7 @@ struct Box {
     int32_t box[4];
 
     uint32_t bytes() const { return static_cast<uint32_t>(box[0] * box[1] * box[2] * box[3]); }
-    // Rows of 128 bytes, whose 16-byte units are permuted by the row: to shared memory with zeros for what is outside of the tensor,
+    // Rows of 128 or 64 bytes, whose 16-byte units are permuted by the row: to shared memory with zeros for what is outside of the tensor,
     // and from there what is inside.
     void copy(uint32_t target, int c0, int c1, int c2, int c3) const;
     void store(uint32_t source, int c0, int c1, int c2, int c3) const;
