@@ -1,4 +1,4 @@
-// Attention over rows of the format fp8 on SM90, of whole sequences or of lists of tokens, with both products in e4m3
+// Attention over rows of the formats fp8 and fp8_flat on SM90, of whole sequences or of lists of tokens, with both products in e4m3
 // (R 512, Dr 64, pages of 64 x 2^n).
 //
 // A block has up to 64 rows (heads, or tokens x heads of one sequence) and walks over tiles of 128 keys. Two warpgroups make
@@ -11,6 +11,8 @@
 //   most 32, both terms are rows of one product of 64, which costs nothing; else the second is a second product.
 // - The scale s of a key's row multiplies its score and its value. With y = score + log2 s, P = 2^(y - m + 7) is the weight of
 //   the codes, and the sum adds P / s of the rounded P: the weights that are used sum to one. m is a reference near the row's maximum.
+// - Rows of fp8_flat have one scale for all, which is 1 in all this: it multiplies the query's factor and the output (parts are merged
+//   first). Their rope is codes, and so is the query's.
 // - The e4m3 products' sums keep 14 bits (docs/kernels.md): each tile of the output is summed from zero and then added in f32.
 // - Keys come in five pieces of 128 bytes of a tile's rows into a ring; who has a piece's last values in registers orders the one
 //   that takes its place. Pages outside of the pool and behind the end are outside of the tensor map: zeros. A tile's weights lie
