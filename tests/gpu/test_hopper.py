@@ -203,6 +203,16 @@ def test_peaked_and_flat_attention(scale: float, heads: int, kind: Kind) -> None
     compare("output", found["output"], expected["output"], MOST[terms or kind] * (3 if scale > 1 and terms == 1 else 1))
 
 
+@pytest.mark.small
+@pytest.mark.parametrize("scale", [-(576**-0.5), 0.0])
+@pytest.mark.parametrize("kind", FLAT)
+def test_scores_that_fall_as_products_rise(kind: Kind, scale: float) -> None:
+    """Over fp8_flat rows products are compared before they are multiplied."""
+    rng = np.random.default_rng(28)
+    inputs, attributes = _case(rng, step_of(rng, [1, 2], [300, 62]), 64, kind, scale=scale)
+    _compare(run_op("MlaDecoding", inputs, **attributes), inputs, attributes)
+
+
 @pytest.mark.parametrize("heads", [16, 64])
 @pytest.mark.parametrize("scale", [0.05, 1, 4])
 def test_two_terms_add_less_than_twice_what_the_cache_has_lost(scale: float, heads: int) -> None:
