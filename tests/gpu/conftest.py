@@ -42,6 +42,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--early", action="store_true", help="what the emulator else does as late as it may, it does at once"
     )
     group.addoption("--portable", action="store_true", help="the emulated GPU has no kernels of its own architecture")
+    group.addoption("--part", metavar="I/N", help="only every N-th case, from the I-th on: parts run beside each other")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -50,6 +51,21 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "multiprocessors(count): of the emulated GPU; how work is cut depends on it")
     if config.getoption("--no-guards"):
         harness.guard_bytes = 0
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """By now only the cases are left that -m and -k choose."""
+    part = config.getoption("--part")
+    if part is None:
+        return
+    number, slash, count = part.partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise pytest.UsageError(f"--part {part}: it is I/N, as 1/12")
+    chosen = items[int(number) - 1 :: int(count)]
+    kept = {id(item) for item in chosen}
+    config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
+    items[:] = chosen
 
 
 @functools.cache

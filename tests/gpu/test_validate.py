@@ -127,3 +127,30 @@ def test_what_a_sanitizer_says_behind_the_tests_does_not_hide_that_they_ran(
     assert "| memcheck | passed |" in table
     assert "1 passed in" in table
     assert "ERROR SUMMARY: 0 errors" in table
+
+
+def test_a_step_runs_in_parts_beside_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hooks = Path(__file__).with_name("conftest.py")
+    (tmp_path / "conftest.py").write_text(
+        f"import importlib.util, sys\nsys.path.append({str(hooks.parent)!r})\n"
+        f"found = importlib.util.spec_from_file_location('hooks', {str(hooks)!r})\n"
+        "hooks = importlib.util.module_from_spec(found)\n"
+        "found.loader.exec_module(hooks)\n"
+        "pytest_addoption, pytest_collection_modifyitems = hooks.pytest_addoption, hooks.pytest_collection_modifyitems\n"
+    )
+    cases = [f"def test_{i}():\n    assert {i} != wrong\n" for i in range(10)]
+    test = tmp_path / "test_ten.py"
+    test.write_text("wrong = -1\n" + "\n".join(cases))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(test), "--part", validate.PART]
+    monkeypatch.setattr(validate, "STEPS", {"memcheck": command})
+    monkeypatch.setattr(validate, "PARTS", 3)
+    assert validate.main(["-o", str(tmp_path / "out"), "memcheck"]) == 0
+    assert "| memcheck | passed |" in (tmp_path / "out" / "validation.md").read_text()
+    assert "10 passed in 3 processes" in (tmp_path / "out" / "validation.md").read_text()
+    for part, count in ((1, 4), (2, 3), (3, 3)):
+        assert f"{count} passed, {10 - count} deselected" in (tmp_path / "out" / f"memcheck-{part}.log").read_text()
+    test.write_text("wrong = 4\n" + "\n".join(cases))
+    assert validate.main(["-o", str(tmp_path / "out"), "memcheck"]) == 1
+    table = (tmp_path / "out" / "validation.md").read_text()
+    assert "| memcheck | failed |" in table
+    assert "9 passed in 3 processes; memcheck-2: 1 failed, 2 passed" in table

@@ -5,11 +5,12 @@
 
 A step is given as NAME or NAME:SECONDS; without a time it has what --seconds leaves, shared among those that have none. A step that is not
 through by then is ended, with all that it began; one that skipped all of its tests has failed. `OUT/NAME.log` is what it said, `OUT/NAME` gets
-its results, and `OUT/validation.md` and `.json` are written anew after each step. Exit status: 1, if any step failed or was ended; 2, if the GPU
+its results (of a step in several processes `OUT/NAME-1.log` and so on), and
+`OUT/validation.md` and `.json` are written anew after each step. Exit status: 1, if any step failed or was ended; 2, if the GPU
 or what a step needs is not there, and nothing was begun.
 
     cases       tests/gpu, without engines
-    memcheck    its small cases under compute-sanitizer, which sees the tensors' true ends
+    memcheck    its small cases under compute-sanitizer, which sees the tensors' true ends, in processes beside each other
     racecheck   the same of the portable kernels: $MLA_TRT_PORTABLE is a library of theirs (--arch 90)
     engines     test_engines.py, and faults: test_engine_faults.py
     triton      test_gpu_triton.py
@@ -32,7 +33,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent.parent
@@ -47,8 +48,12 @@ PYTHON = sys.executable
 ENGINES = ("test_engines.py", "test_engine_faults.py", "test_gpu_triton.py")
 WORKERS = "8"
 FOLDER = "FOLDER"  # in a command: where the step's results go
+PART = "PART"  # in a command: it runs in processes beside each other, and this becomes the number of one, as I/N
+PARTS = 12
+"""Processes of such a step: a case under a sanitizer leaves most of a GPU idle."""
 VERDICT = r"\b\d+ (passed|failed|skipped|errors?)\b.* in [\d.]+s|ERROR SUMMARY|RACECHECK SUMMARY"
 """The last lines of pytest, and of a sanitizer behind it."""
+PASSED = r"\b(\d+) passed\b"
 CLOSING_SECONDS = 10
 """After SIGINT, for a step to write what it has."""
 
@@ -59,7 +64,8 @@ def _pytest(*arguments: str) -> list[str]:
 
 def _sanitized(tool: str, *arguments: str) -> list[str]:
     sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "50"]
-    return [*sanitizer, *_pytest(GPU_TESTS, "-m", "small", "--no-guards", *arguments)]
+    engines = (f"--ignore={GPU_TESTS}/{name}" for name in ENGINES)
+    return [*sanitizer, *_pytest(GPU_TESTS, "-m", "small", "--no-guards", "--part", PART, *engines, *arguments)]
 
 
 STEPS: dict[str, list[str]] = {
@@ -88,34 +94,70 @@ class Outcome:
 
 
 def run_step(name: str, command: Sequence[str], out: Path, seconds: float) -> Outcome:
-    """One step, with all that it begins in a process group of its own."""
-    folder, log = out / name, out / f"{name}.log"
+    """One step, with all that it begins in process groups of its own."""
+    start = time.monotonic()
+    parts = [f"{name}-{i + 1}" for i in range(PARTS)] if PART in command else [name]
+    runs: list[tuple[str, subprocess.Popen[bytes] | OSError]] = []
+    statuses: list[int | None] = []
+    try:
+        for i, part in enumerate(parts):
+            runs.append((part, _begin(name, part, command, f"{i + 1}/{len(parts)}", out)))
+        for _, process in runs:
+            left = max(start + seconds - time.monotonic(), 0.0)
+            try:
+                statuses.append(1 if isinstance(process, OSError) else process.wait(left))
+            except subprocess.TimeoutExpired:
+                statuses.append(None)
+    finally:
+        for _, process in runs:
+            if not isinstance(process, OSError):
+                _end(process)
+    outcomes = []
+    for (part, process), status in zip(runs, statuses, strict=True):
+        if isinstance(process, OSError):
+            outcomes.append(Outcome(part, "failed", 0.0, str(process)))
+        else:
+            outcomes.append(_read(part, "pytest" in command, status, out))
+    return _joined(name, outcomes, round(time.monotonic() - start, 1))
+
+
+def _begin(name: str, part: str, command: Sequence[str], number: str, out: Path) -> subprocess.Popen[bytes] | OSError:
+    folder = out / part
     folder.mkdir(parents=True, exist_ok=True)
-    command = [str(folder) if part == FOLDER else part for part in command]
+    command = [{FOLDER: str(folder), PART: number}.get(word, word) for word in command]
     environment = {**os.environ, "OUT": str(folder)}
     if name == "racecheck":
         environment["MLA_TRT_KERNELS"] = environment[NEEDED[name]]
-    start = time.monotonic()
-    with log.open("w") as text:
+    with (out / f"{part}.log").open("w") as text:
         text.write(f"$ {shlex.join(command)}\n")
         text.flush()
         try:
-            process = subprocess.Popen(
+            return subprocess.Popen(
                 command, stdout=text, stderr=subprocess.STDOUT, env=environment, start_new_session=True
             )
         except OSError as error:
-            return Outcome(name, "failed", 0.0, str(error))
-        try:
-            status: int | None = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            status = None
-        finally:
-            _end(process)
-    lines = [line.strip("= ") for line in log.read_text(errors="replace").splitlines()[1:] if line.strip("= ")]
+            return error
+
+
+def _read(part: str, is_pytest: bool, status: int | None, out: Path) -> Outcome:
+    """What a process's log says in the end; ``status``: None where its time was over."""
+    log = (out / f"{part}.log").read_text(errors="replace")
+    lines = [line.strip("= ") for line in log.splitlines()[1:] if line.strip("= ")]
     verdicts = [line for line in lines[-3:] if re.search(VERDICT, line)] or lines[-1:]
-    ran = "pytest" not in command or any(re.search(r"\b\d+ passed\b", line) for line in verdicts)
+    ran = not is_pytest or any(re.search(PASSED, line) for line in verdicts)
     outcome = "ended" if status is None else "failed" if status or not ran else "passed"
-    return Outcome(name, outcome, round(time.monotonic() - start, 1), "; ".join(verdicts))
+    return Outcome(part, outcome, 0.0, "; ".join(verdicts))
+
+
+def _joined(name: str, outcomes: Sequence[Outcome], seconds: float) -> Outcome:
+    """A step's outcome: that of its worst process."""
+    if len(outcomes) == 1:
+        return replace(outcomes[0], step=name, seconds=seconds)
+    worst = next((kind for kind in ("failed", "ended") if any(entry.outcome == kind for entry in outcomes)), "passed")
+    passed = sum(int(found[1]) for entry in outcomes if (found := re.search(PASSED, entry.said)))
+    said = [f"{passed} passed in {len(outcomes)} processes"]
+    said += [f"{entry.step}: {entry.said}" for entry in outcomes if entry.outcome != "passed"]
+    return Outcome(name, worst, seconds, "; ".join(said))
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
