@@ -1,6 +1,8 @@
 // Products of four warps: what each of them does of one.
 #include <vector>
 
+#include <immintrin.h>
+
 #include "hopper.cuh"
 
 namespace mla {
@@ -51,8 +53,18 @@ struct Slice {
         read_left(left.data(), k);
         read_right(right.data(), k);
         for (int row = 0; row < rows; ++row) {
-            int const first = row % 8 * 4, place = row / 8 * 2;
-            for (int j = 0; j < n; ++j) sums[static_cast<size_t>(j)] = what.clear ? 0.0f : d[first + j % 8 / 2][j / 8 * 4 + place + j % 2];
+            // A lane has two neighbours of every eight columns.
+            auto const each_pair = [&](auto visit) {
+                for (int lane = 0; lane < 4; ++lane) {
+                    float* own = d[row % 8 * 4 + lane] + row / 8 * 2;
+                    for (int eight = 0; eight < n / 8; ++eight) visit(own + 4 * eight, sums.data() + 8 * eight + 2 * lane);
+                }
+            };
+            if (what.clear) {
+                std::fill(sums.begin(), sums.end(), 0.0f);
+            } else {
+                each_pair([](const float* own, float* sum) { std::memcpy(sum, own, 2 * sizeof(float)); });
+            }
             const float* factors = left.data() + row * k;
             if (what.codes) {
                 add_codes(sums.data(), factors, right.data());
@@ -62,36 +74,30 @@ struct Slice {
                     for (int j = 0; j < n; ++j) sums[static_cast<size_t>(j)] += factors[i] * line[j];
                 }
             }
-            for (int j = 0; j < n; ++j) d[first + j % 8 / 2][j / 8 * 4 + place + j % 2] = sums[static_cast<size_t>(j)];
+            each_pair([](float* own, const float* sum) { std::memcpy(own, sum, 2 * sizeof(float)); });
         }
     }
 
     // Sums keep 14 bits, as on Hopper (docs/kernels.md): each of the terms, and the sum so far, is cut off at 2^-13 of the largest one's
-    // leading bit. What is left are whole numbers below 2^14, whose f32 sum is exact.
-    void add_codes(float* all_sums, const float* factors, const float* right) const {
-        constexpr int terms = 32, some = 16;  // columns at a time: so many that the compiler takes them together
-        constexpr uint32_t exponent = 0x7f800000, kept = 13u << 23, least = 20u << 23;
+    // leading bit. What is left are whole numbers below 2^14, whose f32 sum is exact. Eight columns at a time: left alone, the compiler
+    // takes them one by one, which is most of the time of all emulated kernels.
+    void add_codes(float* sums, const float* factors, const float* right) const {
+        constexpr int terms = 32, some = 8, toward_zero = _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC;
+        auto const size = [](__m256 values) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), values); };
+        __m256i const exponent = _mm256_set1_epi32(0x7f800000), kept = _mm256_set1_epi32(13 << 23), least = _mm256_set1_epi32(20 << 23);
         for (int first = 0; first < what.n; first += some) {
-            float* sums = all_sums + first;
-            float products[terms][some], largest[some], unit[some], inverse[some], whole[some];
-            for (int j = 0; j < some; ++j) largest[j] = std::fabs(sums[j]);
+            __m256 const sum = _mm256_loadu_ps(sums + first);
+            __m256 products[terms], largest = size(sum);
             for (int i = 0; i < terms; ++i) {
-                for (int j = 0; j < some; ++j) {
-                    products[i][j] = factors[i] * right[i * what.n + first + j];
-                    float const size = std::fabs(products[i][j]);
-                    largest[j] = size > largest[j] ? size : largest[j];
-                }
+                products[i] = _mm256_set1_ps(factors[i]) * _mm256_loadu_ps(right + i * what.n + first);
+                largest = _mm256_max_ps(size(products[i]), largest);  // what is not a number is left out
             }
-            for (int j = 0; j < some; ++j) {
-                uint32_t const leading = std::max(__float_as_uint(largest[j]) & exponent, least);
-                unit[j] = __uint_as_float(leading - kept);
-                inverse[j] = __uint_as_float((254u << 23) - (leading - kept));
-                whole[j] = std::trunc(sums[j] * inverse[j]);
-            }
-            for (int i = 0; i < terms; ++i) {
-                for (int j = 0; j < some; ++j) whole[j] += std::trunc(products[i][j] * inverse[j]);
-            }
-            for (int j = 0; j < some; ++j) sums[j] = whole[j] * unit[j];
+            __m256i const leading = _mm256_max_epi32(_mm256_and_si256(_mm256_castps_si256(largest), exponent), least);
+            __m256i const unit = _mm256_sub_epi32(leading, kept);
+            __m256 const inverse = _mm256_castsi256_ps(_mm256_sub_epi32(_mm256_set1_epi32(254 << 23), unit));
+            __m256 whole = _mm256_round_ps(sum * inverse, toward_zero);
+            for (const __m256& product : products) whole += _mm256_round_ps(product * inverse, toward_zero);
+            _mm256_storeu_ps(sums + first, whole * _mm256_castsi256_ps(unit));
         }
     }
 
