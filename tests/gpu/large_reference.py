@@ -38,6 +38,14 @@ def places(inputs: Mapping[str, Array], pages: int, page_size: int, sequence: in
     return page, keys % page_size
 
 
+def _cached(inputs: Mapping[str, Array], layout: KvLayout, sequence: int, count: int) -> tuple[Array, Float64, Float64]:
+    """Which of a sequence's first ``count`` keys are on pages of the pool; and of those latent ``[n, R]`` and rope ``[n, Dr]``."""
+    page, slot = places(inputs, len(inputs["kv_cache"]), layout.page_size, sequence, np.arange(count))
+    present = page >= 0
+    latent, rope = layout.read(inputs["kv_cache"], page[present], slot[present])
+    return present, latent.astype(np.float64), rope.astype(np.float64)
+
+
 def attention(
     inputs: Mapping[str, Array], attributes: Mapping[str, Any], query: Array | None = None
 ) -> dict[str, Float64]:
@@ -49,7 +57,6 @@ def attention(
         query: instead of ``inputs["query"]``; its heads may be those of the op several times over.
     """
     layout = layout_of(attributes)
-    pool = inputs["kv_cache"]
     query = (inputs["query"] if query is None else query).astype(np.float64)
     tokens, heads, _ = query.shape
     output = np.zeros((tokens, heads, layout.kv_lora_rank))
@@ -59,11 +66,8 @@ def attention(
     for sequence in np.unique(sequence_of[sequence_of >= 0]).tolist():
         members = np.flatnonzero(sequence_of == sequence)
         positions = inputs["positions"][members].astype(np.int64)
-        keys = np.arange(positions.max() + 1)
-        page, slot = places(inputs, len(pool), layout.page_size, sequence, keys)
-        present = page >= 0
-        latent, rope = layout.read(pool, page[present], slot[present])
-        rows = np.concatenate([latent, rope], axis=1).astype(np.float64)
+        present, latent, rope = _cached(inputs, layout, sequence, int(positions.max()) + 1)
+        rows = np.concatenate([latent, rope], axis=1)
         row_of = np.cumsum(present) - 1
         for token, position in zip(members.tolist(), positions.tolist(), strict=True):
             if "indices" in inputs:
@@ -85,6 +89,37 @@ def attention(
                 with np.errstate(over="ignore"):
                     total = total + np.exp(sinks.astype(np.float64) - top[:, 0])
             output[token] = weights @ chosen[:, : layout.kv_lora_rank] / total[:, None]
+    return {"output": output, "lse": lse}
+
+
+def prefill(inputs: Mapping[str, Array], attributes: Mapping[str, Any]) -> dict[str, Float64]:
+    """``output`` and ``lse`` of MlaPrefill."""
+    layout = layout_of(attributes)
+    query = inputs["query"].astype(np.float64)
+    w_uk = dequantized(inputs["w_uk"], inputs.get("w_uk_scale"))
+    w_uv = dequantized(inputs["w_uv"], inputs.get("w_uv_scale"))
+    tokens, heads, _ = query.shape
+    nope = w_uk.shape[2]
+    output = np.zeros((tokens, heads, w_uv.shape[1]))
+    lse = np.full((tokens, heads), -np.inf)
+    sequence_of = inputs["token_sequence"]
+    for sequence in np.unique(sequence_of[sequence_of >= 0]).tolist():
+        members = np.flatnonzero(sequence_of == sequence)
+        positions = inputs["positions"][members]
+        present, latent, rope = _cached(inputs, layout, sequence, int(positions.max()) + 1)
+        visible = np.flatnonzero(present) <= positions[:, None]
+        for head in range(heads) if len(latent) else ():
+            own = query[members, head]
+            scores = own[:, :nope] @ (latent @ w_uk[head]).T + own[:, nope:] @ rope.T
+            scores = np.where(visible, attributes["softmax_scale"] * scores, -np.inf)
+            top = scores.max(axis=1)
+            top[~visible.any(axis=1)] = 0
+            weights = np.exp(scores - top[:, None])
+            total = weights.sum(axis=1)
+            with np.errstate(divide="ignore", over="ignore"):  # no key; a sink that takes all
+                lse[members, head] = np.log(total) + top
+                share = np.exp(float(inputs["sinks"][head]) - top) if "sinks" in inputs else 0.0
+            output[members, head] = weights @ (latent @ w_uv[head].T) / np.where(total > 0, total + share, 1)[:, None]
     return {"output": output, "lse": lse}
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from cases import decoding_case, key_lists, kv_attributes, layout, step_of
 from harness import compare, compare_exactly
-from large_reference import append, attention
-from op_harness import assert_close, garbage_pool, reference
+from large_reference import append, attention, prefill
+from op_harness import assert_close, e4m3_weight, garbage_pool, reference
 
 pytestmark = pytest.mark.cpu
 
@@ -26,6 +26,29 @@ def test_equals_the_op_sets_reference(row_format: str, listed: bool) -> None:
         inputs["index_lengths"] = rng.integers(-1, 12, step.tokens).astype(np.int32)
     op_type = "MlaPrefillSparse" if listed else "MlaDecoding"
     found, expected = attention(inputs, attributes), reference(op_type, inputs, **attributes)
+    for name in ("output", "lse"):
+        assert_close(found[name], expected[name], 1e-6)
+
+
+@pytest.mark.parametrize("e4m3", [False, True], ids=["f32 weights", "e4m3 weights"])
+@pytest.mark.parametrize("row_format", ["f32", "fp8", "fp8_ds_mla"])
+def test_prefill_equals_the_op_sets_reference(row_format: str, e4m3: bool) -> None:
+    rng = np.random.default_rng(4)
+    step = step_of(rng, [7, 0, 2, 7], [7, 3, 0, 9], page_size=4, padding=2)
+    step.inputs["block_table"][0, 1] = -1
+    step.inputs["block_table"][2, 0] = step.pages  # there is no key
+    step.inputs["block_table"][3, :3] = -7  # the first three tokens see no key
+    inputs, attributes = decoding_case(rng, step, layout(row_format, 140, 8, 4), 3)
+    inputs["query"] = rng.standard_normal((step.tokens, 3, 24 + 8), np.float32)
+    inputs["query"][-2:] = np.nan
+    inputs["sinks"] = np.array([0.3, 1000, -np.inf], np.float32)
+    for name, shape in (("w_uk", (3, 140, 24)), ("w_uv", (3, 20, 140))):
+        if e4m3:
+            inputs[name], inputs[f"{name}_scale"] = e4m3_weight(rng, *shape)
+        else:
+            inputs[name] = rng.standard_normal(shape, np.float32)
+    del attributes["query_terms"]
+    found, expected = prefill(inputs, attributes), reference("MlaPrefill", inputs, **attributes)
     for name in ("output", "lse"):
         assert_close(found[name], expected[name], 1e-6)
 

@@ -1,4 +1,4 @@
-"""MlaPrefill's kernels against the op's float64 reference, and a long prompt against a vectorised one."""
+"""MlaPrefill's kernels against the float64 reference of large_reference.py, and of a long prompt some rows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 from harness import Array, compare, compare_exactly, run_op
-from op_harness import Step, behind_a_page_of_nan, e4m3_weight, latent_pool, make_step, reference
+from large_reference import prefill
+from op_harness import Step, behind_a_page_of_nan, e4m3_weight, latent_pool, make_step
 
 from mla_trt.formats import ROW_FORMATS, KvLayout
 
@@ -79,7 +80,7 @@ def _case(
 
 
 def _compare(inputs: dict[str, Any], attributes: dict[str, Any]) -> dict[str, Array]:
-    found, expected = run_op("MlaPrefill", inputs, **attributes), reference("MlaPrefill", inputs, **attributes)
+    found, expected = run_op("MlaPrefill", inputs, **attributes), prefill(inputs, attributes)
     precise = attributes["row_format"] == "f32" and inputs["query"].dtype == np.float32
     compare("output", found["output"], expected["output"], PRECISE if precise else PRODUCTS)
     finite = np.abs(expected["lse"][np.isfinite(expected["lse"])])
@@ -186,7 +187,7 @@ def test_softmax_scales(dimensions: str, row_format: str, scale: float) -> None:
     rng = np.random.default_rng(8)
     inputs, attributes = _case(rng, make_step(rng, [70], [4]), row_format, DIMENSIONS[dimensions])
     attributes["softmax_scale"] = scale
-    expected = reference("MlaPrefill", inputs, **attributes)
+    expected = prefill(inputs, attributes)
     found = run_op("MlaPrefill", inputs, **attributes)
     compare("output", found["output"], expected["output"], 10 * PRECISE if row_format == "f32" else 5 * PRODUCTS)
 
