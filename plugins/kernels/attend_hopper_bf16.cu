@@ -6,13 +6,14 @@
 // rows, in nine pieces of 128 bytes of each: K-major for the scores, and for the output transposed by the tensor cores.
 //
 // - The queries come by the copy engine while the first keys are brought.
-// - All keys come by the copy engine: each output group orders its side of the tile that takes the place of the one that it has used,
-//   and the scores begin when the first side is there: a tile's place is empty for less time. Rows behind the end may be anything, so
-//   the values of the last tile's are cleared.
+// - All keys come by the copy engine: each output group orders its side of a later tile to where the one was that it has used. Half of
+//   the queries go to registers, so that two and a half tiles have room, and the scores of a tile are ordered before the output of the
+//   one before. Rows behind the end may be anything, so the values of the last tile's are cleared.
 // - Listed keys are gathered, zeros where there is none, and codes decoded by a fourth group, while the tile before is multiplied. Codes
 //   of one or two tiles are decoded by all groups.
 // - The reference of a row is its first maximum, until one exceeds it by 2^8: the output is rarely rescaled.
 #include "attend_hopper_bf16_feed.cuh"
+#include "attend_hopper_bf16_scores.cuh"
 
 namespace mla {
 namespace {
@@ -20,169 +21,6 @@ namespace {
 using namespace hopper_bf16;
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-
-constexpr float spare_bits = 8.0f;
-
-// Lane 4 g + t of warp w has rows 16 w + g and 16 w + g + 8, and of each 8 keys 2 t and 2 t + 1.
-template <bool lists, int format>
-__device__ void score_group(const Attend& work, const Partials& partials, const Item& item, const Span& span, uint8_t* memory) {
-    constexpr bool codes = format != row_format::bf16, row_scales = format == row_format::fp8;
-    int const thread = threadIdx.x % group, warp = thread / warp_size, lane = thread % warp_size;
-    int const g = lane / 4, t = lane % 4, first_row = warp * 16 + g;
-    float const scale = work.softmax_scale * log2e;
-    uint32_t const query = tile_descriptor(shared_address(memory));
-    float top[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f};
-    if constexpr (!lists) {
-        if (thread < 64) {
-            reinterpret_cast<int32_t*>(memory + place::limits)[thread] =
-                thread < item.count ? last_key(work, item.first_token + (item.first_head + thread) / work.heads) : -1;
-        }
-        named_sync(limits_there, group);
-    }
-    barrier_wait(shared_address(memory + place::queries_full), 0);
-
-#pragma unroll 1
-    for (int32_t n = 0; n < span.count; ++n) {
-        float scores[32];
-        uint32_t const keys = tile_descriptor(shared_address(memory + place::tiles) + (n & 1) * tile_bytes);
-        auto wait_for_side = [&](int side) {
-            barrier_wait(barrier_of(memory, place::full, n, side), n / 2 & 1);
-            if (lists || codes) fence_async();  // those rows were not written by the copy engine
-        };
-        wait_for_side(0);
-        pin(scores);
-        product_fence();
-        auto piece = [&](auto number) {
-            constexpr int i = decltype(number)::value;
-            product_bf16<0, i == 0>(scores, query + i * (piece_bytes >> 4), keys + i * (piece_bytes >> 4));
-            product_bf16<1>(scores, query + i * (piece_bytes >> 4), keys + i * (piece_bytes >> 4));
-            product_bf16<2>(scores, query + i * (piece_bytes >> 4), keys + i * (piece_bytes >> 4));
-            product_bf16<3>(scores, query + i * (piece_bytes >> 4), keys + i * (piece_bytes >> 4));
-        };
-        piece(std::integral_constant<int, 0>());
-        piece(std::integral_constant<int, 1>());
-        piece(std::integral_constant<int, 2>());
-        piece(std::integral_constant<int, 3>());
-        if (!codes) {
-            wait_for_side(1);
-            product_fence();
-        }
-        piece(std::integral_constant<int, 4>());
-        piece(std::integral_constant<int, 5>());
-        piece(std::integral_constant<int, 6>());
-        piece(std::integral_constant<int, 7>());
-        piece(std::integral_constant<int, 8>());
-        product_commit();
-        product_wait();
-        pin(scores);
-        const auto* row_scale = reinterpret_cast<const volatile float*>(memory + place::scales) + (n & 1) * tile + 2 * t;
-        if (row_scales) {
-#pragma unroll
-            for (int j = 0; j < 8; ++j) {
-                float const even = row_scale[8 * j], odd = row_scale[8 * j + 1];
-                scores[4 * j] *= even, scores[4 * j + 1] *= odd, scores[4 * j + 2] *= even, scores[4 * j + 3] *= odd;
-            }
-        }
-        uint64_t const present = reinterpret_cast<const uint64_t*>(memory + place::there)[n & 1];
-        int32_t const first_key = (span.first + n) * tile;
-        const auto* limits = reinterpret_cast<const volatile int32_t*>(memory + place::limits) + first_row;  // not kept in registers
-        bool const masks = present != ~uint64_t{0} || (!lists && first_key + tile > min(limits[0], limits[8]) + 1);
-        if (masks) {
-            uint64_t const own = present >> 2 * t;
-            int32_t const before = first_key + 2 * t, room[2] = {lists ? 0 : limits[0] - before, lists ? 0 : limits[8] - before};
-#pragma unroll
-            for (int j = 0; j < 32; ++j) {
-                int const key = j / 4 * 8 + j % 2;
-                bool const there = (own >> key & 1) != 0, seen = lists || key <= room[j / 2 % 2];
-                scores[j] = there && seen ? scores[j] : -INFINITY;
-            }
-        }
-        // both rows side by side, and sums in two parts: fewer waits for what came just before
-        float best[2][2], factor[2], base[2], sum[2][2] = {};
-#pragma unroll
-        for (int j = 0; j < 32; ++j) {
-            float& own = best[j / 2 % 2][j % 2];
-            own = j < 4 ? scores[j] : fmaxf(own, scores[j]);
-        }
-#pragma unroll
-        for (int r = 0; r < 2; ++r) best[r][0] = fmaxf(best[r][0], best[r][1]);
-#pragma unroll
-        for (int lanes = 1; lanes <= 2; lanes *= 2) {
-#pragma unroll
-            for (int r = 0; r < 2; ++r) best[r][0] = fmaxf(best[r][0], __shfl_xor_sync(0xffffffffu, best[r][0], lanes));
-        }
-        bool changed = false;
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            float const largest = scale * best[r][0];
-            float const highest = largest > top[r] + spare_bits || top[r] == -INFINITY ? largest : top[r];
-            base[r] = highest == -INFINITY ? 0.0f : highest;
-            factor[r] = power_of_two(top[r] - base[r]);
-            changed = changed || highest != top[r];
-            top[r] = highest;
-        }
-        uint32_t words[16];  // row r's keys 8 j + 2 t and the next: 2 j + r
-#pragma unroll
-        for (int i = 0; i < 16; ++i) {
-            float const low = power_of_two(fmaf(scores[2 * i], scale, -base[i % 2]));
-            float const high = power_of_two(fmaf(scores[2 * i + 1], scale, -base[i % 2]));
-            sum[i % 2][0] += low;
-            sum[i % 2][1] += high;
-            float const even = row_scales ? row_scale[i / 2 * 8] : 1.0f, odd = row_scales ? row_scale[i / 2 * 8 + 1] : 1.0f;
-            __nv_bfloat162 const pair = __floats2bfloat162_rn(low * even, high * odd);
-            words[i] = reinterpret_cast<const uint32_t&>(pair);
-        }
-#pragma unroll
-        for (int r = 0; r < 2; ++r) total[r] = fmaf(total[r], factor[r], sum[r][0] + sum[r][1]);
-
-        named_sync(keys_read, group);  // by all warps: the weights come where the tile's rope was
-        uint32_t const weights = shared_address(memory + place::weights) + (n & 1) * tile_bytes;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            // lanes 0 to 15 name the rows of the first eight keys, the others those of the next eight
-            int const row = warp * 16 + lane % 16, unit = 2 * i + lane / 16;
-            store_matrices(weights + row * 128 + ((unit ^ (row & 7)) << 4), words + 4 * i);
-        }
-        if (t == 0) {
-#pragma unroll
-            for (int r = 0; r < 2; ++r) reinterpret_cast<float*>(memory + place::rescale)[(n & 1) * 64 + first_row + 8 * r] = factor[r];
-        }
-        bool const any = __any_sync(0xffffffffu, changed);
-        if (lane == 0) reinterpret_cast<int32_t*>(memory + place::changed)[(n & 1) * 4 + warp] = any ? 1 : 0;
-        if (!lists && !codes && n + 1 == span.count && span.last_keys < tile) {  // values that were never written may be NaN
-            for (int i = thread; i < value_pieces * (tile - span.last_keys) * 8; i += group) {
-                int const of_piece = (tile - span.last_keys) * 8;
-                reinterpret_cast<uint4*>(memory + place::tiles + (n & 1) * tile_bytes + i / of_piece * piece_bytes +
-                                         span.last_keys * 128)[i % of_piece] = make_uint4(0, 0, 0, 0);
-            }
-        }
-        fence_async();
-        __syncwarp();
-        if (lane == 0) barrier_arrive(shared_address(memory + place::ready) + 8 * (n & 1));
-    }
-
-    // what divides the output
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        total[r] += __shfl_xor_sync(0xffffffffu, total[r], 1);
-        total[r] += __shfl_xor_sync(0xffffffffu, total[r], 2);
-        int const row = first_row + 8 * r;
-        if (t != 0 || row >= item.count) continue;
-        float sum = total[r];
-        int const flat = item.first_head + row;
-        int64_t const token = item.first_token + flat / work.heads;
-        int const head = flat % work.heads;
-        int64_t const out_row = token * work.heads + head;
-        float const lse = sum == 0.0f ? -INFINITY : top[r] + log2f(sum);
-        if (item.slot >= 0) {
-            partials.lse[partials.row(item.slot, row)] = lse;
-        } else {
-            if (work.lse != nullptr) work.lse[out_row] = lse * ln2;
-            if (work.sinks != nullptr && sum != 0.0f) sum += exp2f(work.sinks[head] * log2e - top[r]);
-        }
-        reinterpret_cast<float*>(memory + place::factors)[row] = sum == 0.0f ? 0.0f : 1.0f / sum;
-    }
-}
 
 // Adds weights [64][16] x values [16][256] at step `step` of the keys. A block with four groups has no more than 128 registers a thread
 // for one instruction.
@@ -205,13 +43,15 @@ __device__ inline bool fits_float16(float largest) { return largest == 0.0f || (
 template <bool fed, bool halves, int side>
 __device__ void output_group(const Attend& work, const Partials& partials, const Item& item, const Span& span, const CUtensorMap* map,
                              uint8_t* memory) {
-    int const thread = static_cast<int>(threadIdx.x) % group;
-    TileBringer<side> keys;
+    using Places = std::conditional_t<fed, FedPlaces, RingPlaces>;
+    uint32_t const base = shared_address(memory);
+    SideBringer<side> keys;
     if constexpr (!fed) {
-        keys.begin(work, item, span, thread);
-        for (int n = 0; n < 2; ++n) {
-            keys.prepare(work, item, span, memory, n, thread);
-            keys.bring(work, item, span, map, memory, n, thread);
+        keys.begin(work, item, span, static_cast<int>(threadIdx.x) % group);
+        for (int n = 0; n < keys.places; ++n) {
+            keys.prepare(work, span, map, memory);
+            if (n == 2 && n < span.count) barrier_wait(base + RingPlaces::queries_kept, 0);
+            keys.bring(work, item, span, map, memory);
         }
     }
     int const warp = threadIdx.x / warp_size % 4, lane = threadIdx.x % warp_size;
@@ -220,15 +60,15 @@ __device__ void output_group(const Attend& work, const Partials& partials, const
 #pragma unroll
     for (int i = 0; i < 128; ++i) sums[i] = 0.0f;
 #pragma unroll 1
-    for (int32_t n = 0; n < span.count; ++n) {
-        uint32_t const weights = tile_descriptor(shared_address(memory + place::weights)) + (n & 1) * (tile_bytes >> 4);
-        uint32_t const values = tile_descriptor(shared_address(memory + place::tiles) + (n & 1) * tile_bytes +
-                                                side * (value_pieces / 2) * piece_bytes);
-        barrier_wait(shared_address(memory + place::ready) + 8 * (n & 1), n / 2 & 1);
+    for (int32_t n = 0, third = 0; n < span.count; ++n, third = third == first_places - 1 ? 0 : third + 1) {
+        uint32_t const weights = tile_descriptor(base + Places::weights_of(n)), values = tile_descriptor(base + Places::values_of(side, n, third));
+        barrier_wait(base + Places::ready + 8 * (n & 1), n / 2 & 1);
         if (fed) fence_async();
-        int4 const changed = reinterpret_cast<const int4*>(memory + place::changed)[n & 1];
+        // The second side's place is wanted sooner than the first one's, which has another place: the second side's products are first.
+        if (!fed && side == 0) named_sync(second_side_first + (n & 1), 2 * group);
+        int4 const changed = reinterpret_cast<const int4*>(memory + Places::changed)[n & 1];
         if ((changed.x | changed.y | changed.z | changed.w) != 0) {
-            const auto* rescale = reinterpret_cast<const float*>(memory + place::rescale) + (n & 1) * 64 + first_row;
+            const auto* rescale = reinterpret_cast<const float*>(memory + Places::rescale) + (n & 1) * 64 + first_row;
             float const low = rescale[0], high = rescale[8];
 #pragma unroll
             for (int i = 0; i < 128; ++i) sums[i] *= i / 2 % 2 == 0 ? low : high;
@@ -240,11 +80,12 @@ __device__ void output_group(const Attend& work, const Partials& partials, const
         add_product<fed, 2>(sums, weights, values);
         add_product<fed, 3>(sums, weights, values);
         product_commit();
-        if constexpr (!fed) keys.prepare(work, item, span, memory, n + 2, thread);
+        if (!fed && side == 1) named_arrive(second_side_first + (n & 1), 2 * group);
+        if constexpr (!fed) keys.prepare(work, span, map, memory);
         product_wait();
         pin(sums);
-        if (lane == 0) barrier_arrive(barrier_of(memory, place::used, n, side));
-        if constexpr (!fed) keys.bring(work, item, span, map, memory, n + 2, thread);
+        if (lane == 0) barrier_arrive(base + Places::used_of(side, n, third));
+        if constexpr (!fed) keys.bring(work, item, span, map, memory);
     }
     __syncthreads();  // the factors are there, and nobody needs keys and queries any more
     auto* staged = reinterpret_cast<float*>(memory);
@@ -255,7 +96,7 @@ __device__ void output_group(const Attend& work, const Partials& partials, const
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 int const row = first_row + 8 * r;
-                float const factor = reinterpret_cast<const float*>(memory + place::factors)[row];
+                float const factor = reinterpret_cast<const float*>(memory + Places::factors)[row];
                 float largest = 0.0f;
 #pragma unroll
                 for (int j = 0; j < 32; ++j) {
@@ -274,7 +115,7 @@ __device__ void output_group(const Attend& work, const Partials& partials, const
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             int const row = first_row + 8 * r;
-            float const factor = reinterpret_cast<const float*>(memory + place::factors)[row];
+            float const factor = reinterpret_cast<const float*>(memory + Places::factors)[row];
 #pragma unroll
             for (int j = 0; j < 32; ++j) {
                 *reinterpret_cast<float2*>(staged + row * own_staged_row + side * 256 + 8 * j + 2 * t) =
@@ -296,6 +137,35 @@ __device__ void output_group(const Attend& work, const Partials& partials, const
     }
 }
 
+// All barriers of a block, by one thread.
+__device__ void init_fed_barriers(uint32_t base, int full_arrivals) {
+    for (int i = 0; i < 2; ++i) {
+        barrier_init(base + FedPlaces::ready + 8 * i, group / warp_size);
+        for (int side = 0; side < 2; ++side) {
+            barrier_init(base + FedPlaces::full + 16 * i + 8 * side, full_arrivals);
+            barrier_init(base + FedPlaces::used + 16 * i + 8 * side, group / warp_size);
+        }
+    }
+    barrier_init(base + FedPlaces::queries_full, 1);
+    fence_barrier_init();
+}
+__device__ void init_ring_barriers(uint32_t base) {
+    for (int i = 0; i < first_places; ++i) {
+        barrier_init(base + RingPlaces::first_full + 8 * i, 1);
+        barrier_init(base + RingPlaces::first_used + 8 * i, group / warp_size);
+    }
+    for (int i = 0; i < second_places; ++i) {
+        barrier_init(base + RingPlaces::second_full + 8 * i, 1);
+        barrier_init(base + RingPlaces::second_used + 8 * i, group / warp_size);
+        barrier_init(base + RingPlaces::rope_full + 8 * i, 1);
+        barrier_init(base + RingPlaces::rope_used + 8 * i, group / warp_size);
+        barrier_init(base + RingPlaces::ready + 8 * i, group / warp_size);
+    }
+    barrier_init(base + RingPlaces::queries_full, 1);
+    barrier_init(base + RingPlaces::queries_kept, group / warp_size);
+    fence_barrier_init();
+}
+
 #endif
 
 template <bool lists, int format>
@@ -304,19 +174,16 @@ __global__ void __launch_bounds__(lists || format != row_format::bf16 ? fed_thre
                               Partials partials) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     constexpr bool codes = format != row_format::bf16, fed = lists || codes, halves = hopper_bf16_halves(format);
+    using Places = std::conditional_t<fed, FedPlaces, RingPlaces>;
     extern __shared__ __align__(1024) uint8_t memory[];
     __shared__ Item shared_item;
     int const warp = threadIdx.x / warp_size;
     if (threadIdx.x == 32) {
-        for (int i = 0; i < 2; ++i) {
-            barrier_init(shared_address(memory + place::ready) + 8 * i, group / warp_size);
-            for (int side = 0; side < 2; ++side) {
-                barrier_init(barrier_of(memory, place::full, i, side), codes ? group : lists ? group + 2 : 1);
-                barrier_init(barrier_of(memory, place::used, i, side), group / warp_size);
-            }
+        if constexpr (fed) {
+            init_fed_barriers(shared_address(memory), codes ? group : group + 2);
+        } else {
+            init_ring_barriers(shared_address(memory));
         }
-        barrier_init(shared_address(memory + place::queries_full), 1);
-        fence_barrier_init();
         prefetch_map(&query_map);
         if (!fed) prefetch_map(&map);
     }
@@ -330,8 +197,8 @@ __global__ void __launch_bounds__(lists || format != row_format::bf16 ? fed_thre
     }
     constexpr int ordering_warp = codes ? fed_threads / warp_size - 1 : 0;  // not one that is waited for first
     if (warp == ordering_warp && elect_lane()) {
-        order_queries(work, &query_map, item, hopper_bf16_rows, shared_address(memory + place::queries_full),
-                      [&](int column) { return shared_address(memory) + column * piece_bytes; });
+        order_queries(work, &query_map, item, hopper_bf16_rows, shared_address(memory + Places::queries_full),
+                      [&](int column) { return shared_address(memory) + Places::query_piece(column); });
     }
     Span const span{item.first_tile, item.last_tile - item.first_tile, min(item.keys - (item.last_tile - 1) * tile, tile)};
 
@@ -345,11 +212,20 @@ __global__ void __launch_bounds__(lists || format != row_format::bf16 ? fed_thre
         }
         __syncthreads();
     } else if (warp < group / warp_size) {
-        if constexpr (fed) registers_decrease<104>();
-        score_group<lists, format>(work, partials, item, span, memory);
+        if constexpr (fed) {
+            registers_decrease<104>();
+            score_fed<lists, format>(work, partials, item, span, memory);
+        } else {
+            registers_increase<184>();
+            score_ring(work, partials, item, span, memory);
+        }
         __syncthreads();
     } else {
-        if constexpr (fed) registers_increase<160>();
+        if constexpr (fed) {
+            registers_increase<160>();
+        } else {
+            registers_decrease<160>();
+        }
         if (warp < 2 * group / warp_size) {
             output_group<fed, halves, 0>(work, partials, item, span, &map, memory);
         } else {
@@ -364,13 +240,14 @@ __global__ void __launch_bounds__(lists || format != row_format::bf16 ? fed_thre
 
 template <bool lists, int format>
 int launch(const Attend& work, const Partials& partials, cudaStream_t stream) {
+    constexpr bool fed = lists || format != row_format::bf16;
     CUtensorMap map{}, query_map;
     if (int status = make_query_map(&query_map, work, hopper_bf16_rows)) return status;
-    if (!lists && format == row_format::bf16) {
+    if (!fed) {
         if (int status = make_map(&map, work, pieces, 1)) return status;
     }
-    return launch_blocks(attend_hopper_bf16_kernel<lists, format>, work, partials,
-                         lists || format != row_format::bf16 ? fed_threads : block_threads, place::total, stream, map, query_map, work, partials);
+    return launch_blocks(attend_hopper_bf16_kernel<lists, format>, work, partials, fed ? fed_threads : block_threads,
+                         fed ? FedPlaces::total : RingPlaces::total, stream, map, query_map, work, partials);
 }
 
 template <bool lists>

@@ -30,7 +30,7 @@ struct TileGatherer {
         if (thread < tile) rows.begin(work, item, span, thread);
 #pragma unroll 1
         for (int32_t n = 0; n < span.count; ++n) {
-            auto* offsets = reinterpret_cast<uint32_t*>(memory + place::offsets) + (n & 1) * tile;
+            auto* offsets = reinterpret_cast<uint32_t*>(memory + FedPlaces::offsets) + (n & 1) * tile;
             if (thread < tile) {
                 uint32_t const offset = rows.next(work, item, span);
                 offsets[thread] = offset;
@@ -49,9 +49,9 @@ private:
     __device__ void bring(uint8_t* memory, int32_t n) const {
         wait_for_place(memory, n, side);
         bool const tells = thread < tile && thread % warp_size == 0;
-        if (side == 0 && tells) reinterpret_cast<uint32_t*>(memory + place::there)[(n & 1) * 2 + thread / warp_size] = present;
+        if (side == 0 && tells) reinterpret_cast<uint32_t*>(memory + FedPlaces::there)[(n & 1) * 2 + thread / warp_size] = present;
         int const unit = thread % 8, first_row = thread / 8;
-        uint32_t const target = shared_address(memory + place::tiles) + (n & 1) * tile_bytes + first_piece(side) * piece_bytes +
+        uint32_t const target = shared_address(memory + FedPlaces::tiles) + (n & 1) * tile_bytes + first_piece(side) * piece_bytes +
                                 first_row * 128 + ((unit ^ (first_row & 7)) << 4);
 #pragma unroll
         for (int k = 0; k < tile / step; ++k) {
@@ -60,8 +60,8 @@ private:
 #pragma unroll
             for (int i = 0; i < side_pieces(side); ++i) copy_async_16(target + k * (step * 128) + i * piece_bytes, source + i * 128, there);
         }
-        barrier_arrive_after_copies(barrier_of(memory, place::full, n, side));
-        if (tells) barrier_arrive(barrier_of(memory, place::full, n, side));
+        barrier_arrive_after_copies(barrier_of(memory, FedPlaces::full, n, side));
+        if (tells) barrier_arrive(barrier_of(memory, FedPlaces::full, n, side));
     }
 };
 
@@ -126,12 +126,12 @@ struct TileDecoder {
 #pragma unroll
         for (int i = 0; i < value_pieces; ++i) fetch(i);
         uint32_t const bits = rows_of(__ballot_sync(0xffffffffu, present));
-        if (lane == 0) memory[place::there + n * 8 + warp] = static_cast<uint8_t>(bits);
+        if (lane == 0) memory[FedPlaces::there + n * 8 + warp] = static_cast<uint8_t>(bits);
         decode_row<false>(memory, n, line, own_row);
         fence_async();
         __syncwarp();
         static_assert(tile_warps * warp_size / 2 == group);
-        if (lane % 2 == 0) barrier_arrive(barrier_of(memory, place::full, n, 0));
+        if (lane % 2 == 0) barrier_arrive(barrier_of(memory, FedPlaces::full, n, 0));
     }
 
     // All tiles one after the other where they are more, by a group.
@@ -156,12 +156,12 @@ struct TileDecoder {
             if (m % 2 == 0) wait_for_place(memory, n, 1);
             int const line = m % 2 * half + warp * rows + own_row;
             uint32_t const bits = rows_of(__ballot_sync(0xffffffffu, fetched));
-            if (lane == 0) memory[place::there + (n & 1) * 8 + m % 2 * 4 + warp] = static_cast<uint8_t>(bits);
+            if (lane == 0) memory[FedPlaces::there + (n & 1) * 8 + m % 2 * 4 + warp] = static_cast<uint8_t>(bits);
             fetched = present;
             decode_row<true>(memory, n, line, own_row);
             find_row();
             // without a fence, which would wait for the next rows: those who use the tile have one
-            if (m % 2 == 1) barrier_arrive(barrier_of(memory, place::full, n, 0));
+            if (m % 2 == 1) barrier_arrive(barrier_of(memory, FedPlaces::full, n, 0));
         }
     }
 
@@ -173,9 +173,9 @@ private:
     template <bool more>
     __device__ void decode_row(uint8_t* memory, int32_t n, int line, int own_row) {
         if (page_scales && quarter == 0) {
-            reinterpret_cast<float*>(memory + place::scales)[(n & 1) * tile + line] = __uint_as_float(scales.x);
+            reinterpret_cast<float*>(memory + FedPlaces::scales)[(n & 1) * tile + line] = __uint_as_float(scales.x);
         }
-        uint32_t const target = shared_address(memory) + place::tiles + (n & 1) * tile_bytes + line * 128;
+        uint32_t const target = shared_address(memory) + FedPlaces::tiles + (n & 1) * tile_bytes + line * 128;
         if (!page_scales && __any_sync(0xffffffffu, most(most(scales.x, scales.y), most(scales.z, scales.w)) >= large_scale)) {
             decode_codes<more, true>(target, own_row);
         } else {

@@ -82,7 +82,7 @@ struct StagedRows {
         page_shift = __ffs(work.layout.page_size) - 1;
         at = span.first * tile + line;
         last = last_key(work, item.first_token);
-        entry = reinterpret_cast<int32_t volatile*>(memory + place::lookups) + threadIdx.x % group;
+        entry = reinterpret_cast<int32_t volatile*>(memory + FedPlaces::lookups) + threadIdx.x % group;
         page = entry + group;
         ask(entry, listed(work, item, span));
         copy_async_commit();

@@ -25,6 +25,13 @@ __device__ inline void barrier_arrive(uint32_t barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+// Without a branch, which products under way may not meet.
+__device__ inline void barrier_arrive_if(uint32_t barrier, bool arrives) {
+    asm volatile("{\n.reg .pred arrives;\nsetp.ne.u32 arrives, %1, 0;\n@arrives mbarrier.arrive.shared::cta.b64 _, [%0];\n}" ::"r"(barrier),
+                 "r"(static_cast<uint32_t>(arrives))
+                 : "memory");
+}
+
 // An arrival, once all copies of copy_async_16 that this thread has begun are there.
 __device__ inline void barrier_arrive_after_copies(uint32_t barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
@@ -204,6 +211,15 @@ __device__ inline void product_bf16(float (&d)[32], uint32_t a, uint32_t b) {
                  "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" MLA_R32 "}, x, y, %35, 1, 1, 0, 0;\n}"
                  : MLA_D32(d)
                  : "r"(a), "r"(b), "n"(2 * step), "n"(clear ? 0 : 1));
+}
+
+// The same with A in registers.
+template <int step, bool clear = false>
+__device__ inline void product_bf16(float (&d)[32], const uint32_t (&a)[4], uint32_t b) {
+    asm volatile("{\n.reg .b64 y;\n.reg .b32 low;\nadd.u32 low, %36, %37;\nmov.b64 y, {low, 0x40000040};\n"
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" MLA_R32 "}, {%32, %33, %34, %35}, y, %38, 1, 1, 0;\n}"
+                 : MLA_D32(d)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(2 * step), "n"(clear ? 0 : 1));
 }
 
 // D [64][128] (+)= A [64][16] B [128][16]^T, bf16, at step `step` of K; `clear`: D is overwritten.

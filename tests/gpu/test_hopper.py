@@ -275,6 +275,20 @@ def test_parts_of_any_size(sizes: tuple[int, int], listed: bool, kind: Kind) -> 
     _compare(run_op("MlaDecoding", inputs, **attributes), inputs, attributes)
 
 
+@pytest.mark.multiprocessors(2)
+@pytest.mark.parametrize("kind", [1, "bf16"])
+@pytest.mark.parametrize(
+    ("sequences", "heads"), [pytest.param(4, 65, marks=pytest.mark.small), (4, 64), (140, 128), (280, 48)]
+)
+def test_more_tiles_than_places(sequences: int, heads: int, kind: Kind) -> None:
+    """Too many sequences for the multiprocessors, so that none is cut; each of one or two blocks, with 0 to 15 tiles."""
+    rng = np.random.default_rng(28)
+    lengths = rng.permutation(np.resize([640, 577, 900, 705, 0, 1, 64, 576, 129, 512], sequences)).tolist()
+    step = step_of(rng, [min(length, 1) for length in lengths], [max(length - 1, 0) for length in lengths])
+    inputs, attributes = _case(rng, step, heads, kind)
+    _compare(run_op("MlaDecoding", inputs, **attributes), inputs, attributes)
+
+
 @pytest.mark.small
 @pytest.mark.multiprocessors(132)
 @pytest.mark.parametrize(

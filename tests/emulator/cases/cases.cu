@@ -102,7 +102,7 @@ __global__ void in_a_cluster(const uint8_t*, uint8_t* out, bool) {
 }
 
 // D [64][n] of the products of four warps. A and B come as boxes of rows of 128 bytes.
-enum Form { codes, codes_in_registers, values, values_in_registers, columns };
+enum Form { codes, codes_in_registers, values, values_in_registers, columns, keys_of_registers };
 __global__ void product(const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap b_map, const uint8_t* a_bytes, float* out, int form,
                         bool waits) {
     extern __shared__ __align__(1024) uint8_t memory[];
@@ -133,6 +133,7 @@ __global__ void product(const __grid_constant__ CUtensorMap a_map, const __grid_
         product_e4m3<1>(d, registers, right);  // and on top of it
     }
     if (form == values) product_bf16<1, true>(d, left, right);
+    if (form == keys_of_registers) product_bf16<1, true>(d, registers, right);
     if (form == columns || form == values_in_registers) {  // of 64 columns, twice
         float wide[64];
         for (float& value : wide) value = 0.0f;

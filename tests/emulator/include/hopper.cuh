@@ -12,6 +12,9 @@ inline void barrier_init(uint32_t barrier, uint32_t arrivals) { emulator::barrie
 inline void fence_barrier_init() {}
 inline void barrier_expect(uint32_t barrier, uint32_t bytes) { emulator::barrier_arrive(barrier, bytes); }
 inline void barrier_arrive(uint32_t barrier) { emulator::barrier_arrive(barrier, 0); }
+inline void barrier_arrive_if(uint32_t barrier, bool arrives) {
+    if (arrives) barrier_arrive(barrier);
+}
 inline void barrier_arrive_after_copies(uint32_t barrier) { emulator::arrive_after_thread_copies(barrier); }
 inline void barrier_wait(uint32_t barrier, uint32_t parity) { emulator::barrier_wait(barrier, parity); }
 inline bool barrier_test(uint32_t barrier, uint32_t parity) { return emulator::barrier_test(barrier, parity); }
@@ -116,6 +119,10 @@ inline void product_e4m3(float (&d)[32], uint32_t a, uint32_t b) {
 template <int step, bool clear = false>
 inline void product_bf16(float (&d)[32], uint32_t a, uint32_t b) {
     order(d, 64, false, clear, false, nullptr, a + 2 * step, b + 2 * step);
+}
+template <int step, bool clear = false>
+inline void product_bf16(float (&d)[32], const uint32_t (&a)[4], uint32_t b) {
+    order(d, 64, false, clear, false, a, 0, b + 2 * step);
 }
 template <int step, bool clear>
 inline void product_bf16(float (&d)[64], uint32_t a, uint32_t b) {
