@@ -1,13 +1,13 @@
 // Attention on SM90 with both products in bf16 (R 512, Dr 64, pages of 64 x 2^n), of all keys or of lists of them: over bf16 rows,
 // and over codes (fp8, fp8_ds_mla), which are decoded.
 //
-// A block has up to 64 rows (heads, or tokens x heads of one sequence) and walks over tiles of 64 keys, two of which are in
+// A block has up to 64 rows (heads, or tokens x heads of one sequence) and walks over tiles of 64 keys, two and more of which are in
 // shared memory. One warpgroup makes the scores and the softmax, two make the output, each 256 of its 512 columns. Keys lie as
 // rows, in nine pieces of 128 bytes of each: K-major for the scores, and for the output transposed by the tensor cores.
 //
 // - The queries come by the copy engine while the first keys are brought.
-// - All keys come by the copy engine: each output group orders its side of a later tile to where the one was that it has used. Half of
-//   the queries go to registers, so that two and a half tiles have room, and the scores of a tile are ordered before the output of the
+// - All keys come by the copy engine: each output group orders its side of a later tile to where the one was that it has used. More than
+//   half of the queries go to registers, so that two and a half tiles have room, and the scores of a tile are ordered before the output of the
 //   one before. Rows behind the end may be anything, so the values of the last tile's are cleared.
 // - Listed keys are gathered, zeros where there is none, and codes decoded by a fourth group, while the tile before is multiplied. Codes
 //   of one or two tiles are decoded by all groups.
@@ -137,7 +137,7 @@ __device__ void output_group(const Attend& work, const Partials& partials, const
     }
 }
 
-// All barriers of a block, by one thread.
+// By one thread.
 __device__ void init_fed_barriers(uint32_t base, int full_arrivals) {
     for (int i = 0; i < 2; ++i) {
         barrier_init(base + FedPlaces::ready + 8 * i, group / warp_size);

@@ -77,7 +77,7 @@ struct SideBringer {
         page = there ? page : static_cast<int32_t>(work.step.pages);  // outside of the map: zeros
         if constexpr (side == 0) {
             int const keys = there ? span.keys(n) : 0;
-            if (elect_lane()) {
+            if (elect_lane()) {  // the lane that arrives where the scores wait for the side, which so see this too
                 reinterpret_cast<uint64_t*>(memory + RingPlaces::there)[place] = keys == tile ? ~uint64_t{0} : (uint64_t{1} << keys) - 1;
             }
         } else {
