@@ -1,11 +1,11 @@
 // Attention over rows of the formats fp8 and fp8_flat on SM90, of whole sequences or of lists of tokens, with both products in e4m3
 // (R 512, Dr 64, pages of 64 x 2^n).
 //
-// A block has up to 64 rows (heads, or tokens x heads of one sequence) and walks over tiles of 128 keys. Two warpgroups make
-// the scores, each of its 64 keys, and the softmax; two make the output, each 256 of its 512 columns. Scores are Q K^T. The
-// output is made transposed, V^T P^T: keys lie in shared memory as rows, and so V, whose tile is K-major only the other way
-// round, comes through registers (`ldmatrix` with transposition gives pairs of codes of one key, `prmt` makes fragments of
-// four keys); P is written in the order of keys that those fragments have (`value_fragments`).
+// A block has up to 64 rows (heads, or tokens x heads of one sequence) and walks over tiles of 128 keys. One warpgroup makes
+// the scores and the softmax; one the tables of scales that this needs, and the sums of the weights; two make the output, each 256
+// of its 512 columns. Scores are Q K^T. The output is made transposed, V^T P^T: keys lie in shared memory as rows, and so V, whose
+// tile is K-major only the other way round, comes through registers (`ldmatrix` with transposition gives pairs of codes of one key,
+// `prmt` makes fragments of four keys); P is written in the order of keys that those fragments have (`value_fragments`).
 //
 // - The query is e4m3 with a scale for each row, in one term or two: the second holds what the first leaves. Where rows are at
 //   most 32, both terms are rows of one product of 64, which costs nothing; else the second is a second product.
@@ -20,7 +20,7 @@
 // - Where one sequence is cut into parts, two blocks of an item are a cluster: what both have of a row becomes one part (`merge_cluster`),
 //   so that half of the bytes are left for the merge.
 #include "attend_hopper_fp8_output.cuh"
-#include "attend_hopper_fp8_scores.cuh"
+#include "attend_hopper_fp8_sums.cuh"
 #include "cluster.cuh"
 
 namespace mla {
@@ -88,6 +88,7 @@ __global__ void __launch_bounds__(threads, 1)
     extern __shared__ __align__(1024) uint8_t memory[];
     __shared__ Item shared_item;
     int const warp = threadIdx.x / warp_size;
+    constexpr int first_warp = group / warp_size;  // that finds the item and orders what comes first
     uint32_t const queries_full = shared_address(memory + P::queries_full);
     if (threadIdx.x == 32) {
 #pragma unroll 1
@@ -95,12 +96,13 @@ __global__ void __launch_bounds__(threads, 1)
             barrier_init(shared_address(memory + P::scales_full) + 8 * i, F::lists ? group : 1);
         }
         barrier_init(queries_full, 1);
+        for (int i = 0; F::halved && i < 2; ++i) barrier_init(shared_address(memory + P::scored) + 8 * i, 1);
         fence_barrier_init();
         prefetch_map(&query_map);
         if (!F::lists) prefetch_map(&map);
         if (F::apart) prefetch_map(&rope_map);
     }
-    if (warp == 0) {
+    if (warp == first_warp) {
         take_item(work, partials, &shared_item);
         __syncwarp();
         // before the queries are ordered, or the answers come behind them
@@ -114,24 +116,26 @@ __global__ void __launch_bounds__(threads, 1)
         zero_padding(work, partials, item);
         return;
     }
-    if (warp == 0 && elect_lane()) {
+    if (warp == first_warp && elect_lane()) {
         order_queries(work, &query_map, item, F::rows, queries_full,
                       [&](int column) { return shared_address(memory + P::raw_query(column)); });
     }
     // from a lane, so that the compiler knows the number of tiles to be uniform
     Ring<F> const ring{memory, &map, &rope_map, &item, __shfl_sync(0xffffffffu, item.last_tile - item.first_tile, 0)};
-    if (threadIdx.x < 2 * group) {
-        registers_decrease<64>();
-        if (!F::lists && warp == 0) {
-            ring.begin(work);
-        } else {
-            make_query<F>(work, item, memory, F::lists ? warp : warp - 1);
-        }
+    if (threadIdx.x < group) {
+        registers_decrease<score_registers>();
+        make_query<F>(work, item, memory, warp);
         named_sync(queries_there, threads);
-        score_group<F>(work, partials, item, ring, memory);
+        score_group<F>(work, ring, memory);
+        __syncthreads();
+    } else if (threadIdx.x < 2 * group) {
+        registers_decrease<sum_registers>();
+        if (!F::lists && warp == first_warp) ring.begin(work);
+        named_sync(queries_there, threads);
+        sum_group<F>(work, partials, item, ring, memory);
         __syncthreads();
     } else {
-        registers_increase<192>();
+        registers_increase<output_registers>();
         output_group<F>(work, partials, item, ring, memory);
     }
     if constexpr (F::cluster > 1) {

@@ -48,7 +48,7 @@ __device__ inline void make_fragments(uint32_t (&a)[4][4]) {
     }
 }
 
-// 256 columns of the output, which are staged in shared memory in the end. Beside that it orders keys, and makes the tables of scales.
+// 256 columns of the output, which are staged in shared memory in the end. Beside that it orders keys.
 template <typename F>
 __device__ void output_group(const Attend& work, const Partials& partials, const Item& item, const Ring<F>& ring, uint8_t* memory) {
     using P = Places<F>;
@@ -62,17 +62,21 @@ __device__ void output_group(const Attend& work, const Partials& partials, const
     auto own_warp = [&] { return (again(place) / 16 ^ (again(place) - shared_address(memory)) / 128) % 8; };
     auto own_thread = [&] { return static_cast<int>(own_warp() * warp_size + own_lane()); };
     ListFinder<F> finder;
-    if constexpr (F::lists) {
-        if (own_thread() < half) finder.begin(work, item, ring, side * half + own_thread());
-        named_sync(rows_found, 2 * group);
+    if constexpr (F::lists) {  // half of the warps find rows, and gather the first ones, while the others make codes
+        if (own_thread() < half) {
+            int const key = side * half + own_thread();
+            finder.begin(work, item, ring, key);
+            named_sync(rows_found, group);
 #pragma unroll 1
-        for (int i = side; i < F::ring; i += 2) {
-            // before the first piece whose place the queries had
-            if (i >= P::early_pieces && i - 2 < P::early_pieces) named_sync(queries_there, threads);
-            ring.gather(work, i / pieces, i % pieces, own_thread());
+            for (int i = 0; i < P::early_pieces; ++i) ring.gather(work, 0, i, key);
+        } else {
+            make_query<F>(work, item, memory, group / warp_size + side * 2 + static_cast<int>(own_warp()) - 2);
         }
+        named_sync(queries_there, threads);
+#pragma unroll 1
+        for (int i = P::early_pieces + side; i < F::ring; i += 2) ring.gather(work, i / pieces, i % pieces, own_thread());
     } else {
-        make_query<F>(work, item, memory, static_cast<int>(number / warp_size) - 1);
+        make_query<F>(work, item, memory, static_cast<int>(number / warp_size) - group / warp_size);
         named_sync(queries_there, threads);
         if (number / warp_size == 8) ring.fill(work);
     }
@@ -97,15 +101,7 @@ __device__ void output_group(const Attend& work, const Partials& partials, const
             }
         }
     };
-    // The table of a tile's scales: half of it by each group.
-    auto make_scales = [&](int32_t n) {
-        if (!F::scales) return;
-        int const key = own_thread();
-        if (key < half) ring.make_scale(work, n, side * half + key, n % 3);
-    };
-    if constexpr (!F::lists) make_scales(0);
     if (ring.count > 0) named_arrive(weights_free, threads);
-    if constexpr (!F::lists) make_scales(1);
     if (ring.count > 1) named_arrive(weights_free + 1, threads);
 
 #pragma unroll 1
@@ -114,17 +110,37 @@ __device__ void output_group(const Attend& work, const Partials& partials, const
         int const buffer = n & 1;
         uint32_t a[4][4];
         auto fragments = [&](int m) {
-            if (m == 0) ring.wait(n, side);  // of the next tile; when a tile's weights are there, all of it is
-            uint32_t const line = place + ring.slot(n, side + m / 2 * 2) * piece_bytes;
-            value_fragments(a, m % 2 == 0 ? line : line ^ 64);
+            int const piece = F::halved ? m : side + m / 2 * 2;
+            if (m == 0) ring.wait(n, piece);  // of the next tile; when a tile's weights are there, all of it is
+            uint32_t const line = place + ring.slot(n, piece) * piece_bytes;
+            value_fragments(a, (F::halved ? side : m % 2) == 0 ? line : line ^ 64);
             make_fragments(a);
         };
-        if constexpr (F::lists) {
+        // the piece that step m used is in registers, by now of all warps
+        auto use_up = [&](int m) {
+            int const id = F::halved ? piece_used + m : piece_used + 2 * side + m / 2;
+            int const users = F::halved ? 2 * group : group;
+            if (own_warp() == 0 && (!F::halved || side == m % 2)) {
+                named_sync(id, users);
+                // the first one's fragments did not wait for weights, and so not for the scores either
+                if (F::halved && m == 0) barrier_wait(shared_address(memory + P::scored) + 8 * buffer, n / 2 & 1);
+                ring.order_after(work, n, F::halved ? m : side + m / 2 * 2);
+            } else {
+                named_arrive(id, users);
+            }
+        };
+        bool const last = n + 1 == ring.count;  // its tail is cleared only behind the barrier
+        if (!last) {
+            fragments(0);
+            if (F::halved) {
+                pin(a);
+                use_up(0);
+            }
+        }
+        named_sync(weights_ready + buffer, threads);
+        if constexpr (F::lists) {  // only now: weights of the tile before the last one are added up with the table in that place until then
             if (own_thread() < half) finder.advance(work, item, ring, n, side * half + own_thread());
         }
-        bool const last = n + 1 == ring.count;  // its tail is cleared only behind the barrier
-        if (!last) fragments(0);
-        named_sync(weights_ready + buffer, threads);
         if (last) fragments(0);
         uint32_t const weights = tile_descriptor(ring.weights(n));
         int flags = 0;
@@ -145,15 +161,7 @@ __device__ void output_group(const Attend& work, const Partials& partials, const
                 flags = changed.x | changed.y | changed.z | changed.w;
                 if ((flags & 1) != 0) rescale(buffer);
             }
-            if (!F::lists && m % 2 == 1) {  // the piece's fragments are in registers, by now of all warps
-                int const id = piece_used + 2 * side + m / 2;
-                if (own_warp() == 0) {
-                    named_sync(id, group);
-                    ring.order_after(work, n, side + m / 2 * 2);
-                } else {
-                    named_arrive(id, group);
-                }
-            }
+            if (!F::lists && (F::halved ? m > 0 : m % 2 == 1)) use_up(m);
             product_wait();
             pin(part);
             if (F::lists && m % 2 == 1) {  // behind the products, for registers' sake
@@ -176,27 +184,23 @@ __device__ void output_group(const Attend& work, const Partials& partials, const
                 }
             }
         }
-        if constexpr (!F::lists) {
-            // only now: until the weights of this tile are there, sums of the tile before are made with the table in that place
-            make_scales(n + 2);
-            if (own_warp() == 2) ring.bring_scales(work, n, side);
-        }
         if (n + 2 < ring.count) named_arrive(weights_free + buffer, threads);
-        // the weights are used, by both groups
+        // the weights are used, by all
         if (F::lists ? side == buffer : side == 1 && own_warp() == 1) {
-            named_sync(tile_done, 2 * group);
+            named_sync(tile_done, 3 * group);
             if constexpr (F::lists) {
                 ring.gather_after(work, n, 4, own_thread());
             } else {
                 ring.order_after(work, n, 4);
             }
         } else {
-            named_arrive(tile_done, 2 * group);
+            named_arrive(tile_done, 3 * group);
         }
     }
 
     unsigned const thread = threadIdx.x % (2 * group);
-    int const t = thread % 4, column = thread / group * 256 + thread / warp_size % 4 * 16 + thread % warp_size / 4 * 2;
+    int const t = thread % 4, first_column = thread / group * (F::halved ? 64 : 256) + thread / warp_size % 4 * 16 + thread % warp_size / 4 * 2;
+    auto column = [&](int m) { return first_column + (F::halved ? Ring<F>::column(m) * 128 : m * 64); };
     __syncthreads();  // the factors are there, and nobody needs keys and queries any more
     const auto* factors = reinterpret_cast<const float*>(memory + P::factors);
     auto for_pairs = [&](auto&& put) {  // of columns that follow each other
@@ -207,7 +211,7 @@ __device__ void output_group(const Attend& work, const Partials& partials, const
                 int const row = 8 * j + 2 * t + i;
                 float const factor = factors[row];
 #pragma unroll
-                for (int m = 0; m < 4; ++m) put(row, column + m * 64, sums[m][4 * j + i] * factor, sums[m][4 * j + 2 + i] * factor);
+                for (int m = 0; m < 4; ++m) put(row, column(m), sums[m][4 * j + i] * factor, sums[m][4 * j + 2 + i] * factor);
             }
         }
     };

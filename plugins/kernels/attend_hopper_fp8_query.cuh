@@ -9,13 +9,13 @@ namespace hopper {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 // The rows' queries as codes, row scales, and the rope part divided by them (over rows of fp8_flat as codes too), and the last key of each
-// row. A row by a warp, of all warps
-// but the one that orders keys meanwhile, or of the score groups where the output's have lists to follow; the caller's number among them is
-// `number`. Codes may come where a row's values were: all lanes have theirs before any writes, for the reduction needs them.
+// row. A row by a warp, of all warps but the sum group's, which have not the registers, and but those that follow lists meanwhile; the
+// caller's number among them is `number`. Codes may come where a row's values were: all lanes have theirs before any writes, for the
+// reduction needs them.
 template <typename F>
 __device__ void make_query(const Attend& work, const Item& item, uint8_t* memory, int number) {
     using P = Places<F>;
-    constexpr int warps = F::lists ? 2 * group / warp_size : threads / warp_size - 1;
+    constexpr int warps = (F::lists ? 2 : 3) * group / warp_size;
     int const lane = threadIdx.x % warp_size, limited_row = number * warp_size + lane;
     auto* scales = reinterpret_cast<float*>(memory + P::query_scales);
     // asked for now and looked at behind the rows: the answer comes behind what the copy engine is ordered to bring

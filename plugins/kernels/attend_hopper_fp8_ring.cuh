@@ -10,10 +10,12 @@ namespace hopper {
 
 constexpr int tile = hopper_fp8_tile, half = 64;  // keys of a tile, and of a copy
 constexpr int threads = 4 * group;
+constexpr int score_registers = 96, sum_registers = 32, output_registers = 192;  // of a thread of each group
 constexpr int pieces = 5;  // of a tile: four of the latent and the rope part
 constexpr int piece_bytes = tile * 128, small_piece_bytes = tile * rope;  // the second: of the rope part as codes
 constexpr int pages_ahead = 6;  // tiles whose pages are asked for before that tile's turn: so long before are they known to all who ask
 constexpr int row_piece_bytes = 64 * 128;  // of the query
+constexpr int table_bytes = 3 * tile * 4;  // of a tile's scales
 // Two forms for at most 32 or 16 rows, two for 64; each for all keys, and for lists of keys. Those of 64 rows also for all keys of one
 // sequence, whose blocks are in clusters. All of them for rows of either format.
 enum class Keys { all, listed, of_clusters };
@@ -31,8 +33,11 @@ struct Form {
     static constexpr bool apart = flat && second && !lists;
     static constexpr int ropes = apart ? 2 : 0;
     static constexpr int ring = apart ? 8 : second ? 9 : 11;  // places for pieces, for those of latents where ropes are apart
-    // Sums of a tile's weights are made between the next tile's products; not of lists, where the table's next one comes too early.
-    static constexpr bool late_sums = !lists;
+    // Both output groups use a piece at the same time, half of its columns each, so that pieces become free one after the other: where
+    // the ring has no place for a whole tile beside the one that is multiplied, so that its rope comes where the first piece was.
+    static constexpr bool halved = second && !apart && !lists;
+    // Tables of scales. Of lists one more, as who finds their rows is a tile further than who adds weights up.
+    static constexpr int tables = lists ? 4 : 3;
 };
 
 // Where things lie in shared memory, in bytes.
@@ -40,14 +45,14 @@ template <typename F>
 struct Places {
     static constexpr int query = F::ring * piece_bytes + F::ropes * small_piece_bytes;
     static constexpr int query_low = query + pieces * row_piece_bytes;
-    // Of the scales s of three tiles: s, log2 s, 1 / s, each [8][4][4]: of each 16 keys four threads' fours, so that what threads
-    // read together meets no bank twice.
+    // Tables of the scales s of tiles: s and log2 s, each [8][4][4]: of each 16 keys four threads' fours, so that what threads read
+    // together meets no bank twice; and the two terms of 1 / s in bfloat16, [8][4][2][4].
     static constexpr int scales = query_low + (F::second ? 4 * row_piece_bytes : 0);
-    static constexpr int rescale = scales + (F::scales ? 3 * 3 * tile * 4 : 0);  // [2][64]
+    static constexpr int rescale = scales + (F::scales ? F::tables * table_bytes : 0);  // [2][64]
     static constexpr int tile_factors = rescale + 2 * 64 * 4;  // [2][64]
-    static constexpr int changed = tile_factors + 2 * 64 * 4;  // [2][4]
-    static constexpr int maxima = changed + 2 * 4 * 4;  // [2][2][64]
-    static constexpr int query_scales = maxima + 2 * 2 * 64 * 4;  // [64]
+    static constexpr int changed = tile_factors + 2 * 64 * 4;  // [2][4], of the score group's warps
+    static constexpr int tops = changed + 2 * 4 * 4;  // in the end [64], the rows' references
+    static constexpr int query_scales = tops + 64 * 4;  // [64]
     static constexpr int factors = query_scales;  // in the end [64]
     static constexpr int limits = query_scales + 64 * 4;  // [64]
     static constexpr int part_lse = limits;  // of a block of a cluster, in the end [64]
@@ -59,11 +64,9 @@ struct Places {
     static constexpr int full = scales_full + scales_barriers * 8;  // barriers of the ring, then of the ropes
     static constexpr int queries_full = full + (F::ring + F::ropes) * 8;  // barrier of the queries as they come
     static constexpr int barriers = scales_barriers + F::ring + F::ropes;  // those of before
-    static constexpr int total = queries_full + 8;
+    static constexpr int scored = queries_full + 8;  // barriers [2] of tiles whose scores are made
+    static constexpr int total = scored + (F::halved ? 2 * 8 : 0);
     static_assert(total <= 226 << 10);  // a kilobyte is the item's
-
-    // What the score groups add up in the end [2][64], where maxima were of a tile before the last one.
-    MLA_BOTH static constexpr int sums(int32_t tiles) { return maxima + (tiles & 1) * 2 * 64 * 4; }
 
     // Of the ring, ordered before the queries are codes: those of the first tile.
     static constexpr int early_pieces = F::apart ? pieces - 1 : pieces;
@@ -85,9 +88,19 @@ constexpr float weight_bits = 7.0f, spare_bits = 1.75f, low_bits = 8.0f, most_bi
 
 // An e4m3 code's bits at the places of an f32's are 2^-120 of it; half of that goes into 1 / s, so that nothing overflows.
 constexpr float half_code_unit = 0x1p60f;
+constexpr uint32_t two_code_units = 0x5d805d80u;  // two of that as bfloat16
 
 // Named barriers. Ready and free: of the weights' two buffers.
-enum : int { weights_ready = 1, weights_free = 3, maxima_ready = 5, piece_used = 6, rows_found = 10, queries_there = 11, tile_done = 12 };
+enum : int {
+    weights_ready = 1,
+    weights_free = 3,
+    scores_made = 5,
+    piece_used = 6,
+    rows_found = 10,
+    queries_there = 11,
+    tile_done = 12,
+    tops_there = 13
+};
 
 // The ring of pieces. Piece `i` of the block's tile `n` is number 5 n + i, in slot (5 n + i) % ring. Columns of the pieces in
 // order: the two output groups' first ones, their second ones, rope. Where ropes are apart the others are numbers 4 n + i, and the
@@ -200,28 +213,32 @@ struct Ring {
         if (elect_lane()) fetch_page(work, n + pages_ahead, h);
     }
 
-    // What the softmax needs of the scale of key `key` of tile n. `third`: n % 3.
-    __device__ void make_scale(const Attend& work, int32_t n, int key, int third) const {
+    // What the softmax needs of the scale of key `key` of tile n.
+    __device__ void make_scale(const Attend& work, int32_t n, int key) const {
         if (n >= count) return;
         barrier_wait(shared_address(memory + P::scales_full) + (n % 4 * 2 + key / half) * 8, n / 4 & 1);
         int32_t const page = page_of_half(work, n, key / half);
         float const scale = reinterpret_cast<const float*>(memory + P::raw_scales)[n % 4 * tile + key];
-        put_scale(key, third, page < static_cast<int32_t>(work.step.pages) ? scale : 0.0f);
+        put_scale(n, key, page < static_cast<int32_t>(work.step.pages) ? scale : 0.0f);
     }
 
     // 0, or what else is no scale (what was never written may be anything), makes the key's weight 0.
-    __device__ void put_scale(int key, int third, float scale) const {
+    __device__ void put_scale(int32_t n, int key, float scale) const {
         bool const there = scale > 0.0f;
-        auto* table = reinterpret_cast<float*>(memory + P::scales) + third * (3 * tile) + key / 16 * 16 + key % 8 / 2 * 4 +
-                      key % 16 / 8 * 2 + key % 2;
+        uint8_t* scales = memory + P::scales + n % F::tables * table_bytes;
+        auto* table = reinterpret_cast<float*>(scales) + key / 16 * 16 + key % 8 / 2 * 4 + key % 16 / 8 * 2 + key % 2;
         table[0] = there ? scale : 0.0f;
         table[tile] = there ? fast_log2(scale) : -INFINITY;
-        table[2 * tile] = there ? fminf(half_code_unit * fast_inverse(scale), 1e37f) : 0.0f;  // finite: P may be 0
+        float const inverse = there ? fminf(half_code_unit * fast_inverse(scale), 1e37f) : 0.0f;  // finite: P may be 0
+        auto* terms = reinterpret_cast<__nv_bfloat16*>(scales + 2 * (tile * 4)) + (key / 16 * 4 + key % 8 / 2) * 8 + key % 2 * 2 + key % 16 / 8;
+        __nv_bfloat16 const high = __float2bfloat16_rn(inverse);
+        terms[0] = high;
+        terms[4] = __float2bfloat16_rn(inverse - __bfloat162float(high));
     }
 
-    // Zeros for the values of a half's keys behind the last one, which were never written and may be NaN. By `group` threads.
-    __device__ void clear_tail(int32_t n, int h, int thread) const {
-        int const from = max(keys(n), h * half) * 8, to = (h + 1) * half * 8;
+    // Zeros for the values of keys behind the last one, which were never written and may be NaN. By `group` threads.
+    __device__ void clear_tail(int32_t n, int thread) const {
+        int const from = keys(n) * 8, to = tile * 8;
 #pragma unroll 1
         for (int i = 0; i < 4; ++i) {
             auto* units = reinterpret_cast<uint4*>(memory + slot(n, i) * piece_bytes);
@@ -299,7 +316,7 @@ struct ListFinder {
 #pragma unroll
         for (int n = 0; n < 3; ++n) scales[n] = put_row(work, ring, n, key, entries[n], found[n]);
         for (int n = 0; n < 2; ++n) {
-            if (n < ring.count) ring.put_scale(key, n, scales[n]);
+            if (n < ring.count) ring.put_scale(n, key, scales[n]);
         }
         scale = scales[2];
         entry_next = entries[3];
@@ -309,7 +326,7 @@ struct ListFinder {
 
     // At tile n: the scale of tile n + 2 and the row of tile n + 3.
     __device__ void advance(const Attend& work, const Item& item, const Ring<F>& ring, int32_t n, int key) {
-        if (n + 2 < ring.count) ring.put_scale(key, (n + 2) % 3, scale);
+        if (n + 2 < ring.count) ring.put_scale(n + 2, key, scale);
         scale = put_row(work, ring, n + 3, key, entry_next, page_next);
         entry_next = entry_later;
         page_next = page(work, item, entry_next);

@@ -203,6 +203,17 @@ __device__ inline void product_e4m3(float (&d)[32], uint32_t a, uint32_t b) {
                  : "r"(a), "r"(b), "n"(2 * step), "n"(clear ? 0 : 1), "n"(b_row == 128 ? 0x40000040 : static_cast<int>(0x80000020)));
 }
 
+// The same with 128 rows of B.
+template <int step, bool clear, int b_row = 128>
+__device__ inline void product_e4m3(float (&d)[64], uint32_t a, uint32_t b) {
+    static_assert(b_row == 128 || b_row == 64);
+    asm volatile("{\n.reg .b64 x, y;\n.reg .b32 low;\n"
+                 "add.u32 low, %64, %66;\nmov.b64 x, {low, 0x40000040};\nadd.u32 low, %65, %66;\nmov.b64 y, {low, %68};\n"
+                 "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" MLA_R64 "}, x, y, %67, 1, 1;\n}"
+                 : MLA_D64(d)
+                 : "r"(a), "r"(b), "n"(2 * step), "n"(clear ? 0 : 1), "n"(b_row == 128 ? 0x40000040 : static_cast<int>(0x80000020)));
+}
+
 // The same of bf16 values, A [64][16], B [64][16].
 template <int step, bool clear = false>
 __device__ inline void product_bf16(float (&d)[32], uint32_t a, uint32_t b) {

@@ -275,8 +275,27 @@ def test_parts_of_any_size(sizes: tuple[int, int], listed: bool, kind: Kind) -> 
     _compare(run_op("MlaDecoding", inputs, **attributes), inputs, attributes)
 
 
+@pytest.mark.small
+@pytest.mark.parametrize("heads", [16, 64])
+@pytest.mark.parametrize("kind", [1, 2, *FLAT])
+def test_codes_below_the_smallest_normal_one_count(kind: Kind, heads: int) -> None:
+    """The weights' sum has those of 127 keys beside one that is 2^14 times as heavy, though their products do not reach the output."""
+    rng = np.random.default_rng(29)
+    step, pages = step_of(rng, [1], [127]), layout(_row_format(kind))
+    pool, rope = pages.empty(step.pages), np.zeros((128, pages.qk_rope_head_dim), np.float32)
+    rope[0, :2] = 5.0
+    pages.write(pool, *step.places(0, range(128)), np.ones((128, pages.kv_lora_rank), np.float32), rope)
+    inputs, attributes = _case(rng, step, heads, kind, pool=pool, scale=1.0)
+    query = np.zeros(inputs["query"].shape, np.float32)
+    query[:, :, 0] = 2.0**-7
+    query[:, :, pages.kv_lora_rank : pages.kv_lora_rank + 2] = 1.0
+    inputs["query"] = query.astype(inputs["query"].dtype)
+    found, expected = run_op("MlaDecoding", inputs, **attributes), attention(inputs, attributes)
+    compare("lse", found["lse"], expected["lse"], 2e-3, absolute=True)
+
+
 @pytest.mark.multiprocessors(2)
-@pytest.mark.parametrize("kind", [1, "bf16"])
+@pytest.mark.parametrize("kind", [1, 2, *FLAT, "bf16"])
 @pytest.mark.parametrize(
     ("sequences", "heads"), [pytest.param(4, 65, marks=pytest.mark.small), (4, 64), (140, 128), (280, 48)]
 )

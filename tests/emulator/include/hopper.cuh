@@ -116,6 +116,10 @@ template <int step, bool clear, int b_row = 128>
 inline void product_e4m3(float (&d)[32], uint32_t a, uint32_t b) {
     order(d, 64, true, clear, false, nullptr, a + 2 * step, b + 2 * step, b_row);
 }
+template <int step, bool clear, int b_row = 128>
+inline void product_e4m3(float (&d)[64], uint32_t a, uint32_t b) {
+    order(d, 128, true, clear, false, nullptr, a + 2 * step, b + 2 * step, b_row);
+}
 template <int step, bool clear = false>
 inline void product_bf16(float (&d)[32], uint32_t a, uint32_t b) {
     order(d, 64, false, clear, false, nullptr, a + 2 * step, b + 2 * step);
