@@ -192,18 +192,17 @@ __device__ inline uint32_t tile_descriptor(uint32_t address) { return (address &
 // clang-format on
 
 // D [64][64] (+)= A [64][32] B [64][32]^T, all e4m3, at step `step` of K; `clear`: D is overwritten. Lane 4 g + t of warp w has rows
-// 16 w + g (d[4 j], d[4 j + 1]) and 16 w + g + 8 (d[4 j + 2], d[4 j + 3]), columns 8 j + 2 t and the next. Rows of B have `b_row` bytes.
-template <int step, bool clear, int b_row = 128>
+// 16 w + g (d[4 j], d[4 j + 1]) and 16 w + g + 8 (d[4 j + 2], d[4 j + 3]), columns 8 j + 2 t and the next.
+template <int step, bool clear>
 __device__ inline void product_e4m3(float (&d)[32], uint32_t a, uint32_t b) {
-    static_assert(b_row == 128 || b_row == 64);
     asm volatile("{\n.reg .b64 x, y;\n.reg .b32 low;\n"
-                 "add.u32 low, %32, %34;\nmov.b64 x, {low, 0x40000040};\nadd.u32 low, %33, %34;\nmov.b64 y, {low, %36};\n"
+                 "add.u32 low, %32, %34;\nmov.b64 x, {low, 0x40000040};\nadd.u32 low, %33, %34;\nmov.b64 y, {low, 0x40000040};\n"
                  "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {" MLA_R32 "}, x, y, %35, 1, 1;\n}"
                  : MLA_D32(d)
-                 : "r"(a), "r"(b), "n"(2 * step), "n"(clear ? 0 : 1), "n"(b_row == 128 ? 0x40000040 : static_cast<int>(0x80000020)));
+                 : "r"(a), "r"(b), "n"(2 * step), "n"(clear ? 0 : 1));
 }
 
-// The same with 128 rows of B.
+// The same with 128 rows of B, of `b_row` bytes.
 template <int step, bool clear, int b_row = 128>
 __device__ inline void product_e4m3(float (&d)[64], uint32_t a, uint32_t b) {
     static_assert(b_row == 128 || b_row == 64);

@@ -112,9 +112,9 @@ inline void order(float* d, int n, bool codes, bool clear, bool columns, const u
     emulator::together("wgmma", &own, order_product_of);
 }
 
-template <int step, bool clear, int b_row = 128>
+template <int step, bool clear>
 inline void product_e4m3(float (&d)[32], uint32_t a, uint32_t b) {
-    order(d, 64, true, clear, false, nullptr, a + 2 * step, b + 2 * step, b_row);
+    order(d, 64, true, clear, false, nullptr, a + 2 * step, b + 2 * step);
 }
 template <int step, bool clear, int b_row = 128>
 inline void product_e4m3(float (&d)[64], uint32_t a, uint32_t b) {
