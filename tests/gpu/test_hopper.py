@@ -279,7 +279,7 @@ def test_parts_of_any_size(sizes: tuple[int, int], listed: bool, kind: Kind) -> 
 @pytest.mark.parametrize("heads", [16, 64])
 @pytest.mark.parametrize("kind", [1, 2, *FLAT])
 def test_codes_below_the_smallest_normal_one_count(kind: Kind, heads: int) -> None:
-    """The weights' sum has those of 127 keys beside one that is 2^14 times as heavy, though their products do not reach the output."""
+    """The weights' sum has those of 127 keys beside one that is 2^14 times as heavy."""
     rng = np.random.default_rng(29)
     step, pages = step_of(rng, [1], [127]), layout(_row_format(kind))
     pool, rope = pages.empty(step.pages), np.zeros((128, pages.qk_rope_head_dim), np.float32)
