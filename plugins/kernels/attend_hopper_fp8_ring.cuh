@@ -34,8 +34,8 @@ struct Form {
     static constexpr int ropes = apart ? 2 : 0;
     static constexpr int ring = apart ? 8 : second ? 9 : 11;  // places for pieces, for those of latents where ropes are apart
     // Both output groups use a piece at the same time, half of its columns each, so that pieces become free one after the other: where
-    // the ring has no place for a whole tile beside the one that is multiplied, so that its rope comes where the first piece was.
-    static constexpr bool halved = second && !apart && !lists;
+    // the ring has no place for a whole tile beside the one that is multiplied.
+    static constexpr bool halved = second && !lists;
     // Tables of scales. Of lists one more, as who finds their rows is a tile further than who adds weights up.
     static constexpr int tables = lists ? 4 : 3;
 };
