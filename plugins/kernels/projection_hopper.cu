@@ -188,9 +188,14 @@ __global__ void __launch_bounds__(Tile<tokens, codes>::threads, 1)
             fence_barrier_init();
         }
         __syncwarp();
-        for (int i = 0; i < plan.stages; ++i) order_w(i);  // which need not wait for the kernel before
+        // Weights need not wait for the kernel before; but what is ordered comes in turn, and the first x must not come last.
+        order_w(0);
         if (!work.beside) wait_for_kernel_before();
-        for (int i = 0; i < plan.stages; ++i) order_x(i);
+        order_x(0);
+        for (int i = 1; i < plan.stages; ++i) {
+            order_w(i);
+            order_x(i);
+        }
     }
     __syncthreads();
 
@@ -218,11 +223,14 @@ __global__ void __launch_bounds__(Tile<tokens, codes>::threads, 1)
             decode_w<tokens * 4>(w, values);
             w = values;
         }
+        // Where nothing is made here and no place is used again, groups need not go along with each other: one stores, others multiply.
+        int const next = item - 1 + plan.stages;
+        bool const replaces = item > 0 && next < items;
         if (codes || quantize) fence_async();
-        __syncthreads();  // and all have used what the item before had
-        if (threadIdx.x < warp_size && item > 0) {
-            order_w(item - 1 + plan.stages);
-            order_x(item - 1 + plan.stages);
+        if (codes || quantize || replaces) __syncthreads();  // and all have used what the item before had
+        if (threadIdx.x < warp_size && replaces) {
+            order_w(next);
+            order_x(next);
         }
 
         float products[32];
