@@ -88,9 +88,9 @@ struct Attention {
 
 // Finds that, takes the scratch memory from the call's workspace, where it may be used until `attend` has been called, and launches the plan
 // where there is one. `after_append`: the kernel before is `append`, which makes nothing that the plan needs, and the plan is made
-// meanwhile.
+// meanwhile. `leaves_parts`: what the host cuts stays in parts, for `project_parts`.
 int begin_attention(Call& call, const Attend& work, bool after_append, Attention* attention);
-int attend(const Attend& work, const Attention& attention, cudaStream_t stream);
+int attend(const Attend& work, const Attention& attention, bool leaves_parts, cudaStream_t stream);
 
 // The kernels behind it, and the rows (query tokens x heads of one sequence, or heads of one token with lists) of a block of each:
 // SM90's own with products in e4m3 (fp8 rows) and in bf16 (bf16, fp8 and fp8_ds_mla rows; both R 512,

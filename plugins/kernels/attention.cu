@@ -55,14 +55,9 @@ bool is_exact(const Layer& layer) { return layer.append.layout.format == row_for
 
 bool has_lists(const Call& call) { return call.dims.K >= 0; }
 
-// x [tokens, H, columns] times a weight [H, rows, columns], the activations as e4m3 groups where the layer has it so. `beside`: see
-// Projection.
-int multiply(Call& call, const Layer& layer, const View& x, const View& out, const MlaTensor& w, const MlaTensor& w_scale,
-             int64_t tokens, bool beside, const int32_t* x_tokens = nullptr, const int32_t* out_tokens = nullptr) {
+// x [tokens, H, columns] times a weight [H, rows, columns], the activations as e4m3 groups where the layer has it so.
+Projection product(const Layer& layer, const View& x, const View& out, const MlaTensor& w, const MlaTensor& w_scale, int64_t tokens) {
     Projection work{};
-    work.beside = beside;
-    work.x_tokens = x_tokens;
-    work.out_tokens = out_tokens;
     work.x = x;
     work.out = out;
     work.w = w.data;
@@ -74,7 +69,7 @@ int multiply(Call& call, const Layer& layer, const View& x, const View& out, con
     work.rows = static_cast<int32_t>(w.shape[1]);
     work.columns = static_cast<int32_t>(w.shape[2]);
     work.exact = is_exact(layer);
-    return call.workspace.sizing() ? MLA_OK : project(work, call.stream);
+    return work;
 }
 
 // The tokens from `first` on.
@@ -101,13 +96,17 @@ int attend_absorbed(Call& call, const Layer& layer, const View& absorbed, const 
     if (call.workspace.sizing()) return MLA_OK;
     if (has_w_uk) {
         // before it is the append, the plan beside it, or a copy of queries
-        if (int status = multiply(call, layer, nope, absorbed, *layer.w_uk, *layer.w_uk_scale, count, true)) return status;
+        Projection absorb = product(layer, nope, absorbed, *layer.w_uk, *layer.w_uk_scale, count);
+        absorb.beside = true;
+        if (int status = project(absorb, call.stream)) return status;
     } else if (int status = copy_values(nope, nullptr, absorbed, count, work.heads, layer.nope, call.stream)) {
         return status;
     }
-    if (int status = attend(work, attention, call.stream)) return status;
-    if (!has_w_uv) return MLA_OK;
-    return multiply(call, layer, mean, output, *layer.w_uv, *layer.w_uv_scale, count, false);
+    if (!has_w_uv) return attend(work, attention, false, call.stream);
+    Projection const expand = product(layer, mean, output, *layer.w_uv, *layer.w_uv_scale, count);
+    bool const in_parts = project_takes_parts(expand, attention);
+    if (int status = attend(work, attention, in_parts, call.stream)) return status;
+    return in_parts ? project_parts(expand, work, attention.partials, call.stream) : project(expand, call.stream);
 }
 
 // A step with long prompts. `rotated` has the rotated rope part of all queries.
@@ -148,8 +147,10 @@ int attend_mixed(Call& call, const Layer& layer, const View& rotated) {
             return status;
         }
     }
-    if (int status = multiply(call, layer, layer.query, absorbed, *layer.w_uk, *layer.w_uk_scale, few.capacity, false, few.tokens)) {
-        return status;
+    Projection absorb = product(layer, layer.query, absorbed, *layer.w_uk, *layer.w_uk_scale, few.capacity);
+    absorb.x_tokens = few.tokens;
+    if (!call.workspace.sizing()) {
+        if (int status = project(absorb, call.stream)) return status;
     }
     Attend work = all;
     work.step = few.step(all.step);
@@ -158,8 +159,10 @@ int attend_mixed(Call& call, const Layer& layer, const View& rotated) {
     Attention attention{};
     if (int status = begin_attention(call, work, false, &attention)) return status;
     if (call.workspace.sizing()) return MLA_OK;
-    if (int status = attend(work, attention, call.stream)) return status;
-    return multiply(call, layer, mean, layer.output, *layer.w_uv, *layer.w_uv_scale, few.capacity, false, nullptr, few.tokens);
+    if (int status = attend(work, attention, false, call.stream)) return status;
+    Projection expand = product(layer, mean, layer.output, *layer.w_uv, *layer.w_uv_scale, few.capacity);
+    expand.out_tokens = few.tokens;
+    return project(expand, call.stream);
 }
 
 // All tokens absorbed; those with lists of keys in windows.

@@ -252,7 +252,7 @@ int run(Call& call, const OpSpec& op) {
     work.heads = static_cast<int32_t>(call.dims.H);
     Attention attention{};
     if (int status = begin_attention(call, work, false, &attention)) return status;
-    return call.workspace.sizing() ? MLA_OK : attend(work, attention, call.stream);
+    return call.workspace.sizing() ? MLA_OK : attend(work, attention, false, call.stream);
 }
 
 }  // namespace
@@ -314,7 +314,7 @@ int begin_attention(Call& call, const Attend& work, bool after_append, Attention
     return MLA_OK;
 }
 
-int attend(const Attend& work, const Attention& attention, cudaStream_t stream) {
+int attend(const Attend& work, const Attention& attention, bool leaves_parts, cudaStream_t stream) {
     if (work.step.tokens == 0 || work.heads == 0) return MLA_OK;
     Device device;
     if (int status = current_device(&device)) return status;
@@ -326,7 +326,7 @@ int attend(const Attend& work, const Attention& attention, cudaStream_t stream) 
         case Attention::tensor_cores: status = attend_tensor_cores(work, partials, device, stream); break;
         case Attention::exact: status = attend_exact(work, partials, stream); break;
     }
-    if (status != MLA_OK || partials.splits == 1) return status;
+    if (status != MLA_OK || partials.splits == 1 || leaves_parts) return status;
     return merge_parts(work, partials, attention.items, device, stream);
 }
 

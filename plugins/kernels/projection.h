@@ -1,9 +1,9 @@
 // A matrix for each head: out[t, h, :] = w[h] x[t, h, :].
 #pragma once
 
-#include "view.h"
-
+#include "attend.h"
 #include "call.h"
+#include "view.h"
 
 namespace mla {
 
@@ -24,6 +24,11 @@ struct Projection {
 
 // Reads the weights while the kernel before is still at work: what wrote them must have ended before the op's first kernel began.
 int project(const Projection& work, cudaStream_t stream);
+
+// The same on SM90 of one or two tokens whose x, the output of an attention, is still in parts that the host cut. The kernel before is that
+// attention.
+bool project_takes_parts(const Projection& work, const Attention& attention);
+int project_parts(const Projection& work, const Attend& attend, const Partials& partials, cudaStream_t stream);
 
 // SM90's own kernel behind it: x in bf16, w in bf16 or e4m3, every token its own.
 bool project_takes_hopper(const Projection& work, const Device& device);

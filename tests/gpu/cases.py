@@ -227,6 +227,7 @@ def compare_branch(
     attributes: Mapping[str, Any],
     attend: Callable[[Mapping[str, Array], Mapping[str, Any]], Mapping[str, Array]],
     sums: float = F32_SUMS,
+    attended: float = TOLERANCE,
 ) -> None:
     """The outputs of MlaDecodeBranchFp8, whose parts are compared each on what the part before gave.
 
@@ -236,6 +237,7 @@ def compare_branch(
     Args:
         attend: outputs of MlaDecoding from its inputs and attributes, by the kernels that made ``found``.
         sums: see `branch_output`.
+        attended: tolerance of what attention gives.
     """
     query_rope = inputs["query"][:, :, inputs["query"].shape[2] - attributes["qk_rope_head_dim"] :]
     cache = append({**inputs, "query_rope": query_rope}, attributes)["kv_cache_out"]
@@ -246,7 +248,7 @@ def compare_branch(
     given = {formal.name: given[formal.name] for formal in op.inputs if formal.name in given}
     known = _known(op, attributes)
     latent = attend(given, known)["output"]
-    compare("attended latent", latent, attention(given, known)["output"], TOLERANCE)
+    compare("attended latent", latent, attention(given, known)["output"], attended)
     expected, error = branch_output(inputs, latent, sums)
     rounding = {np.dtype(np.float32): 2**-24, np.dtype(np.float16): 2**-11}.get(inputs["query"].dtype, 2**-8)
     units = error + rounding * np.abs(expected)

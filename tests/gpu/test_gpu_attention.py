@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cases import DIMENSIONS, HALF_TYPES, branch_case, compare_branch, layer_case, saturating, step_of
+from cases import TOLERANCE as ATTENDED_TOLERANCE
 from harness import Array, compare, compare_exactly, run_op
 from large_reference import E4M3_SUMS, F32_SUMS, append, attention, layout_of, projected
 from op_harness import CODE_STEP, Step, assert_rows_close, garbage_pool, reference
@@ -67,6 +68,7 @@ def _check(
     step: Step,
     op_type: str = "MlaAttention",
     outputs: list[str] | None = None,
+    tolerance: float | None = None,
     **options: Any,
 ) -> dict[str, Array]:
     found = run_op(op_type, inputs, outputs, **options, **attributes)
@@ -74,7 +76,8 @@ def _check(
     _check_cache(inputs, attributes, step, found["kv_cache_out"], appended["kv_cache_out"])
     selection = {"indices": found["indices"]} if "indices" in found else {}
     expected = _expected_output({**inputs, **selection}, attributes, appended, found["kv_cache_out"])
-    tolerance = F32_TOLERANCE if attributes["row_format"] == "f32" else TOLERANCE
+    if tolerance is None:
+        tolerance = F32_TOLERANCE if attributes["row_format"] == "f32" else TOLERANCE
     rounding = {np.dtype(np.float32): 0.0, np.dtype(np.float16): 2**-10}.get(inputs["query"].dtype, 2**-8)
     compare("output", found["output"], expected, tolerance + rounding)
     return found
@@ -116,6 +119,40 @@ def test_token_counts(weights: str, tokens: int) -> None:
     rng = np.random.default_rng(4)
     step = step_of(rng, [1] * tokens, rng.integers(0, 200, tokens).tolist())
     _check(*layer_case(rng, step, "fp8", DIMENSIONS["deepseek of 8 GPUs"], weights=weights, dtype="bf16"), step)
+
+
+# The product with W_UV of one or two tokens merges the parts of one sequence's keys, or of a token's list, itself.
+ONE_SEQUENCE = {
+    "a token": ([1], [700], 0),
+    "two": ([2], [700], 0),
+    "three": ([3], [700], 0),
+    "a token and padding": ([1], [700], 1),
+    "no new token": ([0], [700], 2),
+}
+MANY_PARTS = ([1], [6100], 0)  # of 64 keys: more than a warp has lanes
+E4M3_PRODUCTS = 5e-2
+
+
+@pytest.mark.small
+@pytest.mark.parametrize("case", [*ONE_SEQUENCE.values(), MANY_PARTS], ids=[*ONE_SEQUENCE, "many parts"])
+@pytest.mark.parametrize("weights", ["bf16", "e4m3"])
+@pytest.mark.parametrize(
+    ("row_format", "terms"), [*((row_format, 0) for row_format in ROW_FORMATS), ("fp8", 2), ("fp8_flat", 2)]
+)
+def test_one_sequence(row_format: str, terms: int, weights: str, case: tuple[list[int], list[int], int]) -> None:
+    rng = np.random.default_rng(17)
+    step = step_of(rng, *case[:2], padding=case[2])
+    dimensions = DIMENSIONS["deepseek of 8 GPUs"]
+    inputs, attributes = layer_case(rng, step, row_format, dimensions, weights=weights, dtype="bf16")
+    attributes |= {"query_terms": terms, "kv_scale": 0.01}
+    inputs["sinks"] = rng.standard_normal(inputs["query"].shape[1]).astype(np.float32)
+    tolerance = E4M3_PRODUCTS if terms else None
+    found = _check(inputs, attributes, step, tolerance=tolerance, repeat=3)
+    padding = found["output"][step.inputs["token_sequence"] < 0]
+    compare_exactly("output of padding", padding, np.zeros_like(padding))
+    inputs["indices"] = rng.integers(-1, 702, (step.tokens, 300)).astype(np.int32)
+    attributes |= {"index_head_dim": 0, "top_k": 300}
+    _check(inputs, attributes, step, "MlaSparseAttention", ["output", "kv_cache_out"], tolerance)
 
 
 @pytest.mark.parametrize("row_format", ROW_FORMATS)
@@ -215,10 +252,16 @@ def test_sparse_with_an_indexer(row_format: str, index_format: str) -> None:
 
 
 def _check_branch(
-    inputs: dict[str, Array], attributes: dict[str, Any], sums: float = F32_SUMS, **options: Any
+    inputs: dict[str, Array],
+    attributes: dict[str, Any],
+    sums: float = F32_SUMS,
+    attended: float = ATTENDED_TOLERANCE,
+    **options: Any,
 ) -> dict[str, Array]:
     found = run_op("MlaDecodeBranchFp8", inputs, **options, **attributes)
-    compare_branch(found, inputs, attributes, lambda given, known: run_op("MlaDecoding", given, **known), sums)
+    compare_branch(
+        found, inputs, attributes, lambda given, known: run_op("MlaDecoding", given, **known), sums, attended
+    )
     return found
 
 
@@ -251,6 +294,17 @@ def test_decode_branch_token_counts(tokens: int) -> None:
     on_codes = tokens > 16  # products of the codes themselves, on SM90
     case = branch_case(rng, step, DIMENSIONS["deepseek of 8 GPUs"], "bf16", unit=0.5 if on_codes else 2.0**-9)
     _check_branch(*case, sums=E4M3_SUMS if on_codes else F32_SUMS, repeat=3)
+
+
+@pytest.mark.small
+@pytest.mark.parametrize("terms", [0, 2])
+@pytest.mark.parametrize("case", [*ONE_SEQUENCE.values(), MANY_PARTS], ids=[*ONE_SEQUENCE, "many parts"])
+def test_decode_branch_one_sequence(case: tuple[list[int], list[int], int], terms: int) -> None:
+    rng = np.random.default_rng(18)
+    step = step_of(rng, *case[:2], padding=case[2])
+    inputs, attributes = branch_case(rng, step, DIMENSIONS["deepseek of 8 GPUs"], "bf16")
+    attended = E4M3_PRODUCTS if terms else ATTENDED_TOLERANCE
+    _check_branch(inputs, attributes | {"query_terms": terms}, attended=attended, repeat=3)
 
 
 def test_decode_branch_over_lists_with_sinks_and_page_copies() -> None:
