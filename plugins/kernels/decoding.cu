@@ -34,16 +34,7 @@ struct Four {
     __device__ void load(const float* part, int column, int rank) {
         pairs = column < rank ? *reinterpret_cast<const uint2*>(reinterpret_cast<const uint16_t*>(part) + column) : make_uint2(0, 0);
     }
-    __device__ float4 get() const {
-        if constexpr (type == MLA_FLOAT16) {
-            float2 const low = __half22float2(reinterpret_cast<const __half2&>(pairs.x));
-            float2 const high = __half22float2(reinterpret_cast<const __half2&>(pairs.y));
-            return make_float4(low.x, low.y, high.x, high.y);
-        } else {
-            return make_float4(__uint_as_float(pairs.x << 16), __uint_as_float(pairs.x & 0xffff0000u), __uint_as_float(pairs.y << 16),
-                               __uint_as_float(pairs.y & 0xffff0000u));
-        }
-    }
+    __device__ float4 get() const { return four_of<type>(pairs); }
 };
 
 template <>

@@ -79,6 +79,19 @@ __device__ inline uint2 decode_e4m3x4(uint32_t codes) {
     return make_uint2(decode_pair(code_pair<codes_01>(codes)), decode_pair(code_pair<codes_23>(codes)));
 }
 
+// Four values of two bytes each.
+template <int32_t type>
+__device__ inline float4 four_of(uint2 values) {
+    if constexpr (type == MLA_FLOAT16) {
+        float2 const low = __half22float2(reinterpret_cast<const __half2&>(values.x));
+        float2 const high = __half22float2(reinterpret_cast<const __half2&>(values.y));
+        return make_float4(low.x, low.y, high.x, high.y);
+    } else {
+        return make_float4(__uint_as_float(values.x << 16), __uint_as_float(values.x & 0xffff0000u), __uint_as_float(values.y << 16),
+                           __uint_as_float(values.y & 0xffff0000u));
+    }
+}
+
 // Four values that follow each other. `aligned`: they may be written at once.
 __device__ inline void store_four(void* data, int32_t type, int64_t index, float4 value, bool aligned) {
     if (!aligned) {

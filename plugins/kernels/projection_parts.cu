@@ -49,19 +49,6 @@ __device__ Place find_parts(const Attend& attend, const Partials& partials, int 
     return {(index >> shift) * partials.splits, index & (partials.rows - 1), there};
 }
 
-// Four values of a part, of two bytes each.
-template <int type>
-__device__ float4 four_of(uint2 values) {
-    if constexpr (type == MLA_FLOAT16) {
-        float2 const low = __half22float2(reinterpret_cast<const __half2&>(values.x));
-        float2 const high = __half22float2(reinterpret_cast<const __half2&>(values.y));
-        return make_float4(low.x, low.y, high.x, high.y);
-    } else {
-        return make_float4(__uint_as_float(values.x << 16), __uint_as_float(values.x & 0xffff0000u), __uint_as_float(values.y << 16),
-                           __uint_as_float(values.y & 0xffff0000u));
-    }
-}
-
 // A token's mean of a head, of the thread's column: in all it does as decoding.cu's merge does. `sums` [4][512] is scratch. `meanwhile` is
 // done when the parts have been asked for.
 template <int type, typename Meanwhile>
