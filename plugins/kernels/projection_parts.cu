@@ -20,13 +20,15 @@ using namespace hopper;
 constexpr int threads = 512, warps = threads / warp_size;
 constexpr int most_tokens = 2;
 constexpr int columns = threads;  // R
-constexpr int groups = columns / scale_group;  // of columns, which have a scale each
-constexpr int row_lanes = scale_group / 8, rows_at_once = 2 * warps;  // of a block: two rows a warp
+constexpr int rows_at_once = 2 * warps;  // of a block: two rows a warp
 constexpr int chunk_bytes = 16384, most_chunks = 8;  // of weights, each with its barrier
-constexpr int takers = 4;  // warps that take turns with the parts of 128 columns
-constexpr int batch = warp_size / takers;  // parts of a turn
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+constexpr int groups = columns / scale_group;  // of columns, which have a scale each
+constexpr int row_lanes = scale_group / 8;
+constexpr int takers = 4;  // warps that take turns with the parts of 128 columns
+constexpr int batch = warp_size / takers;  // parts of a turn
 
 // Where a row's parts are: `row` of the slots from `slot` on.
 struct Place {
