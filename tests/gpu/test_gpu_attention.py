@@ -155,6 +155,25 @@ def test_one_sequence(row_format: str, terms: int, weights: str, case: tuple[lis
     _check(inputs, attributes, step, "MlaSparseAttention", ["output", "kv_cache_out"], tolerance)
 
 
+@pytest.mark.small
+@pytest.mark.parametrize("sizes", [(-20, -20), (17, 17), (17, -20), (-20, 0)], ids=str)
+@pytest.mark.parametrize("row_format", ["bf16", "fp8_ds_mla"])
+def test_one_sequence_of_any_size(row_format: str, sizes: tuple[int, int]) -> None:
+    """Parts that float16 does not hold are f32, and the product with W_UV that merges them reads them so."""
+    rng = np.random.default_rng(19)
+    step = step_of(rng, [1], [1023])
+    dimensions = DIMENSIONS["deepseek of 8 GPUs"]
+    inputs, attributes = layer_case(rng, step, row_format, dimensions, weights="bf16", dtype="bf16")
+    pages = layout_of(attributes)
+    for half, size in enumerate(sizes):
+        tokens = np.arange(512 * half, min(512 * (half + 1), 1023))  # the new token's is written by the op
+        latent = 2.0**size * rng.standard_normal((len(tokens), pages.kv_lora_rank), np.float32)
+        rope = np.zeros((len(tokens), pages.qk_rope_head_dim), np.float32)
+        pages.write(inputs["kv_cache"], *step.places(0, tokens), latent, rope)
+    inputs["latent"] = (inputs["latent"].astype(np.float32) * 2.0 ** sizes[1]).astype(inputs["latent"].dtype)
+    _check(inputs, {**attributes, "softmax_scale": 2.0 ** -(max(sizes) + 5)}, step, repeat=3)
+
+
 @pytest.mark.parametrize("row_format", ROW_FORMATS)
 def test_norm(row_format: str) -> None:
     rng = np.random.default_rng(5)
