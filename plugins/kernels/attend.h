@@ -65,7 +65,9 @@ struct Partials {
     float* lse;  // [slots, rows], base 2, -inf where the part has no key
     float scale;  // what multiplies them in the merge
     int32_t* narrow;  // [slots, 4, 2], of 16 rows and 256 columns each: 0 where they are f32 instead of float16; null: nowhere
-    int rows;  // of a block
+    int rows;  // of a slot, a power of two
+    int item_rows;  // of an item at most, no more than of a slot
+    uint32_t item_inverse;  // 2^32 over it, rounded up
     int tile;  // keys of a tile, a power of two
     int32_t type;  // MLA_FLOAT, MLA_BFLOAT16, or MLA_FLOAT16 as `narrow` says
     int32_t slots, multiprocessors;
@@ -75,6 +77,15 @@ struct Partials {
     int32_t cluster;  // blocks of a part, which merge what they have themselves
     Plan plan;
 
+    MLA_BOTH void set_rows(int of_item) {
+        item_rows = of_item;
+        for (rows = 1; rows < item_rows; rows *= 2) {}
+        item_inverse = static_cast<uint32_t>(0xffffffffu / static_cast<uint32_t>(item_rows) + 1);
+    }
+    // The item of a row, counted through; rows below 2^27.
+    MLA_BOTH int32_t item_of(int32_t row) const { return static_cast<int32_t>(uint64_t{static_cast<uint32_t>(row)} * item_inverse >> 32); }
+    // Items of so many rows.
+    MLA_BOTH int32_t items_of(int32_t all) const { return item_of(all + item_rows - 1); }
     MLA_BOTH int64_t row(int32_t slot, int row) const { return static_cast<int64_t>(slot) * rows + row; }
     MLA_BOTH int32_t* narrow_at(int32_t slot, int row, int column) const { return narrow + slot * 8 + row / 16 * 2 + column / 256; }
 };
@@ -102,7 +113,7 @@ int hopper_fp8_rows(const Attend& work);
 // these have little to merge; and each token has blocks of its own, so that one that belongs to no sequence leaves some without rows.
 constexpr int hopper_fp8_cluster = 2;
 inline bool hopper_fp8_takes_clusters(const Attend& work, const Partials& partials) {
-    return partials.rows == 64 && work.heads % partials.rows == 0 && !partials.by_token;
+    return partials.item_rows == 64 && work.heads % partials.item_rows == 0 && !partials.by_token;
 }
 int attend_hopper_fp8(const Attend& work, const Partials& partials, cudaStream_t stream);
 bool attend_takes_hopper_bf16(const Attend& work, const Device& device);

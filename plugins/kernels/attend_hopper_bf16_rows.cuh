@@ -14,7 +14,7 @@ namespace hopper_bf16 {
 __device__ inline void prefetch_list(const Attend& work, const Partials& partials) {
     constexpr int line = 128 / 4;  // entries
     int32_t const lane = threadIdx.x % warp_size, block = blockIdx.x, item = block / partials.splits, part = block - item * partials.splits;
-    int32_t const token = item / ceil_div(work.heads, partials.rows), first = line * lane;
+    int32_t const token = item / partials.items_of(work.heads), first = line * lane;
     auto const tiles = static_cast<int32_t>(ceil_div<int64_t>(work.top_k, tile));
     int32_t const entry = tiles * part / partials.splits * tile + first;
     if (lane < 2 * tile / line && entry < work.top_k) prefetch(work.indices + token * work.top_k + entry);

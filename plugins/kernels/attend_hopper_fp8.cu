@@ -178,12 +178,17 @@ int launch(const Attend& work, const Partials& partials, cudaStream_t stream) {
 
 template <Keys keys, bool flat>
 int launch_rows(const Attend& work, const Partials& partials, cudaStream_t stream) {
+    auto of_rows = [&](auto count) {
+        constexpr int rows = decltype(count)::value;
+        return work.query_terms == 1 ? launch<Form<rows, 1, keys, flat>>(work, partials, stream)
+                                     : launch<Form<rows, 2, keys, flat>>(work, partials, stream);
+    };
     if constexpr (keys != Keys::of_clusters) {
-        if (partials.rows == 16) return launch<Form<16, 2, keys, flat>>(work, partials, stream);
-        if (partials.rows == 32) return launch<Form<32, 2, keys, flat>>(work, partials, stream);
+        if (partials.item_rows == 16) return launch<Form<16, 2, keys, flat>>(work, partials, stream);
+        if (partials.item_rows == 32) return launch<Form<32, 2, keys, flat>>(work, partials, stream);
+        if (partials.item_rows == 48) return of_rows(std::integral_constant<int, 48>());
     }
-    return work.query_terms == 1 ? launch<Form<64, 1, keys, flat>>(work, partials, stream)
-                                 : launch<Form<64, 2, keys, flat>>(work, partials, stream);
+    return of_rows(std::integral_constant<int, 64>());
 }
 
 template <bool flat>
@@ -212,7 +217,9 @@ bool attend_takes_hopper_fp8(const Attend& work, const Device& device) {
 int hopper_fp8_rows(const Attend& work) {
     int64_t const sequences = work.step.sequences > 0 ? work.step.sequences : 1;
     int64_t const rows = (work.indices != nullptr ? 1 : ceil_div(work.step.tokens, sequences)) * work.heads;
-    return rows <= 16 ? 16 : rows <= 32 ? 32 : 64;
+    if (rows <= 16) return 16;
+    if (rows <= 32) return 32;
+    return ceil_div<int64_t>(rows, 48) == ceil_div<int64_t>(rows, 64) ? 48 : 64;
 }
 
 int attend_hopper_fp8(const Attend& work, const Partials& partials, cudaStream_t stream) {

@@ -16,8 +16,8 @@ constexpr int piece_bytes = tile * 128, small_piece_bytes = tile * rope;  // the
 constexpr int pages_ahead = 6;  // tiles whose pages are asked for before that tile's turn: so long before are they known to all who ask
 constexpr int row_piece_bytes = 64 * 128;  // of the query
 constexpr int table_bytes = 3 * tile * 4;  // of a tile's scales
-// Two forms for at most 32 or 16 rows, two for 64; each for all keys, and for lists of keys. Those of 64 rows also for all keys of one
-// sequence, whose blocks are in clusters. All of them for rows of either format.
+// Two forms for at most 32 or 16 rows, two each for 48 and 64; each for all keys, and for lists of keys. Those of 64 rows also for all keys
+// of one sequence, whose blocks are in clusters. All of them for rows of either format. Only the output's products are smaller of 48 rows.
 enum class Keys { all, listed, of_clusters };
 template <int row_count, int query_terms, Keys which, bool is_flat>
 struct Form {

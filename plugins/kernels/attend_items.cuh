@@ -32,8 +32,8 @@ inline int64_t most_planned(const Attend& work, int rows, int multiprocessors) {
 // Blocks of an attention kernel. Where items are not of one token, one is left for the tokens that belong to no sequence; clusters are of
 // items that a token fills, so that such a token leaves blocks of its own.
 inline int64_t block_count(const Attend& work, const Partials& partials) {
-    if (partials.plan.items != nullptr) return most_planned(work, partials.rows, partials.multiprocessors) + 1;
-    int64_t const items = most_items(work, partials.rows, partials.by_token);
+    if (partials.plan.items != nullptr) return most_planned(work, partials.item_rows, partials.multiprocessors) + 1;
+    int64_t const items = most_items(work, partials.item_rows, partials.by_token);
     return items * partials.splits * partials.cluster + (partials.by_token || partials.cluster > 1 ? 0 : 1);
 }
 
@@ -52,8 +52,9 @@ __device__ inline int32_t new_tokens_of(const Attend& work, int32_t sequence) {
 // Of a sequence whose tokens begin at `first_token` and have `all_rows` rows the item number `item`, without its keys.
 __device__ inline Item rows_of_sequence(const Attend& work, int rows, int32_t sequence, int64_t first_token, int32_t all_rows,
                                         int32_t item) {
-    int32_t const row = item * rows;
-    return {first_token + row / work.heads, sequence, row % work.heads, max(min(all_rows - row, rows), 0)};
+    auto const row = static_cast<uint32_t>(item * rows), token = row / static_cast<uint32_t>(work.heads);  // unsigned: fewer instructions
+    auto const first_head = static_cast<int32_t>(row - token * static_cast<uint32_t>(work.heads));
+    return {first_token + token, sequence, first_head, max(min(all_rows - static_cast<int32_t>(row), rows), 0)};
 }
 
 __device__ inline int64_t last_token_of(const Attend& work, const Item& item) {
@@ -77,9 +78,9 @@ __device__ inline void take_keys(const Attend& work, const Partials& partials, I
 
 // Item number `item` where the host cuts, without its keys; of no rows where there is none.
 __device__ inline Item rows_of_item(const Attend& work, const Partials& partials, int32_t item) {
-    int const rows = partials.rows, tiles = (work.heads + rows - 1) >> (31 - __clz(rows)), first_head = item % tiles * rows;
+    int const rows = partials.item_rows, of_token = partials.items_of(work.heads), first_head = item % of_token * rows;
     if (!partials.by_token) return rows_of_sequence(work, rows, 0, work.step.query_offsets[0], new_tokens_of(work, 0) * work.heads, item);
-    return {item / tiles, work.step.sequence_of(item / tiles), first_head, min(rows, work.heads - first_head)};
+    return {item / of_token, work.step.sequence_of(item / of_token), first_head, min(rows, work.heads - first_head)};
 }
 
 // The block's item and part. Called by a warp; a barrier must follow.
@@ -98,8 +99,8 @@ __device__ inline void take_item(const Attend& work, const Partials& partials, I
     }
     int32_t const splits = partials.splits;
     if (partials.by_token) {  // what is not read waits neither for the kernel before nor for the item's sequence
-        int const rows = partials.rows, tiles = (work.heads + rows - 1) >> (31 - __clz(rows));
-        int32_t const number = block / splits, token = number / tiles, first_head = (number - token * tiles) * rows;
+        int const rows = partials.item_rows, of_token = partials.items_of(work.heads);
+        int32_t const number = block / splits, token = number / of_token, first_head = (number - token * of_token) * rows;
         Item item{token, -1, first_head, min(rows, work.heads - first_head)};
         item.slot = splits > 1 ? block : -1;
         bool const reads_keys = work.indices == nullptr || work.index_lengths != nullptr;
@@ -117,7 +118,7 @@ __device__ inline void take_item(const Attend& work, const Partials& partials, I
     if (lane != 0) return;
     int32_t const blocks = splits * partials.cluster, number = block / blocks, part = block - number * blocks;
     // the item's last key is asked for beside its rows: with its last token as most steps have it
-    int64_t const likely = min(static_cast<int64_t>(((number + 1) * partials.rows - 1) / work.heads), work.step.tokens - 1);
+    int64_t const likely = min(static_cast<int64_t>(((number + 1) * partials.item_rows - 1) / work.heads), work.step.tokens - 1);
     int32_t const likely_key = last_key(work, likely);
     Item item = rows_of_item(work, partials, number);
     item.slot = splits > 1 ? block / partials.cluster : -1;
@@ -151,7 +152,7 @@ __device__ inline void zero_padding(const Attend& work, const Partials& partials
     if (partials.plan.items != nullptr) {
         parts = partials.plan.counts->parts;
     } else {
-        parts = ceil_div(new_tokens_of(work, 0) * work.heads, partials.rows) * int64_t{partials.splits} * partials.cluster;
+        parts = partials.items_of(new_tokens_of(work, 0) * work.heads) * int64_t{partials.splits} * partials.cluster;
     }
     int64_t const end = max(work.step.query_offsets[work.step.sequences], 0);
     for (int64_t token = end + blockIdx.x - parts; token < work.step.tokens; token += gridDim.x - parts) {

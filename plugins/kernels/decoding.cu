@@ -210,7 +210,7 @@ Cut choose_splits(const Partials& partials, int64_t items, int64_t keys, int ran
     if (limit > partials.slots / items) limit = partials.slots / items;
     // In units of a tile's time on a multiprocessor: each wave takes its blocks' tiles and what a block takes besides; parts
     // are written and read again.
-    double const merged = static_cast<double>(items) * partials.rows * rank * 2 * (partials.type == MLA_FLOAT ? 4 : 2) / host_merge_bytes;
+    double const merged = static_cast<double>(items) * partials.item_rows * rank * 2 * (partials.type == MLA_FLOAT ? 4 : 2) / host_merge_bytes;
     Cut best;
     for (int splits = cluster > 1 ? 2 : 1; splits <= limit; ++splits) {  // a cluster makes parts, and no outputs
         int64_t const blocks = int64_t{splits} * cluster;
@@ -260,10 +260,10 @@ int begin_attention(Call& call, const Attend& work, bool after_append, Attention
     partials = {};
     partials.cluster = 1;
     switch (attention->kernel) {
-        case Attention::hopper_fp8: partials.rows = hopper_fp8_rows(work); break;
-        case Attention::hopper_bf16: partials.rows = hopper_bf16_rows; break;
-        case Attention::tensor_cores: partials.rows = tensor_core_rows(work, device); break;
-        case Attention::exact: partials.rows = exact_rows; break;
+        case Attention::hopper_fp8: partials.set_rows(hopper_fp8_rows(work)); break;
+        case Attention::hopper_bf16: partials.set_rows(hopper_bf16_rows); break;
+        case Attention::tensor_cores: partials.set_rows(tensor_core_rows(work, device)); break;
+        case Attention::exact: partials.set_rows(exact_rows); break;
     }
     partials.tile = attention->kernel == Attention::hopper_fp8 ? hopper_fp8_tile : attend_tile;
     // of rows with one scale for all, parts are of the codes, not of what these stand for
@@ -273,7 +273,7 @@ int begin_attention(Call& call, const Attend& work, bool after_append, Attention
     partials.slots = slots_of_processor * device.multiprocessors;
     partials.output_aligned = in_fours(work.output);
     partials.by_token = work.indices != nullptr || attention->kernel == Attention::exact;
-    attention->items = most_items(work, partials.rows, partials.by_token);
+    attention->items = most_items(work, partials.item_rows, partials.by_token);
     bool const planned = !partials.by_token && work.step.sequences != 1;
     // An engine has room for what its largest step needs, and a smaller step may have more rows a block.
     int64_t const rows = int64_t{partials.slots} * most_rows;

@@ -161,11 +161,13 @@ __device__ inline uint32_t tile_descriptor(uint32_t address) { return (address &
 // clang-format off
 #define MLA_D8(d) "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
 #define MLA_D16(d) MLA_D8(d), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
-#define MLA_D32(d) MLA_D16(d), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), \
+#define MLA_D24(d) MLA_D16(d), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23])
+#define MLA_D32(d) MLA_D24(d), \
     "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
 #define MLA_R8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define MLA_R16 MLA_R8 ", %8, %9, %10, %11, %12, %13, %14, %15"
-#define MLA_R32 MLA_R16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define MLA_R24 MLA_R16 ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define MLA_R32 MLA_R24 ", %24, %25, %26, %27, %28, %29, %30, %31"
 #define MLA_R64 MLA_R32 \
     ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
     ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
@@ -290,6 +292,13 @@ __device__ inline void product_e4m3(float (&d)[32], const uint32_t (&a)[4], uint
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(2 * step), "n"(step > 0));
 }
 template <int step>
+__device__ inline void product_e4m3(float (&d)[24], const uint32_t (&a)[4], uint32_t b) {
+    asm volatile("{\n.reg .b64 tile;\n.reg .b32 low;\nadd.u32 low, %28, %29;\nmov.b64 tile, {low, 0x40000040};\n"
+                 "wgmma.mma_async.sync.aligned.m64n48k32.f32.e4m3.e4m3 {" MLA_R24 "}, {%24, %25, %26, %27}, tile, %30, 1, 1;\n}"
+                 : MLA_D24(d)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(2 * step), "n"(step > 0));
+}
+template <int step>
 __device__ inline void product_e4m3(float (&d)[16], const uint32_t (&a)[4], uint32_t b) {
     asm volatile("{\n.reg .b64 tile;\n.reg .b32 low;\nadd.u32 low, %20, %21;\nmov.b64 tile, {low, 0x40000040};\n"
                  "wgmma.mma_async.sync.aligned.m64n32k32.f32.e4m3.e4m3 {" MLA_R16 "}, {%16, %17, %18, %19}, tile, %22, 1, 1;\n}"
@@ -306,11 +315,13 @@ __device__ inline void product_e4m3(float (&d)[8], const uint32_t (&a)[4], uint3
 
 #undef MLA_D8
 #undef MLA_D16
+#undef MLA_D24
 #undef MLA_D32
 #undef MLA_D64
 #undef MLA_D128
 #undef MLA_R8
 #undef MLA_R16
+#undef MLA_R24
 #undef MLA_R32
 #undef MLA_R64
 #undef MLA_R128

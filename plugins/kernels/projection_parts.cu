@@ -37,18 +37,18 @@ struct Place {
 };
 
 __device__ Place find_parts(const Attend& attend, const Partials& partials, int token, int head) {
-    int const shift = 31 - __clz(partials.rows);  // of a power of two
     bool there;
     int32_t index = head;  // of the row among those of all items
     if (partials.by_token) {
-        index += token * ((attend.heads + partials.rows - 1) >> shift << shift);
+        index += token * partials.items_of(attend.heads) * partials.item_rows;
         there = attend.step.sequence_of(token) >= 0;
     } else {
         int32_t const own = token - attend.step.query_offsets[0];
         there = own >= 0 && own < new_tokens_of(attend, 0);
         index += (there ? own : 0) * attend.heads;
     }
-    return {(index >> shift) * partials.splits, index & (partials.rows - 1), there};
+    int32_t const item = partials.item_of(index);
+    return {item * partials.splits, index - item * partials.item_rows, there};
 }
 
 // A token's mean of a head, of the thread's column: in all it does as decoding.cu's merge does. `sums` [4][512] is scratch. `meanwhile` is

@@ -45,6 +45,10 @@ RAGGED = {
     "a third of a wave": ([1500] * 88, 128),
     "empty ones between": ([0, 2000, 0, 0, 3, 1300, 0], 128),
     "all of one key": ([1] * 150, 16),
+    # of 16 multiprocessors; of more they are cut otherwise
+    "shares and rests": ([4869, 514, 1077, 1421, 1089, 4807, 5215, 3493], 128),
+    "rests that do not fit": ([4358, 5658, 5288, 3068, 5642, 5857, 5821, 485], 128),
+    "shares and rests of 132 multiprocessors": (np.random.default_rng(3).integers(1, 8192, 50).tolist(), 128),
 }
 
 

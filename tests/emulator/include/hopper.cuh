@@ -153,6 +153,10 @@ inline void product_e4m3(float (&d)[32], const uint32_t (&a)[4], uint32_t b) {
     order(d, 64, true, step == 0, false, a, 0, b + 2 * step);
 }
 template <int step>
+inline void product_e4m3(float (&d)[24], const uint32_t (&a)[4], uint32_t b) {
+    order(d, 48, true, step == 0, false, a, 0, b + 2 * step);
+}
+template <int step>
 inline void product_e4m3(float (&d)[16], const uint32_t (&a)[4], uint32_t b) {
     order(d, 32, true, step == 0, false, a, 0, b + 2 * step);
 }
