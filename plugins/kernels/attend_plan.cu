@@ -52,7 +52,7 @@ struct Entry {
 struct Board {
     Sequence held[threads];
     Entry entries[threads];
-    int2 order[threads];  // what ranks a sequence, and its parts
+    alignas(16) int2 order[threads];  // what ranks a sequence, and its parts
     // of warps; those of `tail` are of the last wave
     int32_t all[warps], tail_tiles[warps], tail_parts[warps], slots[warps], merges[warps], longest[warps], items[warps], pairs[warps];
     float work[warps];
@@ -93,17 +93,20 @@ __device__ inline int32_t sum_of_lanes_before(int32_t value) {
     return sum - value;
 }
 
+// `many`: more sequences than threads. Each thread has some that follow each other then, they lie in device memory, and their order matters
+// little.
+template <bool many>
 struct Planner {
     const Attend& work;
     const Partials& results;
-    int32_t const sequences, tile_shift, first;  // of the thread's sequences, which follow each other
-    int32_t const last;  // behind them
+    int32_t const sequences, tile_shift, first, last;  // of the thread's sequences; `last` is behind them
     int32_t const most;  // parts that there is room for before the last wave is cut
-    int32_t const own;  // how many each thread has; where more than one, they are so many that their order matters little
     Board& board;
-    Sequence* const held;  // of all sequences
-    Entry* const entries;
+    Entry* const all_entries;
     int32_t count;  // of entries: sequences, and as many rests where there are any
+
+    __device__ Entry* entries() const { return many ? all_entries : board.entries; }
+    __device__ Sequence* held() const { return many ? reinterpret_cast<Sequence*>(all_entries + sequences) : board.held; }
 
     __device__ Sequence look_at(int32_t sequence) const {
         int32_t const start = work.step.query_offsets[sequence], fresh = new_tokens(work, start, work.step.query_offsets[sequence + 1]);
@@ -116,8 +119,12 @@ struct Planner {
 
     template <typename F>
     __device__ void for_own(F&& each) const {
+        if constexpr (many) {
 #pragma unroll 1
-        for (int32_t i = first; i < last; ++i) each(i);
+            for (int32_t i = first; i < last; ++i) each(i);
+        } else if (first < last) {
+            each(first);
+        }
     }
 
     // Parts of all entries; slots and merges of those whose items are in parts.
@@ -128,13 +135,13 @@ struct Planner {
     __device__ Ranked rank(int32_t most_tiles, bool rests) {
         int32_t parts = 0, own_slots = 0, own_merges = 0;
         auto put = [&](int32_t place, const Entry& entry) {
-            entries[place] = entry;
+            entries()[place] = entry;
             // long parts before short ones, then as the sequences are
-            if (own == 1) board.order[place] = make_int2(min(entry.tiles, 0x3fffff) * threads + threads - 1 - place, entry.all());
+            if (!many) board.order[place] = make_int2(min(entry.tiles, 0x3fffff) * threads + threads - 1 - place, entry.all());
         };
         for_own([&](int32_t sequence) {
-            int32_t const tiles = held[sequence].tiles;
-            Entry entry{sequence, held[sequence].items, 1, tiles, 1};
+            int32_t const tiles = held()[sequence].tiles;
+            Entry entry{sequence, held()[sequence].items, 1, tiles, 1};
             if (tiles > most_tiles) {
                 entry.of_item = min(divide_up(tiles, most_tiles), most_parts);
                 entry.parts = rests ? divide(tiles, most_tiles) : entry.of_item;
@@ -157,21 +164,21 @@ struct Planner {
             int32_t slot = sum_of_lanes_before(own_slots) + get_sum(board.slots, warp_of_thread());
             int32_t merge = sum_of_lanes_before(own_merges) + get_sum(board.merges, warp_of_thread());
             for_own([&](int32_t sequence) {
-                Entry& entry = entries[sequence];
+                Entry& entry = entries()[sequence];
                 entry.slot = slot;
                 entry.merge = merge;
-                if (rests) put(sequences + sequence, entry.rest(held[sequence].tiles));
+                if (rests) put(sequences + sequence, entry.rest(held()[sequence].tiles));
                 if (entry.of_item == 1) return;
                 slot += entry.items * entry.of_item;
                 merge += entry.items;
             });
             __syncthreads();
         }
-        if (own > 1) {
+        if constexpr (many) {
             int32_t rank = sum_of_lanes_before(parts) + get_sum(board.all, warp_of_thread());
             for_own([&](int32_t sequence) {
-                entries[sequence].rank = rank;
-                rank += entries[sequence].all();
+                entries()[sequence].rank = rank;
+                rank += entries()[sequence].all();
             });
             __syncthreads();
             return ranked;
@@ -183,10 +190,14 @@ struct Planner {
         int32_t const key = looked < count ? board.order[looked].x : endless;
         int32_t rank = 0, place = 0;
 #pragma unroll 2
-        for (int32_t other = lane; other < count; other += lanes) {
-            int2 const there = board.order[other];
-            if (there.x > key) {
-                rank += there.y;
+        for (int32_t other = 2 * lane; other < count; other += 2 * lanes) {
+            int4 const two = *reinterpret_cast<const int4*>(board.order + other);
+            if (two.x > key) {
+                rank += two.y;
+                ++place;
+            }
+            if (two.z > key && other + 1 < count) {
+                rank += two.w;
                 ++place;
             }
         }
@@ -196,11 +207,11 @@ struct Planner {
         }
         Entry entry;
         bool const writes = looked < count && lane == 0;
-        if (writes) entry = entries[looked];
+        if (writes) entry = entries()[looked];
         __syncthreads();
         if (writes) {
             entry.rank = rank;
-            entries[place] = entry;
+            entries()[place] = entry;
         }
         __syncthreads();
         return ranked;
@@ -214,7 +225,7 @@ struct Planner {
         int32_t const processors = results.multiprocessors, tail = ranked.all - head;
         int32_t tail_tiles = 0, tail_parts = 1;
         for_own([&](int32_t i) {
-            Entry const entry = entries[i];
+            Entry const entry = entries()[i];
             if (entry.rank + entry.all() <= head) return;
             tail_tiles = max(tail_tiles, entry.tiles);
             tail_parts = max(tail_parts, entry.parts);
@@ -242,7 +253,18 @@ struct Planner {
         int32_t const best = __reduce_min_sync(all_lanes, allowed ? end : endless);
         return {best % warp_size + 1, best / warp_size};
     }
-    // Of items of equal work.
+
+    // Over all threads.
+    __device__ float sum_work(float own_work) const {
+        own_work = warp_sum(own_work);
+        if (lane_of_thread() == 0) board.work[warp_of_thread()] = own_work;
+        __syncthreads();
+        float const all = warp_sum(lane_of_thread() < warps ? board.work[lane_of_thread()] : 0.0f);
+        __syncthreads();
+        return all;
+    }
+
+    // Tiles of a multiprocessor, were the work shared out evenly.
     __device__ int32_t fair_share(float all_work) const {
         return max(static_cast<int32_t>(fminf(ceilf(all_work / static_cast<float>(results.multiprocessors)), 1e9f)), 2);
     }
@@ -250,7 +272,7 @@ struct Planner {
     // Where lengths differ, and each multiprocessor has one or two parts: with more of them, whole ones fill the end as well.
     __device__ bool may_leave_rests(float all_work, int32_t items, int32_t longest) const {
         float const tiles = all_work - static_cast<float>(block_tiles * items);
-        return own == 1 && 2 * sequences <= threads && 2 * items <= 3 * results.multiprocessors &&
+        return !many && 2 * sequences <= threads && 2 * items <= 3 * results.multiprocessors &&
                static_cast<float>(longest) * static_cast<float>(4 * items) > 5.0f * tiles;
     }
 
@@ -261,7 +283,7 @@ struct Planner {
         for (int i = 0; i < 3; ++i) {  // a smaller share makes more parts, and these more work
             float own_work = 0.0f;
             for_own([&](int32_t sequence) {
-                Sequence const own = held[sequence];
+                Sequence const own = held()[sequence];
                 own_work += static_cast<float>(own.items) * static_cast<float>(own.tiles + block_tiles * divide_up(own.tiles, share));
             });
             share = max(fair_share(sum_work(own_work)) - block_tiles, 2);
@@ -294,17 +316,16 @@ struct Planner {
 #pragma unroll 1
         while (high - low > 1) {
             int32_t const middle = (low + high) / 2;
-            if (entries[middle].rank <= rank) {
+            if (entries()[middle].rank <= rank) {
                 low = middle;
             } else {
                 high = middle;
             }
         }
-        return entries[low];
+        return entries()[low];
     }
 
-    // What the blocks work on and what is merged, by all threads.
-    // `share`: see find_share; 0: parts are equal.
+    // What the blocks work on and what is merged, by all threads. `share`: that leaves rests; 0: parts are equal.
     __device__ void write(int32_t head, int32_t blocks, int32_t pieces, int32_t cut_merges, int32_t share) const {
         int32_t const tail_slots = 2 * results.multiprocessors;
 #pragma unroll 1
@@ -317,7 +338,8 @@ struct Planner {
             }
             Entry const entry = find(rank);
             int32_t const part = divide(rank - entry.rank, entry.items), number = rank - entry.rank - part * entry.items;
-            Item item = rows_of_sequence(work, results.item_rows, entry.sequence, held[entry.sequence].first_token, held[entry.sequence].rows, number);
+            Sequence const from = held()[entry.sequence];
+            Item item = rows_of_sequence(work, results.item_rows, entry.sequence, from.first_token, from.rows, number);
             int32_t const begin = part * pieces + piece;
             if (share > 0) {
                 take_keys(work, results, item, 0, 1, 1);
@@ -345,21 +367,12 @@ struct Planner {
         }
     }
 
-    __device__ float sum_work(float own_work) const {
-        own_work = warp_sum(own_work);
-        if (lane_of_thread() == 0) board.work[warp_of_thread()] = own_work;
-        __syncthreads();
-        float const all = warp_sum(lane_of_thread() < warps ? board.work[lane_of_thread()] : 0.0f);
-        __syncthreads();
-        return all;
-    }
-
     __device__ void run() {
         float own_work = 0.0f;
         int32_t own_longest = 0, own_items = 0;
         for_own([&](int32_t sequence) {
             Sequence const own = look_at(sequence);
-            held[sequence] = own;
+            held()[sequence] = own;
             own_work += static_cast<float>(own.items) * static_cast<float>(own.tiles + block_tiles);
             own_longest = max(own_longest, own.tiles);
             own_items += own.items;
@@ -402,15 +415,15 @@ struct Planner {
     }
 };
 
+template <bool many>
 __global__ void __launch_bounds__(threads) plan_attention_kernel(Attend work, Partials results, bool after_append, int32_t most) {
     __shared__ Board board;
     let_next_kernel_begin();
     if (!after_append) wait_for_kernel_before();
-    auto const sequences = static_cast<int32_t>(work.step.sequences);
-    int32_t const run = ceil_div(sequences, threads), first = min(static_cast<int32_t>(threadIdx.x) * run, sequences);
-    auto* const scratch = static_cast<Entry*>(results.plan.scratch);
-    Planner{work, results, sequences, 31 - __clz(results.tile), first, min(first + run, sequences), most, run, board,
-            run > 1 ? reinterpret_cast<Sequence*>(scratch + sequences) : board.held, run > 1 ? scratch : board.entries, sequences}
+    auto const sequences = static_cast<int32_t>(work.step.sequences), run = many ? divide_up(sequences, threads) : 1;
+    int32_t const first = min(static_cast<int32_t>(threadIdx.x) * run, sequences);
+    Planner<many>{work, results, sequences, 31 - __clz(results.tile), first, min(first + run, sequences), most, board,
+                  static_cast<Entry*>(results.plan.scratch), sequences}
         .run();
     if (after_append) wait_for_kernel_before();  // for those who wait for this one
 }
@@ -424,7 +437,8 @@ Plan take_plan(Workspace& workspace, const Attend& work, const Partials& partial
     // and one, as blocks are: they read their item before they know whether they have one
     plan.items = workspace.take<Item>(most_planned(work, least_rows, partials.multiprocessors) + work.step.sequences + 1);
     plan.merges = workspace.take<Merge>(partials.slots / 2);
-    plan.scratch = workspace.take<char>(work.step.sequences > threads ? work.step.sequences * static_cast<int64_t>(sizeof(Entry) + sizeof(Sequence)) : 0);
+    int64_t const in_memory = work.step.sequences > threads ? work.step.sequences : 0;
+    plan.scratch = workspace.take<char>(in_memory * static_cast<int64_t>(sizeof(Entry) + sizeof(Sequence)));
     return plan;
 }
 
@@ -432,7 +446,8 @@ int plan_attention(const Attend& work, const Partials& partials, bool after_appe
     Device device;
     if (int status = current_device(&device)) return status;
     auto const most = static_cast<int32_t>(std::min<int64_t>(most_items(work, partials.item_rows, false) + partials.multiprocessors, endless));
-    return launch_early("attention", plan_attention_kernel, 1, threads, 0, device, stream, work, partials, after_append, most);
+    auto const kernel = work.step.sequences > threads ? plan_attention_kernel<true> : plan_attention_kernel<false>;
+    return launch_early("attention", kernel, 1, threads, 0, device, stream, work, partials, after_append, most);
 }
 
 }  // namespace mla

@@ -8,9 +8,8 @@ constexpr int most_rows = 64;  // of a block of any attention kernel
 constexpr int slots_of_processor = 4;
 constexpr int merge_columns = 128;  // of a slice, four a lane
 constexpr int merge_warps = 4;
-constexpr int most_slices = 4;  // of a row: R 512
 // Where there is a plan: blocks on a multiprocessor, and parts of a row whose values are in flight.
-constexpr int merge_blocks = 5, merge_batch = 3;
+constexpr int merge_blocks = 6, merge_batch = 3;
 // Where there is none, all parts of a row are in flight, be they `most_parts`: more of them than elsewhere are written and read in a
 // tile's time.
 constexpr double host_merge_bytes = 1e7;
@@ -48,12 +47,12 @@ struct Four<MLA_FLOAT> {
 // `slices` slices of a row's columns from `first_slice` on, by `warps` warps that take turns with the parts, each with the values of `batch`
 // parts in flight; `part_of` is the warp's number among them. Weighs the parts by 2^(lse - largest) and adds the sink to their sum. Every
 // warp makes the weights, two parts a lane. Nothing of the values depends on the weights, so that both are in flight together.
-template <int type, int warps, int batch, int slices>
+template <int type, int warps, int batch, int slices, int known_rank = 0>
 __device__ void merge_row(const Attend& work, const Partials& partials, const Merge& merge, int row, int first_slice, int part_of) {
     static_assert(warps == 1 || slices == 1);
     int64_t const token = merge.first_token + (merge.first_head + row) / work.heads;
     int const head = (merge.first_head + row) % work.heads, lane = threadIdx.x % warp_size, parts = merge.parts();
-    int const rank = work.layout.rank, column = first_slice * merge_columns + 4 * lane;
+    int const rank = known_rank > 0 ? known_rank : work.layout.rank, column = first_slice * merge_columns + 4 * lane;
 
     int32_t slots[2] = {};
     float lse[2] = {-INFINITY, -INFINITY};
@@ -135,8 +134,8 @@ __device__ void merge_row(const Attend& work, const Partials& partials, const Me
 #pragma unroll
     for (int k = 0; k < slices; ++k) {
         int const first = column + k * merge_columns;
-        if (first + 4 <= rank) {
-            store_four(work.output.data, work.output.type, at + first, total[k], partials.output_aligned);
+        if (known_rank > 0 || first + 4 <= rank) {
+            store_four(work.output.data, work.output.type, at + first, total[k], known_rank > 0 || partials.output_aligned);
         } else {
             float const last[3] = {total[k].x, total[k].y, total[k].z};
             for (int i = 0; first + i < rank; ++i) store_float(work.output.data, work.output.type, at + first + i, last[i]);
@@ -147,8 +146,12 @@ __device__ void merge_row(const Attend& work, const Partials& partials, const Me
     }
 }
 
+// Rows that are merged by a kernel with few instructions, for they are read from memory in each step.
+constexpr int lean_rank = 512;
+bool lean_merge(const Attend& work, const Partials& partials) { return work.layout.rank == lean_rank && partials.output_aligned; }
+
 // Where the host cuts: block (row of an item, slice), whose warps take turns with the parts, `batch` for each.
-template <int type, int batch>
+template <int type, int batch, int known_rank>
 __global__ void __launch_bounds__(merge_warps* warp_size) merge_kernel(Attend work, Partials partials) {
     int32_t const number = static_cast<int32_t>(blockIdx.x) / partials.rows, row = static_cast<int32_t>(blockIdx.x) % partials.rows;
     let_next_kernel_begin();
@@ -156,17 +159,21 @@ __global__ void __launch_bounds__(merge_warps* warp_size) merge_kernel(Attend wo
     wait_for_kernel_before();
     if (row >= item.count) return;
     Merge const merge{item.first_token, item.first_head, item.count, number * partials.splits, 1, partials.splits, 0, 0, 1, 0};
-    merge_row<type, merge_warps, batch, 1>(work, partials, merge, row, blockIdx.y, threadIdx.x / warp_size);
+    merge_row<type, merge_warps, batch, 1, known_rank>(work, partials, merge, row, blockIdx.y, threadIdx.x / warp_size);
 }
 
 // The one that has just enough parts in flight: more are instructions for nothing.
-template <int type>
+template <int type, int known_rank>
 auto choose_merge(int splits) {
     static_assert(16 * merge_warps >= most_parts);
-    return splits <= 4 * merge_warps ? merge_kernel<type, 4> : splits <= 8 * merge_warps ? merge_kernel<type, 8> : merge_kernel<type, 16>;
+    return splits <= 4 * merge_warps   ? merge_kernel<type, 4, known_rank>
+           : splits <= 8 * merge_warps ? merge_kernel<type, 8, known_rank>
+                                       : merge_kernel<type, 16, known_rank>;
 }
 
-// What the plan says. Warps take whole rows in turn; those that follow each other are of different blocks.
+// What the plan says. Warps take whole rows in turn; those that follow each other are of different blocks. `known_rank`: R, whose rows are
+// written in fours; 0: any.
+template <int type, int known_rank>
 __global__ void __launch_bounds__(merge_warps* warp_size, merge_blocks) merge_planned_kernel(Attend work, Partials partials) {
     let_next_kernel_begin();
     wait_for_kernel_before();
@@ -176,10 +183,10 @@ __global__ void __launch_bounds__(merge_warps* warp_size, merge_blocks) merge_pl
     for (int32_t i = warp; i >> row_shift < items; i += static_cast<int32_t>(merge_warps * gridDim.x)) {
         Merge const merge = partials.plan.merges[i >> row_shift];
         if ((i & row_mask) >= merge.rows) continue;
-        if (slices == most_slices) {
-            merge_row<MLA_FLOAT, 1, merge_batch, most_slices>(work, partials, merge, i & row_mask, 0, 0);
+        if constexpr (known_rank > 0) {
+            merge_row<type, 1, merge_batch, known_rank / merge_columns, known_rank>(work, partials, merge, i & row_mask, 0, 0);
         } else {
-            for (int slice = 0; slice < slices; ++slice) merge_row<MLA_FLOAT, 1, 8, 1>(work, partials, merge, i & row_mask, slice, 0);
+            for (int slice = 0; slice < slices; ++slice) merge_row<type, 1, 8, 1>(work, partials, merge, i & row_mask, slice, 0);
         }
     }
 }
@@ -187,12 +194,16 @@ __global__ void __launch_bounds__(merge_warps* warp_size, merge_blocks) merge_pl
 int merge_parts(const Attend& work, const Partials& partials, int64_t items, const Device& device, cudaStream_t stream) {
     constexpr int threads = merge_warps * warp_size;
     if (partials.plan.items != nullptr) {
-        return launch_early("attention", merge_planned_kernel, merge_blocks * device.multiprocessors, threads, 0, device, stream, work, partials);
+        auto const kernel = !lean_merge(work, partials)     ? merge_planned_kernel<MLA_FLOAT, 0>
+                            : partials.type == MLA_FLOAT16  ? merge_planned_kernel<MLA_FLOAT16, lean_rank>
+                            : partials.type == MLA_BFLOAT16 ? merge_planned_kernel<MLA_BFLOAT16, lean_rank>
+                                                            : merge_planned_kernel<MLA_FLOAT, lean_rank>;
+        return launch_early("attention", kernel, merge_blocks * device.multiprocessors, threads, 0, device, stream, work, partials);
     }
     dim3 const grid(static_cast<unsigned>(items * partials.rows), ceil_div(work.layout.rank, merge_columns));
-    auto const kernel = partials.type == MLA_FLOAT16    ? choose_merge<MLA_FLOAT16>(partials.splits)
-                        : partials.type == MLA_BFLOAT16 ? choose_merge<MLA_BFLOAT16>(partials.splits)
-                                                        : choose_merge<MLA_FLOAT>(partials.splits);
+    auto const kernel = partials.type == MLA_FLOAT16    ? choose_merge<MLA_FLOAT16, lean_rank>(partials.splits)
+                        : partials.type == MLA_BFLOAT16 ? choose_merge<MLA_BFLOAT16, lean_rank>(partials.splits)
+                                                        : choose_merge<MLA_FLOAT, 0>(partials.splits);
     return launch_early("attention", kernel, grid, threads, 0, device, stream, work, partials);
 }
 
@@ -285,15 +296,17 @@ int begin_attention(Call& call, const Attend& work, bool after_append, Attention
     Plan const plan = take_plan(call.workspace, work, partials);
     call.workspace.release(mark);
     if (call.workspace.sizing()) return MLA_OK;
+    // Parts' bytes are much of what a step takes. What e4m3 products lose is more than bfloat16 does; what those of bfloat16 lose is about as
+    // much. float16 holds whatever is made of codes alone.
+    if (lean_merge(work, partials)) {
+        if (attention->kernel == Attention::hopper_fp8) partials.type = of_codes ? MLA_FLOAT16 : MLA_BFLOAT16;
+        if (of_codes) partials.narrow = nullptr;
+        if (attention->kernel == Attention::hopper_bf16 && hopper_bf16_halves(work.layout.format)) partials.type = MLA_FLOAT16;
+    }
     if (planned) {
         partials.plan = plan;
         return plan_attention(work, partials, after_append, call.stream);
     }
-    // Where the host cuts there are few rows, and the parts' bytes are much of what the step takes. What e4m3 products lose is more than
-    // bfloat16 does; what those of bfloat16 lose is about as much. float16 holds whatever is made of codes alone.
-    if (attention->kernel == Attention::hopper_fp8) partials.type = of_codes ? MLA_FLOAT16 : MLA_BFLOAT16;
-    if (of_codes) partials.narrow = nullptr;
-    if (attention->kernel == Attention::hopper_bf16 && hopper_bf16_halves(work.layout.format)) partials.type = MLA_FLOAT16;
     int64_t const keys = work.indices == nullptr ? work.step.max_pages * work.layout.page_size : work.top_k;
     Cut cut = choose_splits(partials, attention->items, keys, work.layout.rank, 1);
     if (attention->kernel == Attention::hopper_fp8 && hopper_fp8_takes_clusters(work, partials)) {

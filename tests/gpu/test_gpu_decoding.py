@@ -79,6 +79,24 @@ def test_ragged_steps(row_format: str, case: tuple[list[int], int]) -> None:
 
 
 @pytest.mark.small
+@pytest.mark.parametrize("seed", range(16))
+def test_any_lengths(seed: int) -> None:
+    """However a step's keys are cut, each of them counts once: lengths of one kind or another, some tokens of each sequence."""
+    rng = np.random.default_rng(seed)
+    sequences = int(rng.integers(2, 24))
+    lengths = [
+        rng.integers(1, 6000, sequences),
+        np.where(np.arange(sequences) == 0, 20000, 300),
+        np.exp(rng.normal(6.5, 1.5, sequences)).astype(int) + 1,
+        np.where(rng.random(sequences) < 0.3, 5000, 700),
+    ][seed % 4]
+    new = rng.integers(0, 4, sequences)
+    step = step_of(rng, new.tolist(), np.maximum(lengths - new, 0).tolist(), padding=1)
+    inputs, attributes = decoding_case(rng, step, layout("bf16", 32, 8), int(rng.choice([4, 24])))
+    compare_attention(run_op("MlaDecoding", inputs, **attributes), inputs, attributes)
+
+
+@pytest.mark.small
 @pytest.mark.parametrize("case", STEPS.values(), ids=STEPS.keys())
 @pytest.mark.parametrize("row_format", ROW_FORMATS)
 @pytest.mark.parametrize("listed", [False, True], ids=["dense", "listed"])
