@@ -239,6 +239,7 @@ __device__ void store_query(const IndexWindow& window, int64_t place, float weig
 // A warp for `each` padded heads of a row of the window, `warps` apart; behind them, with append.keys, one for each token's key.
 template <int values>
 __global__ void __launch_bounds__(warps* warp_size) append_kernel(IndexWindow window, IndexAppend append, int32_t each) {
+    let_next_kernel_begin();
     __shared__ Row<values> shared[warps][warp_size];
     int const warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
     uint32_t const blocks_per_row = window.padded_heads / (warps * each), query_blocks = window.rows * blocks_per_row;

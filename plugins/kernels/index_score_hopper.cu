@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "early.cuh"
 #include "hopper.cuh"
 #include "index_items.cuh"
 #include "mma.cuh"
@@ -58,8 +59,8 @@ __device__ void order_keys(const IndexWindow& window, int32_t page, bool there, 
 [[maybe_unused]] __device__ inline float twice_relu(float value) { return value + fabsf(value); }
 
 // A warpgroup's tile of keys against a run's queries. A unit is `columns` heads of a token; units follow each other in shared memory.
-// Products of one are made while another's are summed. `whole`: a unit is all heads.
-template <int chunks, int columns, bool whole>
+// Products of one are made while another's are summed. `whole`: a unit is all heads. `alone`: there is one unit.
+template <int chunks, int columns, bool whole, bool alone>
 struct TileScores {
     const IndexWindow& window;
     const Rows& rows;
@@ -141,6 +142,14 @@ struct TileScores {
     template <bool all_seen>
     __device__ void run_seen() {
         using namespace hopper;
+        if constexpr (alone) {
+            Products all_heads;
+            order(all_heads, 0);
+            product_wait();
+            finish<false, all_seen>(all_heads, 0);
+            write<all_seen>(0, 1);
+            return;
+        }
         Products even, odd;
         int32_t const units = count * blocks;
         int32_t unit = 0;
@@ -167,12 +176,17 @@ struct TileScores {
     }
 };
 
-// `columns`: heads of one product, all where `whole`. `once`: no keys are read by two runs, as where each sequence has a token.
-template <int chunks, int columns, bool whole, bool once>
-__global__ void __launch_bounds__(threads, 2) score_codes_kernel(IndexWindow window, QueryTile shape) {
+// How a kernel goes over keys: once, and for one token each, as where each sequence has a token; or once; or again for further tokens.
+enum class Pass { of_a_token, once, again };
+MLA_BOTH constexpr int blocks_of(Pass pass) { return pass == Pass::of_a_token ? 3 : 2; }  // on a multiprocessor
+
+// `columns`: heads of one product, all where `whole`.
+template <int chunks, int columns, bool whole, Pass pass>
+__global__ void __launch_bounds__(threads, blocks_of(pass)) score_codes_kernel(IndexWindow window, QueryTile shape) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     using namespace hopper;
     constexpr int width = 64 * chunks;
+    constexpr bool once = pass != Pass::again;
     extern __shared__ __align__(1024) char codes_shared[];
     __shared__ int32_t scan[warp_size];
     int32_t const lines = shape.slots * shape.heads;
@@ -182,6 +196,7 @@ __global__ void __launch_bounds__(threads, 2) score_codes_kernel(IndexWindow win
     int32_t* const tables = reinterpret_cast<int32_t*>(runs + window.rows);
     Rows const rows{tables, tables + window.rows};
 
+    let_next_kernel_begin();
     int32_t const total = list_items(window, shape.slots, block_keys, rows, scan);
     for (int32_t row = threadIdx.x; row < window.rows; row += threads) {
         Run const run = run_at(window, rows, row, shape.slots);
@@ -237,6 +252,7 @@ __global__ void __launch_bounds__(threads, 2) score_codes_kernel(IndexWindow win
         }
         copy_async_commit();
     };
+    wait_for_kernel_before();  // which appends keys and makes queries
     for (int i = 0; i < ahead; ++i) order(stages[i]);
 
     RunFacts run{};
@@ -274,7 +290,7 @@ __global__ void __launch_bounds__(threads, 2) score_codes_kernel(IndexWindow win
 #pragma unroll
                 for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(fragments[step][i])::"memory");
             }
-            TileScores<chunks, columns, whole>{window, rows, queries, weights + 2 * quarter, fragments, cursor.row,
+            TileScores<chunks, columns, whole, pass == Pass::of_a_token>{window, rows, queries, weights + 2 * quarter, fragments, cursor.row,
                                                __shfl_sync(0xffffffffu, run.count, 0), shape.heads / columns,
                                                base + own_row + 8 * (quarter % 2), scale, there, run.least >= base + block_keys, nullptr}
                 .run();
@@ -286,32 +302,36 @@ __global__ void __launch_bounds__(threads, 2) score_codes_kernel(IndexWindow win
 
 constexpr int row_bytes = Rows::bytes + sizeof(RunFacts);
 
-// Tokens whose queries fit into half of a multiprocessor's shared memory.
-int slots_of(const IndexWindow& window, const Device& device, int64_t rows) {
+// Tokens whose queries fit into a block's part of a multiprocessor's shared memory.
+int slots_of(const IndexWindow& window, const Device& device, int64_t rows, int blocks) {
     constexpr int64_t most_slots = 8, reserved = 2048, line = line_bytes + 4;
     int64_t const stage = window.width == 64 ? sizeof(Stage<1>) : sizeof(Stage<2>);
-    int64_t const budget = device.shared_bytes / 2 - reserved - ahead * stage - row_bytes * rows;
+    int64_t const budget = device.shared_bytes / blocks - reserved - ahead * stage - row_bytes * rows;
     return static_cast<int>(std::min(most_slots, budget / (line * window.padded_heads)));
 }
 
-template <int chunks, int columns, bool whole, bool once>
+template <int chunks, int columns, bool whole, Pass pass>
 int launch(const Call& call, const IndexWindow& window, const QueryTile& shape, const Device& device) {
-    auto const kernel = score_codes_kernel<chunks, columns, whole, once>;
+    auto const kernel = score_codes_kernel<chunks, columns, whole, pass>;
     int const stages = ahead * static_cast<int>(sizeof(Stage<chunks>));
     int const shared = stages + shape.slots * shape.heads * (line_bytes + 4) + row_bytes * window.rows;
     if (int status = check_cuda("MlaIndexer: shared memory",
                                 cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared))) {
         return status;
     }
-    kernel<<<2 * device.multiprocessors, threads, shared, call.stream>>>(window, shape);
-    return check_launch("MlaIndexer: scores");
+    return launch_early("MlaIndexer: scores", kernel, blocks_of(pass) * device.multiprocessors, threads, shared, device, call.stream, window, shape);
 }
 
 template <int chunks, int columns, bool whole>
 int launch(const Call& call, const IndexWindow& window, const Device& device) {
-    QueryTile const shape{slots_of(window, device, window.rows), window.padded_heads};
-    return window.rows <= shape.slots * window.step.sequences ? launch<chunks, columns, whole, true>(call, window, shape, device)
-                                                              : launch<chunks, columns, whole, false>(call, window, shape, device);
+    QueryTile const shape{slots_of(window, device, window.rows, blocks_of(Pass::once)), window.padded_heads};
+    if constexpr (whole) {
+        if (window.rows <= window.step.sequences && slots_of(window, device, window.rows, blocks_of(Pass::of_a_token)) >= 1) {
+            return launch<chunks, columns, whole, Pass::of_a_token>(call, window, {1, window.padded_heads}, device);
+        }
+    }
+    return window.rows <= shape.slots * window.step.sequences ? launch<chunks, columns, whole, Pass::once>(call, window, shape, device)
+                                                              : launch<chunks, columns, whole, Pass::again>(call, window, shape, device);
 }
 
 }  // namespace
@@ -319,7 +339,7 @@ int launch(const Call& call, const IndexWindow& window, const Device& device) {
 bool index_takes_hopper(const IndexWindow& window, const Device& device) {
     const IndexLayout& layout = window.layout;
     if (device.major != 9 || layout.format != index_format::fp8 || layout.head != window.width || window.width > 128 ||
-        window.padded_heads % 32 != 0 || layout.page_size < warp_keys || (layout.page_size & (layout.page_size - 1)) != 0 || slots_of(window, device, max_window_rows) < 1) {
+        window.padded_heads % 32 != 0 || layout.page_size < warp_keys || (layout.page_size & (layout.page_size - 1)) != 0 || slots_of(window, device, max_window_rows, blocks_of(Pass::once)) < 1) {
         return false;
     }
     return has_hopper_code();

@@ -11,6 +11,7 @@
 #include <cmath>
 
 #include "cluster.cuh"
+#include "early.cuh"
 
 namespace mla {
 namespace {
@@ -449,6 +450,7 @@ struct Selection {
         clear(shared.histogram[1]);
         clear(shared.map);
         if (threadIdx.x == 0) shared.kept = shared.found = shared.above = shared.before = 0;
+        wait_for_kernel_before();
         if (!segment.scored) {
             __syncthreads();
             return list_rare(*this, false, list);
@@ -483,26 +485,19 @@ __global__ void __launch_bounds__(threads, threads == few_rows_threads ? 1 : 2)
 
 // `blocks` of a cluster for each row.
 template <int threads>
-int launch(const Call& call, const IndexWindow& window, int blocks, int64_t capacity, int32_t* indices) {
+int launch(const Call& call, const IndexWindow& window, const Device& device, int blocks, int64_t capacity, int32_t* indices) {
     auto const kernel = select_kernel<threads>;
     size_t const bytes = sizeof(Shared) + static_cast<size_t>(capacity) * 8;
     if (int status = check_cuda("MlaIndexer: shared memory",
                                 cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)))) {
         return status;
     }
-    cudaLaunchAttribute cluster;
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = static_cast<unsigned>(blocks);
-    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(window.rows * blocks));
-    config.blockDim = dim3(threads);
-    config.dynamicSmemBytes = bytes;
-    config.stream = call.stream;
-    config.attrs = &cluster;
-    config.numAttrs = blocks > 1 ? 1 : 0;
-    return check_cuda("MlaIndexer: selection",
-                      cudaLaunchKernelEx(&config, kernel, window, indices, static_cast<int32_t>(capacity)));
+    if (threads == many_rows_threads) {
+        kernel<<<static_cast<unsigned>(window.rows), threads, bytes, call.stream>>>(window, indices, static_cast<int32_t>(capacity));
+        return check_launch("MlaIndexer: selection");
+    }
+    return launch_clusters_early("MlaIndexer: selection", kernel, static_cast<unsigned>(window.rows * blocks), blocks, threads, static_cast<int>(bytes),
+                                 device, call.stream, window, indices, static_cast<int32_t>(capacity));
 }
 
 }  // namespace
@@ -522,8 +517,8 @@ int select_index_keys(const Call& call, const IndexWindow& window, const Device&
     double const kept = wanted + 10.0 * std::sqrt(wanted * interval) + 16.0 * interval + 512.0;
     int64_t const most = (device.shared_bytes - static_cast<int64_t>(sizeof(Shared))) / 8;
     int64_t const capacity = std::min(round_up<int64_t>(static_cast<int64_t>(std::min(kept, 1e6)), 4), most / 4 * 4);
-    if (window.rows * blocks <= device.multiprocessors) return launch<few_rows_threads>(call, window, blocks, capacity, indices);
-    return launch<many_rows_threads>(call, window, 1, capacity, indices);
+    if (window.rows * blocks <= device.multiprocessors) return launch<few_rows_threads>(call, window, device, blocks, capacity, indices);
+    return launch<many_rows_threads>(call, window, device, 1, capacity, indices);
 }
 
 }  // namespace mla
