@@ -137,7 +137,7 @@ def forms(tmp_path: Path) -> Forms:
 
 
 def measured(forms: Forms, row_formats: tuple[str, ...]) -> dict[str, FormResult]:
-    step = LayerStep(SMALL, CASE, TensorProto.FLOAT, row_formats[0])
+    step = LayerStep(SMALL, CASE, TensorProto.FLOAT, row_format_of(row_formats[0]))
     names = [EXPORTED, GROWING, ABSORBED, *(f"ours {row_format}" for row_format in row_formats)]
     results = measure_case("small", step, names, forms.build, references(step, forms.weights.arrays), 1e12)
     return {result.form: result for result in results}
@@ -155,6 +155,17 @@ def test_all_forms_compute_the_same(forms: Forms, row_formats: tuple[str, ...]) 
     assert first.error < (1e-5 if row_formats[0] == "f32" else 5e-3)
     assert first.us == 8.0
     assert all(engine.closed for engine in forms.made)
+
+
+@pytest.mark.parametrize(("allowed", "wrong"), [(1e-5, True), (1e-1, False)])
+def test_one_query_term_may_be_less_exact(
+    forms: Forms, monkeypatch: pytest.MonkeyPatch, allowed: float, wrong: bool
+) -> None:
+    monkeypatch.setattr(bench_layer, "ONE_TERM_TOLERANCE", allowed)
+    results = measured(forms, ("fp8", "fp8:1"))
+    assert results["ours fp8"].us == 8.0
+    assert results["ours fp8:1"].note.startswith("wrong") == wrong
+    assert results["ours fp8:1"].us == (None if wrong else 8.0)
 
 
 def measured_with_an_indexer(
@@ -310,6 +321,8 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
         (["--cases", "("], "not a regular expression"),
         (["--formats", "fp7"], "--formats is 'fp7': give some of f32, bf16, fp8"),
         (["--formats", ""], "--formats is ''"),
+        (["--formats", "fp8:3"], "may have a number of query terms, as fp8:1"),
+        (["--formats", "bf16:1"], "may have a number of query terms"),
         (["--optimization-level", "6"], "it must be 0 to 5"),
     ):
         assert main(["bench", "layer", *arguments]) == 2

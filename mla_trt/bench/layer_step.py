@@ -35,7 +35,13 @@ class LayerCase:
 
 def row_format_of(form: str) -> str:
     """Of a form of ours."""
-    return form.split()[-1]
+    return form.split()[-1].partition(":")[0]
+
+
+def query_terms_of(form: str) -> int | None:
+    """What a form of ours says behind its row format, as in `fp8:1`; None: the default."""
+    terms = form.split()[-1].partition(":")[2]
+    return int(terms) if terms else None
 
 
 class LayerStep:

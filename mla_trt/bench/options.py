@@ -35,7 +35,11 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
         help="write bench.md, bench.json and, with matplotlib, bench.png there; of the layer, layer.md and layer.json",
     )
     layer = parser.add_argument_group("layer")
-    layer.add_argument("--formats", default="fp8,bf16", help="row formats of the cache of ours (default fp8,bf16)")
+    layer.add_argument(
+        "--formats",
+        default="fp8,bf16",
+        help="row formats of the cache of ours (default fp8,bf16); fp8:1 is fp8 as 'mla-trt build --query-terms 1' builds it",
+    )
     layer.add_argument("--optimization-level", type=int, default=3, metavar="0-5", help="of TensorRT (default 3)")
     layer.add_argument("--plugins", type=Path, metavar="FILE.so", help="the plugin library (default: found by itself)")
 
