@@ -187,11 +187,12 @@ def test_steps(heads: int, index_format: str, top_k: int, steps: tuple[list[int]
     check(case(rng, step, attributes, heads), attributes, repeat=3)
 
 
+@pytest.mark.parametrize("new", [[1, 5, 2], [1, 1, 1]], ids=["several", "one each"])
 @pytest.mark.parametrize("heads", [1, 2, 8, 15, 16, 17, 32, 64, 96, 128, 192, 300])
 @pytest.mark.parametrize("index_format", INDEX_FORMATS)
-def test_heads(index_format: str, heads: int) -> None:
+def test_heads(index_format: str, heads: int, new: list[int]) -> None:
     rng = np.random.default_rng(3)
-    step = make_step(rng, [1, 5, 2], [700, 333, 64], page_size=P)
+    step = make_step(rng, new, [700, 333, 64], page_size=P)
     attributes = attributes_of(index_format)
     check(case(rng, step, attributes, heads), attributes)
     check(case(rng, step, attributes, heads, exact=False), attributes, exact=False)
@@ -206,6 +207,9 @@ def test_head_sizes(index_format: str, size: int) -> None:
     for heads in (4, 64):
         check(case(rng, step, attributes, heads), attributes)
     check(case(rng, step, attributes, 20, exact=False), attributes, exact=False)
+    one_each = make_step(rng, [1, 0, 1], [400, 5, 700], page_size=P, padding=1)
+    for heads in (32, 64):
+        check(case(rng, one_each, attributes, heads), attributes)
 
 
 def test_more_heads_than_shared_memory_holds() -> None:
