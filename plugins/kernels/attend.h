@@ -77,15 +77,16 @@ struct Partials {
     int32_t cluster;  // blocks of a part, which merge what they have themselves
     Plan plan;
 
-    MLA_BOTH void set_rows(int of_item) {
+    void set_rows(int of_item) {
         item_rows = of_item;
         for (rows = 1; rows < item_rows; rows *= 2) {}
         item_inverse = static_cast<uint32_t>(0xffffffffu / static_cast<uint32_t>(item_rows) + 1);
     }
     // The item of a row, counted through; rows below 2^27.
     MLA_BOTH int32_t item_of(int32_t row) const { return static_cast<int32_t>(uint64_t{static_cast<uint32_t>(row)} * item_inverse >> 32); }
-    // Items of so many rows.
+    // Items of so many rows of a sequence, or heads of a token.
     MLA_BOTH int32_t items_of(int32_t all) const { return item_of(all + item_rows - 1); }
+
     MLA_BOTH int64_t row(int32_t slot, int row) const { return static_cast<int64_t>(slot) * rows + row; }
     MLA_BOTH int32_t* narrow_at(int32_t slot, int row, int column) const { return narrow + slot * 8 + row / 16 * 2 + column / 256; }
 };

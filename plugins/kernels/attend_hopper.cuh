@@ -28,9 +28,10 @@ inline int make_query_map(CUtensorMap* map, const Attend& work, int rows) {
     return make_tensor_map(map, work.query.data, {128, all, query_columns, 1}, {row_bytes, 128, all * row_bytes}, {128, rows, 1, 1});
 }
 
-// Whether there is such a map.
-inline bool queries_lie_together(const Attend& work) {
+// Whether there is such a map, and outputs may be written in fours.
+inline bool tensors_fit(const Attend& work) {
     const View& query = work.query;
+    if (!in_fours(work.output)) return false;
     return query.type == MLA_BFLOAT16 && query.head_stride == rank + rope && query.token_stride == work.heads * query.head_stride &&
            reinterpret_cast<uintptr_t>(query.data) % 16 == 0 && work.step.tokens * work.heads <= 0x7fffffff;
 }

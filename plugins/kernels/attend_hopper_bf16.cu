@@ -264,7 +264,7 @@ int launch(const Attend& work, const Partials& partials, cudaStream_t stream) {
 bool attend_takes_hopper_bf16(const Attend& work, const Device& device) {
     const KvLayout& layout = work.layout;
     bool const codes = layout.format == row_format::fp8 || layout.format == row_format::fp8_ds_mla;
-    if (device.major != 9 || (layout.format != row_format::bf16 && !codes) || !queries_lie_together(work) ||
+    if (device.major != 9 || (layout.format != row_format::bf16 && !codes) || !tensors_fit(work) ||
         work.step.pages <= 0 || layout.rank != rank || layout.rope != rope || layout.page_size < tile ||
         (layout.page_size & (layout.page_size - 1)) != 0 || reinterpret_cast<uintptr_t>(work.pool) % 16 != 0) {
         return false;

@@ -201,7 +201,7 @@ int launch_keys(const Attend& work, const Partials& partials, cudaStream_t strea
 }  // namespace
 
 bool attend_takes_hopper_fp8(const Attend& work, const Device& device) {
-    if (device.major != 9 || work.query_terms == 0 || !queries_lie_together(work) || work.step.pages <= 0) {
+    if (device.major != 9 || work.query_terms == 0 || !tensors_fit(work) || work.step.pages <= 0) {
         return false;
     }
     const KvLayout& layout = work.layout;

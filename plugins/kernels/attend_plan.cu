@@ -269,7 +269,8 @@ struct Planner {
         return max(static_cast<int32_t>(fminf(ceilf(all_work / static_cast<float>(results.multiprocessors)), 1e9f)), 2);
     }
 
-    // Where lengths differ, and each multiprocessor has one or two parts: with more of them, whole ones fill the end as well.
+    // Where lengths differ (the longest is 1.25 times their mean), and each multiprocessor has one or two parts: with more of them, whole ones
+    // fill the end as well.
     __device__ bool may_leave_rests(float all_work, int32_t items, int32_t longest) const {
         float const tiles = all_work - static_cast<float>(block_tiles * items);
         return !many && 2 * sequences <= threads && 2 * items <= 3 * results.multiprocessors &&
@@ -398,7 +399,7 @@ struct Planner {
             // Offsets that overlap, as a builder's may, can give more than there is room for: then nothing is done.
             fits = ranked.slots <= 2 * processors && ranked.all <= most;
             if (rests) {
-                head = ranked.all;
+                head = ranked.all;  // they fit together: within a fifth more than a share
                 if (fits && head <= 2 * processors && 5 * tiles_of_pairs(head) <= 6 * (most_tiles + block_tiles)) break;
                 rests = false;
                 most_tiles = fair;

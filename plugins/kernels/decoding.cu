@@ -46,7 +46,8 @@ struct Four<MLA_FLOAT> {
 
 // `slices` slices of a row's columns from `first_slice` on, by `warps` warps that take turns with the parts, each with the values of `batch`
 // parts in flight; `part_of` is the warp's number among them. Weighs the parts by 2^(lse - largest) and adds the sink to their sum. Every
-// warp makes the weights, two parts a lane. Nothing of the values depends on the weights, so that both are in flight together.
+// warp makes the weights, two parts a lane. Nothing of the values depends on the weights, so that both are in flight together. `known_rank`:
+// R, where outputs may be written in fours; 0: any.
 template <int type, int warps, int batch, int slices, int known_rank = 0>
 __device__ void merge_row(const Attend& work, const Partials& partials, const Merge& merge, int row, int first_slice, int part_of) {
     static_assert(warps == 1 || slices == 1);
@@ -146,9 +147,9 @@ __device__ void merge_row(const Attend& work, const Partials& partials, const Me
     }
 }
 
-// Rows that are merged by a kernel with few instructions, for they are read from memory in each step.
+// R of the rows that are merged by a kernel with few instructions, for they are read from memory in each step. Parts in two bytes are such
+// rows always.
 constexpr int lean_rank = 512;
-bool lean_merge(const Attend& work, const Partials& partials) { return work.layout.rank == lean_rank && partials.output_aligned; }
 
 // Where the host cuts: block (row of an item, slice), whose warps take turns with the parts, `batch` for each.
 template <int type, int batch, int known_rank>
@@ -171,8 +172,7 @@ auto choose_merge(int splits) {
                                        : merge_kernel<type, 16, known_rank>;
 }
 
-// What the plan says. Warps take whole rows in turn; those that follow each other are of different blocks. `known_rank`: R, whose rows are
-// written in fours; 0: any.
+// What the plan says. Warps take whole rows in turn; those that follow each other are of different blocks.
 template <int type, int known_rank>
 __global__ void __launch_bounds__(merge_warps* warp_size, merge_blocks) merge_planned_kernel(Attend work, Partials partials) {
     let_next_kernel_begin();
@@ -194,10 +194,11 @@ __global__ void __launch_bounds__(merge_warps* warp_size, merge_blocks) merge_pl
 int merge_parts(const Attend& work, const Partials& partials, int64_t items, const Device& device, cudaStream_t stream) {
     constexpr int threads = merge_warps * warp_size;
     if (partials.plan.items != nullptr) {
-        auto const kernel = !lean_merge(work, partials)     ? merge_planned_kernel<MLA_FLOAT, 0>
-                            : partials.type == MLA_FLOAT16  ? merge_planned_kernel<MLA_FLOAT16, lean_rank>
+        bool const lean = work.layout.rank == lean_rank && partials.output_aligned;
+        auto const kernel = partials.type == MLA_FLOAT16    ? merge_planned_kernel<MLA_FLOAT16, lean_rank>
                             : partials.type == MLA_BFLOAT16 ? merge_planned_kernel<MLA_BFLOAT16, lean_rank>
-                                                            : merge_planned_kernel<MLA_FLOAT, lean_rank>;
+                            : lean                          ? merge_planned_kernel<MLA_FLOAT, lean_rank>
+                                                            : merge_planned_kernel<MLA_FLOAT, 0>;
         return launch_early("attention", kernel, merge_blocks * device.multiprocessors, threads, 0, device, stream, work, partials);
     }
     dim3 const grid(static_cast<unsigned>(items * partials.rows), ceil_div(work.layout.rank, merge_columns));
@@ -298,11 +299,9 @@ int begin_attention(Call& call, const Attend& work, bool after_append, Attention
     if (call.workspace.sizing()) return MLA_OK;
     // Parts' bytes are much of what a step takes. What e4m3 products lose is more than bfloat16 does; what those of bfloat16 lose is about as
     // much. float16 holds whatever is made of codes alone.
-    if (lean_merge(work, partials)) {
-        if (attention->kernel == Attention::hopper_fp8) partials.type = of_codes ? MLA_FLOAT16 : MLA_BFLOAT16;
-        if (of_codes) partials.narrow = nullptr;
-        if (attention->kernel == Attention::hopper_bf16 && hopper_bf16_halves(work.layout.format)) partials.type = MLA_FLOAT16;
-    }
+    if (attention->kernel == Attention::hopper_fp8) partials.type = of_codes ? MLA_FLOAT16 : MLA_BFLOAT16;
+    if (of_codes) partials.narrow = nullptr;
+    if (attention->kernel == Attention::hopper_bf16 && hopper_bf16_halves(work.layout.format)) partials.type = MLA_FLOAT16;
     if (planned) {
         partials.plan = plan;
         return plan_attention(work, partials, after_append, call.stream);

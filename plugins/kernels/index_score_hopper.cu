@@ -176,7 +176,7 @@ struct TileScores {
     }
 };
 
-// How a kernel goes over keys: once, and for one token each, as where each sequence has a token; or once; or again for further tokens.
+// How a kernel goes over keys: once and for one token, as where each sequence has one; once for several tokens; or again for further ones.
 enum class Pass { of_a_token, once, again };
 MLA_BOTH constexpr int blocks_of(Pass pass) { return pass == Pass::of_a_token ? 3 : 2; }  // on a multiprocessor
 
@@ -290,9 +290,9 @@ __global__ void __launch_bounds__(threads, blocks_of(pass)) score_codes_kernel(I
 #pragma unroll
                 for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(fragments[step][i])::"memory");
             }
-            TileScores<chunks, columns, whole, pass == Pass::of_a_token>{window, rows, queries, weights + 2 * quarter, fragments, cursor.row,
-                                               __shfl_sync(0xffffffffu, run.count, 0), shape.heads / columns,
-                                               base + own_row + 8 * (quarter % 2), scale, there, run.least >= base + block_keys, nullptr}
+            TileScores<chunks, columns, whole, pass == Pass::of_a_token>{
+                window, rows, queries, weights + 2 * quarter, fragments, cursor.row, __shfl_sync(0xffffffffu, run.count, 0), shape.heads / columns,
+                base + own_row + 8 * (quarter % 2), scale, there, run.least >= base + block_keys, nullptr}
                 .run();
         }
     }
@@ -339,7 +339,8 @@ int launch(const Call& call, const IndexWindow& window, const Device& device) {
 bool index_takes_hopper(const IndexWindow& window, const Device& device) {
     const IndexLayout& layout = window.layout;
     if (device.major != 9 || layout.format != index_format::fp8 || layout.head != window.width || window.width > 128 ||
-        window.padded_heads % 32 != 0 || layout.page_size < warp_keys || (layout.page_size & (layout.page_size - 1)) != 0 || slots_of(window, device, max_window_rows, blocks_of(Pass::once)) < 1) {
+        window.padded_heads % 32 != 0 || layout.page_size < warp_keys || (layout.page_size & (layout.page_size - 1)) != 0 ||
+        slots_of(window, device, max_window_rows, blocks_of(Pass::once)) < 1) {
         return false;
     }
     return has_hopper_code();

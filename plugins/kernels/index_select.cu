@@ -492,7 +492,7 @@ int launch(const Call& call, const IndexWindow& window, const Device& device, in
                                 cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)))) {
         return status;
     }
-    if (threads == many_rows_threads) {
+    if (threads == many_rows_threads) {  // a prompt takes 1.5% longer where its selection begins early
         kernel<<<static_cast<unsigned>(window.rows), threads, bytes, call.stream>>>(window, indices, static_cast<int32_t>(capacity));
         return check_launch("MlaIndexer: selection");
     }

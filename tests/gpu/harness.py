@@ -51,13 +51,13 @@ def _library() -> KernelLibrary:
 
 
 class Guarded:
-    """A tensor's memory between two guards, which hold ``guard`` bytes."""
+    """A tensor's memory between two guards, which hold ``guard`` bytes, ``shift`` bytes behind where it would begin."""
 
-    def __init__(self, name: str, size: int, guard: int) -> None:
-        self.name, self.size, self.guard, self.margin = name, size, guard, guard_bytes
-        self.memory = Memory(size + 2 * self.margin)
+    def __init__(self, name: str, size: int, guard: int, shift: int = 0) -> None:
+        self.name, self.size, self.guard, self.margin = name, size, guard, guard_bytes + shift
+        self.memory = Memory(size + self.margin + guard_bytes)
         self.memory.fill(guard, 0, self.margin)
-        self.memory.fill(guard, self.margin + size, self.margin)
+        self.memory.fill(guard, self.margin + size, guard_bytes)
         self.address = self.memory.address + self.margin
 
     def poison(self) -> None:
@@ -93,6 +93,7 @@ def run_op(
     repeat: int = 1,
     graph: bool = False,
     in_a_row: int = 1,
+    shift: int = 0,
     **attributes: Any,
 ) -> dict[str, Array]:
     """The outputs by name, of the kernel library; bf16 outputs come back as f32.
@@ -108,6 +109,7 @@ def run_op(
         graph: launch a captured graph instead of enqueueing.
         in_a_row: calls of each run, over the same memory and without a pause: kernels of one may begin beside those of
             the one before. For ops that give the same when they are done again.
+        shift: bytes behind an aligned address at which outputs begin that have memory of their own.
         attributes: of the op; defaults for those not given.
 
     Raises:
@@ -123,7 +125,7 @@ def run_op(
     }
     inferred = infer_shapes(node, [kinds[name] if name else None for name in node.input])
     results = {name.removesuffix("_result"): kind for name, kind in zip(node.output, inferred, strict=True) if name}
-    run = _Run(inputs, kinds, results, in_place)
+    run = _Run(inputs, kinds, results, in_place, shift)
     try:
         call = library().call(
             op_type,
@@ -153,6 +155,7 @@ class _Run:
         kinds: Mapping[str, TensorType],
         results: Mapping[str, TensorType],
         in_place: bool,
+        shift: int,
     ) -> None:
         self.arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
         self.results = results
@@ -165,7 +168,7 @@ class _Run:
                 self.outputs[name] = self.inputs[self.shared[name]]
                 continue
             count = int(np.prod([int(dim or 0) for dim in kind.shape]))
-            self.outputs[name] = Guarded(name, count * _numpy_type(kind.dtype).itemsize, GUARD)
+            self.outputs[name] = Guarded(name, count * _numpy_type(kind.dtype).itemsize, GUARD, shift)
         self.workspace: Guarded | None = None
         self.stream = Stream()
         for name, memory in self.inputs.items():

@@ -335,6 +335,17 @@ def test_one_sequence(new: int, cached: int, padding: int, more_pages: int, head
     _compare(run_op("MlaDecoding", inputs, repeat=2, **attributes), inputs, attributes)
 
 
+@pytest.mark.small
+@pytest.mark.multiprocessors(132)
+@KINDS
+@pytest.mark.parametrize(("new", "cached"), [([2], [2046]), ([1, 1], [300, 5])], ids=["one sequence", "two"])
+def test_an_output_that_is_not_aligned(new: list[int], cached: list[int], kind: Kind) -> None:
+    """These kernels write four values at once, so that another one serves."""
+    rng = np.random.default_rng(29)
+    inputs, attributes = _case(rng, step_of(rng, new, cached), 128, kind)
+    _compare(run_op("MlaDecoding", inputs, shift=4, **attributes), inputs, attributes)
+
+
 @KINDS
 def test_sinks(kind: Kind) -> None:
     rng = np.random.default_rng(8)
