@@ -149,9 +149,10 @@ __device__ inline void pin(float (&d)[n]) {
 }
 
 // The same for fragments, which must lie in registers before the products' fence.
-__device__ inline void pin(uint32_t (&a)[4][4]) {
+template <int n>
+__device__ inline void pin(uint32_t (&a)[n][4]) {
 #pragma unroll
-    for (int i = 0; i < 16; ++i) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
+    for (int i = 0; i < 4 * n; ++i) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
 }
 
 // Lower half of the descriptor of a K-major tile in shared memory; 32 bytes further along K are 2 more, 16 bytes 1. The upper half

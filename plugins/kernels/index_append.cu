@@ -219,12 +219,7 @@ __device__ void store_query(const IndexWindow& window, int64_t place, float weig
         weight *= scale;
         auto const codes = encode(row, scale);
         if (window.query_codes) {
-            constexpr int step = values < 4 ? values : 4;
-            using Word = Packed<__nv_fp8x2_storage_t, step / 2>;
-            uint8_t* const bytes = static_cast<uint8_t*>(window.queries) + start;
-            for (int i = 0; i < values; i += step) {
-                *reinterpret_cast<Word*>(bytes + code_place(lane * values + i)) = reinterpret_cast<const Word&>(codes.v[i / 2]);
-            }
+            reinterpret_cast<Packed<__nv_fp8x2_storage_t, values / 2>*>(static_cast<uint8_t*>(window.queries) + start)[lane] = codes;
         } else {
             __half* const halves = static_cast<__half*>(window.queries) + start;
             for (int i = 0; i < values; i += 2) {  // exact: every e4m3 value is an f16 value

@@ -81,23 +81,31 @@ struct Part {
 // A block's place among the items: a run, by its first row, and a tile of its keys.
 struct Cursor {
     const int32_t* ends;
-    int32_t item, last, row, tile;
+    int32_t row = 0, tile = 0, left = 0;  // left: of the run's tiles, this one among them, in the block's part
+    int32_t rest;                         // of the part, behind them
 
-    __device__ Cursor(Part part, const int32_t* ends) : ends(ends), item(part.item), last(part.last), row(0), tile(0) {
-        if (there()) tile = part.tile(ends), row = part.row;
+    __device__ Cursor(Part part, const int32_t* ends) : ends(ends), rest(part.last - part.item) {
+        if (rest <= 0) return;
+        tile = part.tile(ends), row = part.row;
+        take(ends[row] - part.item);
     }
 
-    __device__ bool there() const { return item < last; }
+    __device__ bool there() const { return left > 0; }
 
     // Whether the run is another one.
     __device__ bool advance() {
         ++tile;
-        ++item;
-        if (!there() || item < ends[row]) return false;
-        while (ends[row] <= item) ++row;
+        if (--left > 0 || rest <= 0) return false;
+        int32_t const item = ends[row];
+        do ++row;
+        while (ends[row] <= item);
         tile = 0;
+        take(ends[row] - item);
         return true;
     }
+
+private:
+    __device__ void take(int32_t tiles) { left = min(tiles, rest), rest -= left; }
 };
 
 __device__ inline void write_rank(const IndexWindow& window, const Rows& rows, int32_t row, int32_t key, bool visible,

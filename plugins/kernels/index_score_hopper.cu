@@ -24,43 +24,113 @@ struct RunFacts {
     int32_t sequence, count, keys, least;  // the most and the least keys that a token scores
 };
 
-// Where a lane's keys lie on their way: no other lane reads them. `chunks`: 64 values of a head each.
+// Where a warp's keys lie on their way, row by row: no other warp reads them. `chunks`: 64 values of a head each.
 template <int chunks>
 struct Stage {
-    uint4 rows[2 * chunks][threads];
-    float scales[threads];
+    static constexpr int row_bytes = 64 * chunks, row_units = row_bytes / 16;
+
+    uint4 rows[warps][warp_keys * row_units];
+    float scales[warps][warp_size];
+
+    // Byte of a key's 16 bytes `unit`: the units that a copy or a matrix's rows have at one time lie in all banks.
+    __device__ static int place(int row, int unit) { return row * row_bytes + 16 * (unit ^ (chunks == 2 ? row & 7 : row >> 1 & 3)); }
 };
 
-// Orders the keys of rows `slot` and `slot` + 8 of a page, which a lane shares with three others, and the scale of the key whose
-// score the lane writes; zeros where there is no page. `once`: no other run reads them, so that they leave the room in the L2 cache to the
-// ranks, which the selection reads.
-template <bool once, int chunks>
-__device__ void order_keys(const IndexWindow& window, int32_t page, bool there, int32_t slot, Stage<chunks>& stage) {
-    int const quarter = threadIdx.x % 4;
-    const char* const data = window.page_data(there ? page : 0);
-    const char* const row = data + slot * window.layout.row_bytes + 16 * quarter;
+// A lane's part in the copies of its warp's keys and in their fragments.
+template <int chunks>
+struct WarpKeys {
+    using Place = Stage<chunks>;
+
+    uint64_t rows, scales;       // of slot 0 of page 0
+    uint32_t rows_shared, read;  // in the first stage
+    const char* own_scale;
+
+    __device__ WarpKeys(const IndexWindow& window, const Place& stage) {
+        int const warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
+        auto const pool = reinterpret_cast<uint64_t>(window.pool);
+        uint32_t const first = shared_address(&stage.rows[warp]);
+        rows = pool + 16 * lane;
+        scales = pool + window.layout.scales_offset + 4 * (lane / 4 + 8 * (lane % 2));
+        rows_shared = first + Place::place(lane / Place::row_units, lane % Place::row_units);
+        own_scale = reinterpret_cast<const char*>(&stage.scales[warp][lane]);
+        read = first + Place::place(lane % 16, lane / 16);
+    }
+
+    // Orders the keys of the page's 16 rows from `slot` on, whole lines at a time, and the scale of the key whose score the lane writes;
+    // zeros where there is no page. `once`: no other run reads them, so that they leave the room in the L2 cache to the ranks, which the
+    // selection reads.
+    template <bool once>
+    __device__ void order(const IndexWindow& window, int32_t page, bool there, uint32_t slot, uint32_t stage) const {
+        uint32_t const known = there ? page : 0, page_bytes = static_cast<uint32_t>(window.layout.page_bytes);
+        uint64_t const source = rows + uint64_t{known} * page_bytes + uint64_t{slot} * uint32_t{Place::row_bytes};
+        uint32_t const target = rows_shared + stage;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-#pragma unroll
-        for (int chunk = 0; chunk < chunks; ++chunk) {
-            uint32_t const target = shared_address(&stage.rows[2 * chunk + half][threadIdx.x]);
-            const char* const source = row + 8 * half * 64 * chunks + 64 * chunk;
+        for (int i = 0; i < 2 * chunks; ++i) {
+            constexpr int bytes = 16 * warp_size;
+            uint32_t const to = (chunks == 2 && i % 2 == 1 ? target ^ 64 : target) + bytes * i;  // four rows further on the other half
+            auto const* const from = reinterpret_cast<const char*>(source) + bytes * i;
             if constexpr (once) {
-                copy_async_16_once(target, source, there);
+                copy_async_16_once(to, from, there);
             } else {
-                copy_async_16(target, source, there);
+                copy_async_16(to, from, there);
             }
         }
+        uint64_t const scale = scales + uint64_t{known} * page_bytes + uint64_t{slot} * 4u;
+        copy_async_4(shared_address(own_scale + stage), reinterpret_cast<const void*>(scale), there);
     }
-    copy_async_4(shared_address(&stage.scales[threadIdx.x]), data + window.layout.scales_offset + 4 * (slot + 8 * (quarter % 2)), there);
-}
+
+    __device__ void load(uint32_t (&fragments)[2 * chunks][4], uint32_t stage) const {
+        uint32_t const address = read + stage;
+#pragma unroll
+        for (int step = 0; step < 2 * chunks; ++step) ldmatrix_x4(fragments[step], address ^ 32 * step);
+    }
+
+    __device__ float load_scale(uint32_t stage) const { return *reinterpret_cast<const float*>(own_scale + stage); }
+};
 
 // Not by a maximum: sums go through the pipe of products, maxima through one of half its rate. NaN stays.
 [[maybe_unused]] __device__ inline float twice_relu(float value) { return value + fabsf(value); }
 
+template <int columns>
+using Products = float[columns / 2];
+
+// Orders the products of a warpgroup's keys with the queries of `tile`.
+template <int columns, int chunks>
+__device__ void order_products(Products<columns>& products, const uint32_t (&fragments)[2 * chunks][4], uint32_t tile) {
+    using namespace hopper;
+    pin(products);
+    product_fence();
+    product_e4m3<0>(products, fragments[0], tile);
+    product_e4m3<1>(products, fragments[1], tile);
+    if constexpr (chunks == 2) {
+        product_e4m3<2>(products, fragments[2], tile);
+        product_e4m3<3>(products, fragments[3], tile);
+    }
+    product_commit();
+}
+
+// Adds them up, times the heads' weights. A thread's products are of its keys with heads 8 j + 2 quarter and the next, from which on `weights` are.
+template <int columns>
+__device__ void add_products(Products<columns>& products, const float* weights, float (&sum)[2]) {
+    hopper::pin(products);
+#pragma unroll
+    for (int eight = 0; eight < columns / 8; ++eight) {
+        float2 const w = *reinterpret_cast<const float2*>(weights + 8 * eight);
+        const float* const p = products + 4 * eight;
+        sum[0] = fmaf(w.x, twice_relu(p[0]), fmaf(w.y, twice_relu(p[1]), sum[0]));
+        sum[1] = fmaf(w.x, twice_relu(p[2]), fmaf(w.y, twice_relu(p[3]), sum[1]));
+    }
+}
+
+// The sum of two lanes next to each other: for the even one of the upper half's key, for the other of the lower half's.
+__device__ inline float sum_of_two(const float (&sum)[2]) {
+    bool const low = threadIdx.x % 2 == 0;
+    return (low ? sum[0] : sum[1]) + __shfl_xor_sync(0xffffffffu, low ? sum[1] : sum[0], 1);
+}
+
 // A warpgroup's tile of keys against a run's queries. A unit is `columns` heads of a token; units follow each other in shared memory.
-// Products of one are made while another's are summed. `whole`: a unit is all heads. `alone`: there is one unit.
-template <int chunks, int columns, bool whole, bool alone>
+// Products of one are made while another's are summed. `whole`: a unit is all heads.
+template <int chunks, int columns, bool whole>
 struct TileScores {
     const IndexWindow& window;
     const Rows& rows;
@@ -74,44 +144,23 @@ struct TileScores {
     uint32_t* target;  // where the lane's next score goes
     float sums[2][2] = {};  // of two tokens, each for a key in the upper and one in the lower half
 
-    using Products = float[columns / 2];
-
-    __device__ void order(Products& products, int32_t unit) {
-        using namespace hopper;
-        uint32_t const tile = queries + unit * (columns * line_bytes / 16);
-        pin(products);
-        product_fence();
-        product_e4m3<0>(products, fragments[0], tile);
-        product_e4m3<1>(products, fragments[1], tile);
-        if constexpr (chunks == 2) {
-            product_e4m3<2>(products, fragments[2], tile);
-            product_e4m3<3>(products, fragments[3], tile);
-        }
-        product_commit();
+    __device__ void order(Products<columns>& products, int32_t unit) {
+        order_products<columns, chunks>(products, fragments, queries + unit * (columns * line_bytes / 16));
     }
 
-    // A thread's products are of its keys with heads 8 j + 2 quarter and the next.
-    __device__ void add(Products& products, int32_t unit, float (&sum)[2]) {
-        hopper::pin(products);
-        const float* const weight = weights + unit * columns;
-#pragma unroll
-        for (int eight = 0; eight < columns / 8; ++eight) {
-            float2 const w = *reinterpret_cast<const float2*>(weight + 8 * eight);
-            const float* const p = products + 4 * eight;
-            sum[0] = fmaf(w.x, twice_relu(p[0]), fmaf(w.y, twice_relu(p[1]), sum[0]));
-            sum[1] = fmaf(w.x, twice_relu(p[2]), fmaf(w.y, twice_relu(p[3]), sum[1]));
-        }
+    __device__ void add(Products<columns>& products, int32_t unit, float (&sum)[2]) {
+        add_products<columns>(products, weights + unit * columns, sum);
     }
 
     // Of four lanes the first writes the first token's key in the upper half, then come the lower half, and the second token's.
     template <bool all_seen>
     __device__ void write(int32_t token, int32_t tokens) {
         int const quarter = threadIdx.x % 4;
-        bool const low = quarter % 2 == 0, second = quarter >= 2;
+        bool const second = quarter >= 2;
         float halves[2];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            halves[i] = (low ? sums[i][0] : sums[i][1]) + __shfl_xor_sync(0xffffffffu, low ? sums[i][1] : sums[i][0], 1);
+            halves[i] = sum_of_two(sums[i]);
             sums[i][0] = sums[i][1] = 0.0f;
         }
         float const score = (second ? halves[1] : halves[0]) + __shfl_xor_sync(0xffffffffu, second ? halves[0] : halves[1], 2);
@@ -120,7 +169,7 @@ struct TileScores {
     }
 
     template <bool odd, bool all_seen>
-    __device__ void finish(Products& products, int32_t unit) {
+    __device__ void finish(Products<columns>& products, int32_t unit) {
         if constexpr (whole) {
             add(products, unit, sums[odd]);
             if (odd) write<all_seen>(unit - 1, 2);
@@ -142,15 +191,7 @@ struct TileScores {
     template <bool all_seen>
     __device__ void run_seen() {
         using namespace hopper;
-        if constexpr (alone) {
-            Products all_heads;
-            order(all_heads, 0);
-            product_wait();
-            finish<false, all_seen>(all_heads, 0);
-            write<all_seen>(0, 1);
-            return;
-        }
-        Products even, odd;
+        Products<columns> even, odd;
         int32_t const units = count * blocks;
         int32_t unit = 0;
         order(even, 0);
@@ -187,6 +228,7 @@ __global__ void __launch_bounds__(threads, blocks_of(pass)) score_codes_kernel(I
     using namespace hopper;
     constexpr int width = 64 * chunks;
     constexpr bool once = pass != Pass::again;
+    constexpr uint32_t stage_bytes = sizeof(Stage<chunks>);
     extern __shared__ __align__(1024) char codes_shared[];
     __shared__ int32_t scan[warp_size];
     int32_t const lines = shape.slots * shape.heads;
@@ -207,41 +249,44 @@ __global__ void __launch_bounds__(threads, blocks_of(pass)) score_codes_kernel(I
     __syncthreads();
     int const warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
     int const group = lane / 4, quarter = lane % 4, page_shift = __ffs(window.layout.page_size) - 1;
+    WarpKeys<chunks> const own_keys(window, stages[0]);
     // from a lane, so that the compiler knows it to be uniform
     uint32_t const queries = __shfl_sync(0xffffffffu, tile_descriptor(shared_address(codes_shared)), 0);
 
     auto load_queries = [&](int32_t row, int32_t count) {
         __syncthreads();
         const uint8_t* const source = static_cast<const uint8_t*>(window.queries) + int64_t{row} * shape.heads * width;
+#pragma unroll 2
         for (int32_t unit = threadIdx.x; unit < count * shape.heads * (width / 16); unit += threads) {
             int32_t const line = unit / (width / 16), column = unit % (width / 16);
             *reinterpret_cast<uint4*>(codes_shared + line * line_bytes + ((column ^ (line & 7)) << 4)) =
                 __ldg(reinterpret_cast<const uint4*>(source) + unit);
         }
         const float* const source_weights = window.weights + int64_t{row} * shape.heads;
+#pragma unroll 1
         for (int32_t i = threadIdx.x; i < count * shape.heads; i += threads) weights[i] = source_weights[i];
         fence_async();
         __syncthreads();
     };
 
     // Pages of the warp's keys in 32 tiles of a run, a lane a tile; those of the next 32 are asked for in time.
-    int32_t const own_row = warp * warp_keys + group, pages = static_cast<int32_t>(window.step.pages);
+    int32_t const first_key = warp * warp_keys, own_row = first_key + group, pages = static_cast<int32_t>(window.step.pages);
     auto look_up = [&](int32_t row, int32_t tile) {
         RunFacts const run = runs[row];
-        int32_t const key = (tile & ~31) * block_keys + lane * block_keys + warp * warp_keys;
+        int32_t const key = (tile & ~31) * block_keys + lane * block_keys + first_key;
         return key < run.keys ? window.step.block_table[run.sequence * window.step.max_pages + (key >> page_shift)] : -1;
     };
     Cursor ordered(Part(total, rows.ends, window.rows), rows.ends), cursor = ordered;
     int32_t table = -1, next_table = -1;
     if (ordered.there()) table = look_up(ordered.row, ordered.tile), next_table = look_up(ordered.row, ordered.tile + 32);
     uint32_t visible = 0;  // bit i: the tile ordered i tiles ago
-    auto order = [&](Stage<chunks>& stage) {
+    auto order = [&](uint32_t stage) {
         visible *= 2;
         if (ordered.there()) {
             int32_t const page = __shfl_sync(0xffffffffu, table, ordered.tile & 31);
             bool const there = page >= 0 && page < pages;
             visible |= there;
-            order_keys<once>(window, page, there, (ordered.tile * block_keys + own_row) & (window.layout.page_size - 1), stage);
+            own_keys.template order<once>(window, page, there, (ordered.tile * block_keys + first_key) & (window.layout.page_size - 1), stage);
             if (ordered.advance()) {
                 table = look_up(ordered.row, 0);
                 next_table = look_up(ordered.row, 32);
@@ -253,47 +298,55 @@ __global__ void __launch_bounds__(threads, blocks_of(pass)) score_codes_kernel(I
         copy_async_commit();
     };
     wait_for_kernel_before();  // which appends keys and makes queries
-    for (int i = 0; i < ahead; ++i) order(stages[i]);
+    for (int i = 0; i < ahead; ++i) order(i * stage_bytes);
 
+    const float* const own_weights = weights + 2 * quarter;
     RunFacts run{};
-    bool fresh = true;
-    if (once && cursor.there()) {  // while the first keys are on their way
+    int32_t own_tiles = 0;  // where each token has a sequence of its own: those whose score the lane writes, and where the first one's goes
+    uint32_t* target = nullptr;
+    auto begin_run = [&] {
         run = runs[cursor.row];
         load_queries(cursor.row, run.count);
+        if constexpr (pass == Pass::of_a_token) {
+            int32_t const key = own_row + 8 * (quarter % 2);
+            own_tiles = quarter < 2 ? (run.keys - key + block_keys - 1) / block_keys : 0;
+            target = window.ranks + cursor.row * window.stride + key;
+        }
+    };
+    bool fresh = true;
+    if (once && cursor.there()) {  // while the first keys are on their way
+        begin_run();
         fresh = false;
     }
-    for (int turn = 0; cursor.there(); turn ^= 1, fresh = cursor.advance()) {
+    for (uint32_t stage = 0; cursor.there(); stage = stage_bytes - stage, fresh = cursor.advance()) {
         copy_async_wait<ahead - 1>();
+        __syncwarp();
         uint32_t fragments[2 * chunks][4];
-#pragma unroll
-        for (int chunk = 0; chunk < chunks; ++chunk) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                uint4 const words = stages[turn].rows[2 * chunk + half][threadIdx.x];
-                fragments[2 * chunk][half] = words.x;
-                fragments[2 * chunk][half + 2] = words.y;
-                fragments[2 * chunk + 1][half] = words.z;
-                fragments[2 * chunk + 1][half + 2] = words.w;
-            }
-        }
-        float const scale = 0.5f * stages[turn].scales[threadIdx.x];  // of twice the sum
+        own_keys.load(fragments, stage);
+        float const scale = 0.5f * own_keys.load_scale(stage);  // of twice the sum
         bool const there = visible >> (ahead - 1) & 1;
-        order(stages[turn]);
-        int32_t const base = cursor.tile * block_keys;
-        if (fresh) {
-            run = runs[cursor.row];
-            load_queries(cursor.row, run.count);
-        }
-        if (__any_sync(0xffffffffu, run.keys > base + warp / 4 * group_keys)) {
-#pragma unroll
-            for (int step = 0; step < 2 * chunks; ++step) {
-#pragma unroll
-                for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(fragments[step][i])::"memory");
+        __syncwarp();
+        order(stage);
+        if (fresh) begin_run();
+        if constexpr (pass == Pass::of_a_token) {
+            pin(fragments);
+            Products<columns> products;
+            order_products<columns, chunks>(products, fragments, queries);
+            product_wait();
+            float sum[2] = {};
+            add_products<columns>(products, own_weights, sum);
+            float score = sum_of_two(sum);
+            score += __shfl_xor_sync(0xffffffffu, score, 2);
+            if (cursor.tile < own_tiles) target[cursor.tile * block_keys] = there ? rank_of(score * scale) : 0;
+        } else {
+            int32_t const base = cursor.tile * block_keys;
+            if (__any_sync(0xffffffffu, run.keys > base + warp / 4 * group_keys)) {
+                pin(fragments);
+                TileScores<chunks, columns, whole>{window, rows, queries, own_weights, fragments, cursor.row,
+                                                   __shfl_sync(0xffffffffu, run.count, 0), shape.heads / columns, base + own_row + 8 * (quarter % 2),
+                                                   scale, there, run.least >= base + block_keys, nullptr}
+                    .run();
             }
-            TileScores<chunks, columns, whole, pass == Pass::of_a_token>{
-                window, rows, queries, weights + 2 * quarter, fragments, cursor.row, __shfl_sync(0xffffffffu, run.count, 0), shape.heads / columns,
-                base + own_row + 8 * (quarter % 2), scale, there, run.least >= base + block_keys, nullptr}
-                .run();
         }
     }
     copy_async_wait_all();
@@ -339,7 +392,7 @@ int launch(const Call& call, const IndexWindow& window, const Device& device) {
 bool index_takes_hopper(const IndexWindow& window, const Device& device) {
     const IndexLayout& layout = window.layout;
     if (device.major != 9 || layout.format != index_format::fp8 || layout.head != window.width || window.width > 128 ||
-        window.padded_heads % 32 != 0 || layout.page_size < warp_keys || (layout.page_size & (layout.page_size - 1)) != 0 ||
+        window.padded_heads % 32 != 0 || layout.page_size < warp_keys || (layout.page_size & (layout.page_size - 1)) != 0 || layout.page_bytes > 0x7fffffff ||
         slots_of(window, device, max_window_rows, blocks_of(Pass::once)) < 1) {
         return false;
     }

@@ -23,7 +23,7 @@ struct IndexWindow {
 
     uint32_t* ranks;  // [rows, stride], see rank_of(); written for the keys of scored tokens only
     bool query_codes;  // for index_score_hopper.cu
-    void* queries;    // [rows, padded_heads, width]: f32; e4m3 codes in the order of code_place(); or as f16 in that of fragment_place()
+    void* queries;    // [rows, padded_heads, width]: f32; e4m3 codes; or as f16 in that of fragment_place()
     float* weights;   // [rows, padded_heads], times the query's scale
 
     // Keys that the token of a row can see, were all its pages in the pool.
@@ -59,12 +59,6 @@ __device__ inline uint32_t rank_of(float score) {
 MLA_BOTH constexpr int fragment_place(int d) {
     int const lane = d >> 4 & 3, step = d >> 2 & 3, byte = d & 3;
     return (d & ~63) + 16 * step + 8 * (byte >> 1) + 2 * lane + (byte & 1);
-}
-
-// The same for products of codes: lane t finds four bytes of each half of a step of 32 values in 16 consecutive bytes of the row.
-MLA_BOTH constexpr int code_place(int d) {
-    int const lane = d >> 4 & 3, word = d >> 2 & 3, byte = d & 3;
-    return (d & ~63) + 16 * word + 4 * lane + byte;
 }
 
 // Inclusive sum over the threads of a block (a multiple of 32, at most 1024), and the sum of all. `scratch` holds 32 words;

@@ -55,9 +55,8 @@ __device__ inline void copy_async_16(uint32_t shared, const void* global, bool v
 // The same of what is read once: the whole line comes to the L2 cache, and is the first to go there.
 __device__ inline void copy_async_16_once(uint32_t shared, const void* global, bool valid) {
     int const bytes = valid ? 16 : 0;
-    asm volatile("{\n.reg .b64 first;\ncreatepolicy.fractional.L2::evict_first.b64 first, 1.0;\n"
-                 "cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, first;\n}" ::"r"(shared),
-                 "l"(global), "r"(bytes)
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(shared), "l"(global), "r"(bytes),
+                 "l"(uint64_t{0x12f0000000000000})  // what createpolicy makes of evict_first, for all of it
                  : "memory");
 }
 

@@ -90,7 +90,8 @@ inline void product_wait() {
 
 template <int n>
 inline void pin(float (&)[n]) {}
-inline void pin(uint32_t (&)[4][4]) {}
+template <int n>
+inline void pin(uint32_t (&)[n][4]) {}
 
 inline uint32_t tile_descriptor(uint32_t address) { return (address & 0x3ffff) >> 4 | 1u << 16; }
 
