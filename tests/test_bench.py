@@ -129,6 +129,25 @@ def test_a_token_is_checked_against_the_reference_of_that_token(make: Any) -> No
         assert checker.error(tokens[-1]) > case.tolerance
 
 
+def test_places_of_one_key_that_are_not_listed_are_one_error_and_other_keys_one_each() -> None:
+    case = bench_cases.indexer(1, 1, 64 * (case_data.DISTINCT_PAGES + 3))  # the pool has three pages twice
+    data = case_data.CaseData(ReferenceLibrary(), case, 0)  # type: ignore[arg-type]
+    checker = Checker(case, data)
+    data.enqueue(AnyStream())  # type: ignore[arg-type]
+    assert checker.error(0) == 0
+    given, _ = checker._one_token(0)
+    rows = given["indexer_cache"].reshape(case_data.DISTINCT_PAGES + 3, -1)
+    first, again = next((i, j) for j in range(len(rows)) for i in range(j) if np.array_equal(rows[i], rows[j]))
+    assert checker._different_keys(given, {64 * first + 5, 64 * again + 5}) == 1
+    assert checker._different_keys(given, {64 * first + 5, 64 * again + 6, 64 * first + 7}) == 3
+    assert checker._different_keys(given, {-5, 64 * len(rows), 64 * first}) == 3  # two that there are not
+    indices = data.memory["indices"]
+    lists = indices.content.view(np.int32)
+    unlisted = next(key for key in range(64 * len(rows)) if key not in lists)
+    lists[0] = unlisted
+    assert checker.error(0) == 1 / bench_cases.TOP_K
+
+
 def test_every_case_can_be_made_and_moves_no_less_than_it_says() -> None:
     for name, make in bench_cases.CASES.items():
         if "128k" in name or "16k" in name or "32k" in name:

@@ -56,7 +56,7 @@ class Case:
         op_type, attributes, inputs: the call. Arrays are taken as they are.
         flops, bytes: the least that it must do and move.
         precision: whose matrix units bound it, "bf16" or "fp8".
-        tolerance: of the relative error (Frobenius) of sampled tokens; of a selection, the share of other keys.
+        tolerance: of the relative error (Frobenius) of sampled tokens; of a selection, the share of other keys, see `Checker`.
         peer: name and arguments of a function of :mod:`mla_trt.bench.peers`.
         neighbour: instead of a peer, the case of an even shape whose rate this one should have.
     """
