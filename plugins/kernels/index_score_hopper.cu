@@ -123,7 +123,7 @@ __device__ void add_products(Products<columns>& products, const float* weights, 
 }
 
 // The sum of two lanes next to each other: for the even one of the upper half's key, for the other of the lower half's.
-__device__ inline float sum_of_two(const float (&sum)[2]) {
+[[maybe_unused]] __device__ inline float sum_of_two(const float (&sum)[2]) {
     bool const low = threadIdx.x % 2 == 0;
     return (low ? sum[0] : sum[1]) + __shfl_xor_sync(0xffffffffu, low ? sum[1] : sum[0], 1);
 }
