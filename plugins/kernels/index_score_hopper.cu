@@ -109,7 +109,8 @@ __device__ void order_products(Products<columns>& products, const uint32_t (&fra
     product_commit();
 }
 
-// Adds them up, times the heads' weights. A thread's products are of its keys with heads 8 j + 2 quarter and the next, from which on `weights` are.
+// Adds them up, times the heads' weights. A thread's products are of its keys with heads 8 j + 2 quarter and the next; `weights` begin at
+// the first of these.
 template <int columns>
 __device__ void add_products(Products<columns>& products, const float* weights, float (&sum)[2]) {
     hopper::pin(products);
@@ -229,6 +230,7 @@ __global__ void __launch_bounds__(threads, blocks_of(pass)) score_codes_kernel(I
     constexpr int width = 64 * chunks;
     constexpr bool once = pass != Pass::again;
     constexpr uint32_t stage_bytes = sizeof(Stage<chunks>);
+    static_assert(ahead == 2 && stage_bytes % 128 == 0);  // stages take turns; a row's units are permuted in the address's bits below
     extern __shared__ __align__(1024) char codes_shared[];
     __shared__ int32_t scan[warp_size];
     int32_t const lines = shape.slots * shape.heads;
@@ -302,7 +304,8 @@ __global__ void __launch_bounds__(threads, blocks_of(pass)) score_codes_kernel(I
 
     const float* const own_weights = weights + 2 * quarter;
     RunFacts run{};
-    int32_t own_tiles = 0;  // where each token has a sequence of its own: those whose score the lane writes, and where the first one's goes
+    // Where each token has a sequence of its own: how many of the run's tiles the lane writes a score of, and where the first one's goes.
+    int32_t own_tiles = 0;
     uint32_t* target = nullptr;
     auto begin_run = [&] {
         run = runs[cursor.row];
@@ -392,8 +395,8 @@ int launch(const Call& call, const IndexWindow& window, const Device& device) {
 bool index_takes_hopper(const IndexWindow& window, const Device& device) {
     const IndexLayout& layout = window.layout;
     if (device.major != 9 || layout.format != index_format::fp8 || layout.head != window.width || window.width > 128 ||
-        window.padded_heads % 32 != 0 || layout.page_size < warp_keys || (layout.page_size & (layout.page_size - 1)) != 0 || layout.page_bytes > 0x7fffffff ||
-        slots_of(window, device, max_window_rows, blocks_of(Pass::once)) < 1) {
+        window.padded_heads % 32 != 0 || layout.page_size < warp_keys || (layout.page_size & (layout.page_size - 1)) != 0 ||
+        layout.page_bytes > 0x7fffffff || slots_of(window, device, max_window_rows, blocks_of(Pass::once)) < 1) {
         return false;
     }
     return has_hopper_code();
