@@ -165,6 +165,18 @@ def test_streams_run_together_are_seen_in_the_figures_and_stop_when_told(
     assert page.complaints() == []
 
 
+def test_a_stream_that_grows_does_not_move_the_buttons_of_others(driver: WebDriver, server: ServeProcess) -> None:
+    page = Page(driver, server)
+    below, above = (page.start(f"w{token}", max_new_tokens=LONG, temperature=1, seed=token) for token in (5, 6))
+    button = below.find_element(By.TAG_NAME, "button")
+    place = button.location
+    said = above.find_element(By.CSS_SELECTOR, ".said")
+    page.until(lambda: driver.execute_script("return arguments[0].scrollHeight > arguments[0].clientHeight", said))
+    assert button.location == place
+    page.at("stop").click()
+    page.until(lambda: all(page.status(stream) == "stopped by you" for stream in (below, above)))
+
+
 def test_what_is_wrong_is_said_where_it_was_asked(driver: WebDriver, ids_server: ServeProcess) -> None:
     page = Page(driver, ids_server)
     for prompt, reason in (("", "the prompt is empty"), ("1, x", "token ids must be whole numbers")):
