@@ -64,7 +64,9 @@ struct Partials {
     float* output;  // [slots, rows, R], divided by the part's own sum; the values of `type` lie at each row's beginning
     float* lse;  // [slots, rows], base 2, -inf where the part has no key
     float scale;  // what multiplies them in the merge
-    int32_t* narrow;  // [slots, 4, 2], of 16 rows and 256 columns each: 0 where they are f32 instead of float16; null: nowhere
+    // [slots, 4, 2], of 16 rows and 256 columns each: 0 where they are f32 instead of float16. Either lies where the f32 would begin. Null: all
+    // are of two bytes, and rows without a gap.
+    int32_t* narrow;
     int rows;  // of a slot, a power of two
     int item_rows;  // of an item at most, no more than of a slot
     uint32_t item_inverse;  // 2^32 over it, rounded up
@@ -88,6 +90,8 @@ struct Partials {
     MLA_BOTH int32_t items_of(int32_t all) const { return item_of(all + item_rows - 1); }
 
     MLA_BOTH int64_t row(int32_t slot, int row) const { return static_cast<int64_t>(slot) * rows + row; }
+    // Where a value of two bytes lies in its row.
+    MLA_BOTH int narrow_column(int column) const { return narrow != nullptr && column >= 256 ? column + 256 : column; }
     MLA_BOTH int32_t* narrow_at(int32_t slot, int row, int column) const { return narrow + slot * 8 + row / 16 * 2 + column / 256; }
 };
 

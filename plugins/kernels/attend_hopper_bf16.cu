@@ -128,7 +128,7 @@ __device__ void output_group(const Attend& work, const Partials& partials, const
     __syncwarp();
     if (elect_lane()) {
         int const rows = min(item.count - warp * 16, 16), bytes = narrow ? 256 * 2 : 256 * 4;
-        auto* target = reinterpret_cast<char*>(partials.output + partials.row(item.slot, warp * 16) * rank) + side * bytes;
+        auto* target = reinterpret_cast<char*>(partials.output + partials.row(item.slot, warp * 16) * rank) + side * 256 * 4;
         uint32_t const source = shared_address(memory) + (warp * 16 * own_staged_row + side * 256) * 4;
 #pragma unroll 1
         for (int i = 0; i < rows; ++i) store_bytes(target + i * rank * 4, source + i * own_staged_row * 4, bytes);

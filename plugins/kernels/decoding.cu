@@ -30,8 +30,9 @@ template <int type>
 struct Four {
     uint2 pairs;
 
-    __device__ void load(const float* part, int column, int rank) {
-        pairs = column < rank ? *reinterpret_cast<const uint2*>(reinterpret_cast<const uint16_t*>(part) + column) : make_uint2(0, 0);
+    __device__ void load(const Partials& partials, const float* part, int column, int rank) {
+        int const at = type == MLA_FLOAT16 ? partials.narrow_column(column) : column;
+        pairs = column < rank ? *reinterpret_cast<const uint2*>(reinterpret_cast<const uint16_t*>(part) + at) : make_uint2(0, 0);
     }
     __device__ float4 get() const { return four_of<type>(pairs); }
 };
@@ -40,7 +41,7 @@ template <>
 struct Four<MLA_FLOAT> {
     float4 values;
 
-    __device__ void load(const float* part, int column, int rank) { values = load_columns(part, column, rank); }
+    __device__ void load(const Partials&, const float* part, int column, int rank) { values = load_columns(part, column, rank); }
     __device__ float4 get() const { return values; }
 };
 
@@ -57,14 +58,19 @@ __device__ void merge_row(const Attend& work, const Partials& partials, const Me
 
     int32_t slots[2] = {};
     float lse[2] = {-INFINITY, -INFINITY};
-    int32_t said[2] = {1, 1};
+    constexpr int halves = (slices * merge_columns + 255) / 256;  // of the columns, which may be of either type each
+    uint32_t wide[2] = {};  // halves that are f32, as bits
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         int const part = lane + i * warp_size;
         if (part >= parts) continue;
         slots[i] = merge.slot_of(part);
         lse[i] = partials.lse[partials.row(slots[i], row)];
-        if (type == MLA_FLOAT16 && partials.narrow != nullptr) said[i] = *partials.narrow_at(slots[i], row, first_slice * merge_columns);
+        if (type != MLA_FLOAT16 || partials.narrow == nullptr) continue;
+#pragma unroll
+        for (int half = 0; half < halves; ++half) {
+            if (*partials.narrow_at(slots[i], row, first_slice * merge_columns + 256 * half) == 0) wide[i] |= 1u << half;
+        }
     }
     Four<type> values[batch][slices];
     auto load = [&](int first) {
@@ -74,13 +80,13 @@ __device__ void merge_row(const Attend& work, const Partials& partials, const Me
             int32_t const slot = __shfl_sync(0xffffffffu, part < warp_size ? slots[0] : slots[1], part % warp_size);
 #pragma unroll
             for (int k = 0; k < slices; ++k) {
-                values[i][k].load(partials.output + partials.row(slot, row) * rank, column + k * merge_columns, part < parts ? rank : 0);
+                values[i][k].load(partials, partials.output + partials.row(slot, row) * rank, column + k * merge_columns, part < parts ? rank : 0);
             }
         }
     };
     load(0);
     // most are float16, and loaded so before that is known
-    bool const all_narrow = type != MLA_FLOAT16 || __all_sync(0xffffffffu, (said[0] & said[1]) != 0);
+    bool const all_narrow = type != MLA_FLOAT16 || __all_sync(0xffffffffu, (wide[0] | wide[1]) == 0);
     bool const there = !partials.by_token || work.step.sequence_of(token) >= 0;  // else nobody has written the parts
     float const largest = there ? warp_max(fmaxf(lse[0], lse[1])) : -INFINITY;
     float const base = largest == -INFINITY ? 0.0f : largest;
@@ -100,17 +106,19 @@ __device__ void merge_row(const Attend& work, const Partials& partials, const Me
         for (int i = 0; i < batch; ++i) {
             int const part = first + i * warps + part_of;
             float const weight = __shfl_sync(0xffffffffu, part < warp_size ? weights[0] : weights[1], part % warp_size);
-            bool wide = false;
+            uint32_t wide_halves = 0;
             int32_t slot = 0;
             if (!all_narrow) {
-                wide = __shfl_sync(0xffffffffu, part < warp_size ? said[0] : said[1], part % warp_size) == 0;
+                wide_halves = __shfl_sync(0xffffffffu, part < warp_size ? wide[0] : wide[1], part % warp_size);
                 slot = __shfl_sync(0xffffffffu, part < warp_size ? slots[0] : slots[1], part % warp_size);
             }
             if (part >= parts || !there) continue;
 #pragma unroll
             for (int k = 0; k < slices; ++k) {
                 float4 four = values[i][k].get();
-                if (wide) four = load_columns(partials.output + partials.row(slot, row) * rank, column + k * merge_columns, rank);
+                if ((wide_halves >> (k * merge_columns / 256) & 1) != 0) {
+                    four = load_columns(partials.output + partials.row(slot, row) * rank, column + k * merge_columns, rank);
+                }
                 total[k].x = fmaf(weight, four.x, total[k].x);
                 total[k].y = fmaf(weight, four.y, total[k].y);
                 total[k].z = fmaf(weight, four.z, total[k].z);

@@ -57,6 +57,7 @@ template <int type, typename Meanwhile>
 __device__ float merge(const Attend& attend, const Partials& partials, const Place& place, int head, float4* sums, Meanwhile&& meanwhile) {
     int const warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size, taker = warp / takers;
     int const slice = warp % takers * (columns / takers), column = slice + 4 * lane, parts = partials.splits;
+    int const narrow_column = type == MLA_FLOAT16 ? partials.narrow_column(column) : column;
     int const part_floats = partials.rows * columns;
     int64_t const first_row = partials.row(place.slot, place.row);
     float lse[2] = {-INFINITY, -INFINITY};  // of two parts
@@ -85,7 +86,7 @@ __device__ float merge(const Attend& attend, const Partials& partials, const Pla
             int const part = turn * warp_size + takers * i;
             values[i] = make_uint2(0, 0);
             if (part + taker < parts) {
-                values[i] = *reinterpret_cast<const uint2*>(reinterpret_cast<const uint16_t*>(own_part + part * part_floats) + column);
+                values[i] = *reinterpret_cast<const uint2*>(reinterpret_cast<const uint16_t*>(own_part + part * part_floats) + narrow_column);
             }
         }
         if (turn == 0) {
@@ -109,7 +110,7 @@ __device__ float merge(const Attend& attend, const Partials& partials, const Pla
             float const weight = __shfl_sync(0xffffffffu, part < warp_size ? weights[0] : weights[1], (part + taker) % warp_size);
             const float* const from = own_part + part * part_floats;
             bool const is_narrow = *partials.narrow_at(place.slot + part + taker, place.row, slice) != 0;
-            add(weight, is_narrow ? four_of<type>(*reinterpret_cast<const uint2*>(reinterpret_cast<const uint16_t*>(from) + column))
+            add(weight, is_narrow ? four_of<type>(*reinterpret_cast<const uint2*>(reinterpret_cast<const uint16_t*>(from) + narrow_column))
                                   : *reinterpret_cast<const float4*>(from + column));
         }
     }

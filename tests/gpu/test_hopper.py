@@ -276,6 +276,22 @@ def test_parts_of_any_size(sizes: tuple[int, int], listed: bool, kind: Kind) -> 
 
 
 @pytest.mark.small
+@pytest.mark.parametrize("sequences", [1, 2])
+@pytest.mark.parametrize("sizes", [(17, 0), (0, 17), (-20, 17)], ids=str)
+@BFLOAT16_ROWS
+def test_parts_whose_halves_differ(row_format: str, sizes: tuple[int, int], sequences: int) -> None:
+    """Of the parts' columns float16 holds 256, and the others not; the host cuts the keys of one sequence, a plan those of two."""
+    rng = np.random.default_rng(30)
+    step, pages = step_of(rng, [1] * sequences, [2047, 63][:sequences]), layout(row_format)
+    pool = long_pool(rng, step, pages)
+    latent = rng.standard_normal((2048, pages.kv_lora_rank), np.float32)
+    latent *= 2.0 ** np.repeat(np.float32(sizes), pages.kv_lora_rank // 2)
+    pages.write(pool, *step.places(0, np.arange(2048)), latent, np.zeros((2048, pages.qk_rope_head_dim), np.float32))
+    inputs, attributes = _case(rng, step, 64, row_format, pool=pool, scale=2.0**-22)
+    _compare(run_op("MlaDecoding", inputs, **attributes), inputs, attributes)
+
+
+@pytest.mark.small
 @pytest.mark.parametrize("heads", [16, 64])
 @pytest.mark.parametrize("kind", [1, 2, *FLAT])
 def test_codes_below_the_smallest_normal_one_count(kind: Kind, heads: int) -> None:
