@@ -38,13 +38,18 @@ inline bool tensors_fit(const Attend& work) {
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// Orders an item's queries by columns, each to where `place` says. By one thread. Rows behind the item's are those of others.
-template <typename Place>
-__device__ void order_queries(const Attend& work, const CUtensorMap* map, const Item& item, int rows, uint32_t barrier, Place&& place) {
+// Orders an item's queries by columns, each to where `place` says. Rows come `box` at a time, each box with a barrier of its own, so that
+// who waits for the first ones need not wait for all. By a lane of each of `orderers` warps, which share the columns. Rows behind
+// the item's are those of others.
+template <int rows, int box = rows, int orderers = 1, typename Place>
+__device__ void order_queries(const Attend& work, const CUtensorMap* map, const Item& item, int number, uint32_t barriers, Place&& place) {
     auto const row = static_cast<int32_t>(item.first_token * work.heads + item.first_head);
-    barrier_expect(barrier, query_columns * rows * 128);
 #pragma unroll 1
-    for (int i = 0; i < query_columns; ++i) copy_box(place(i), map, barrier, 0, row, i, 0);
+    for (int first = 0; first < rows; first += box, barriers += 8) {
+        barrier_expect(barriers, (query_columns - number + orderers - 1) / orderers * box * 128);
+#pragma unroll 1
+        for (int i = number; i < query_columns; i += orderers) copy_box(place(i) + first * 128, map, barriers, 0, row + first, i, 0);
+    }
 }
 
 // The value, as if it were another one: what is made from it is made again each time, and takes no registers throughout a loop.

@@ -197,8 +197,8 @@ __global__ void __launch_bounds__(lists || format != row_format::bf16 ? fed_thre
     }
     constexpr int ordering_warp = codes ? fed_threads / warp_size - 1 : 0;  // not one that is waited for first
     if (warp == ordering_warp && elect_lane()) {
-        order_queries(work, &query_map, item, hopper_bf16_rows, shared_address(memory + Places::queries_full),
-                      [&](int column) { return shared_address(memory) + Places::query_piece(column); });
+        order_queries<hopper_bf16_rows>(work, &query_map, item, 0, shared_address(memory + Places::queries_full),
+                                        [&](int column) { return shared_address(memory) + Places::query_piece(column); });
     }
     Span const span{item.first_tile, item.last_tile - item.first_tile, min(item.keys - (item.last_tile - 1) * tile, tile)};
 

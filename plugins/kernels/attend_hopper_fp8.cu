@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(threads, 1)
         for (int i = 0; i < P::barriers; ++i) {
             barrier_init(shared_address(memory + P::scales_full) + 8 * i, F::lists ? group : 1);
         }
-        barrier_init(queries_full, 1);
+        for (int i = 0; i < F::query_boxes; ++i) barrier_init(queries_full + 8 * i, F::orderers);
         for (int i = 0; F::halved && i < 2; ++i) barrier_init(shared_address(memory + P::scored) + 8 * i, 1);
         fence_barrier_init();
         prefetch_map(&query_map);
@@ -116,9 +116,9 @@ __global__ void __launch_bounds__(threads, 1)
         zero_padding(work, partials, item);
         return;
     }
-    if (warp == first_warp && elect_lane()) {
-        order_queries(work, &query_map, item, F::rows, queries_full,
-                      [&](int column) { return shared_address(memory + P::raw_query(column)); });
+    if (warp >= first_warp && warp < first_warp + F::orderers && elect_lane()) {
+        order_queries<F::rows, F::query_box, F::orderers>(
+            work, &query_map, item, warp - first_warp, queries_full, [&](int column) { return shared_address(memory + P::raw_query(column)); });
     }
     // from a lane, so that the compiler knows the number of tiles to be uniform
     Ring<F> const ring{memory, &map, &rope_map, &item, __shfl_sync(0xffffffffu, item.last_tile - item.first_tile, 0)};
@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(threads, 1)
         score_group<F>(work, ring, memory);
         __syncthreads();
     } else if (threadIdx.x < 2 * group) {
-        registers_decrease<sum_registers>();
+        registers_decrease<sum_registers>();  // first of all: the output groups wait for them
         if (!F::lists && warp == first_warp) ring.begin(work);
         named_sync(queries_there, threads);
         sum_group<F>(work, partials, item, ring, memory);
@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(threads, 1)
 template <typename F>
 int launch(const Attend& work, const Partials& partials, cudaStream_t stream) {
     CUtensorMap map, rope_map, query_map;
-    if (int status = make_query_map(&query_map, work, F::rows)) return status;
+    if (int status = make_query_map(&query_map, work, F::query_box)) return status;
     // the pool as [page][row][byte]
     auto make_row_map = [&](CUtensorMap* made, int bytes) {
         const KvLayout& layout = work.layout;

@@ -24,10 +24,12 @@ __device__ void make_query(const Attend& work, const Item& item, uint8_t* memory
     auto unit_of_row = [&](int start, int row, int unit) {
         return reinterpret_cast<uint4*>(memory + start + row * 128 + ((unit ^ (row & 7)) << 4));
     };
-    barrier_wait(shared_address(memory + P::queries_full), 0);
+    if (F::query_boxes == 1) barrier_wait(shared_address(memory + P::queries_full), 0);
 #pragma unroll 1
     for (int row = number; row < (F::packed ? 32 : 64); row += warps) {
         uint4 bits[2] = {}, rope_bits{};
+        // also of rows that there are not: what comes must have come before the block ends
+        if (F::query_boxes > 1 && row < F::rows) barrier_wait(shared_address(memory + P::queries_full) + row / F::query_box * 8, 0);
         if (row < item.count) {
             for (int i = 0; i < 2; ++i) bits[i] = *unit_of_row(P::raw_query(lane / 4), row, lane % 4 * 2 + i);
             if (lane < rope / 8) rope_bits = *unit_of_row(P::raw_query(query_columns - 1), row, lane);

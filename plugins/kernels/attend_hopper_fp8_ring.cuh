@@ -36,6 +36,8 @@ struct Form {
     // Both output groups use a piece at the same time, half of its columns each, so that pieces become free one after the other: where
     // the ring has no place for a whole tile beside the one that is multiplied.
     static constexpr bool halved = second && !lists;
+    // Rows of the queries that come together, and warps that order them. Of lists all come at once.
+    static constexpr int query_box = lists ? rows : rows == 16 ? 8 : 16, query_boxes = rows / query_box, orderers = lists ? 1 : 4;
     // Tables of scales. Of lists one more, as who finds their rows is a tile further than who adds weights up.
     static constexpr int tables = lists ? 4 : 3;
 };
@@ -60,11 +62,11 @@ struct Places {
     static constexpr int raw_scales = pages + 8 * 2 * 4;  // [4][128]
     static constexpr int offsets = raw_scales;  // of listed rows in the pool, in 16 bytes, [4][128]: in their place
     static constexpr int scales_full = raw_scales + (F::scales ? 4 * tile * 4 : 0);  // [4][2], their barriers
-    static constexpr int scales_barriers = F::scales ? 4 * 2 : 0;
+    static constexpr int scales_barriers = F::scales && !F::lists ? 4 * 2 : 0;
     static constexpr int full = scales_full + scales_barriers * 8;  // barriers of the ring, then of the ropes
-    static constexpr int queries_full = full + (F::ring + F::ropes) * 8;  // barrier of the queries as they come
+    static constexpr int queries_full = full + (F::ring + F::ropes) * 8;  // barriers of the queries as they come
     static constexpr int barriers = scales_barriers + F::ring + F::ropes;  // those of before
-    static constexpr int scored = queries_full + 8;  // barriers [2] of tiles whose scores are made
+    static constexpr int scored = queries_full + F::query_boxes * 8;  // barriers [2] of tiles whose scores are made
     static constexpr int total = scored + (F::halved ? 2 * 8 : 0);
     static_assert(total <= 226 << 10);  // a kilobyte is the item's
 
@@ -82,9 +84,9 @@ struct Places {
 template <typename F>
 constexpr int own_rows = F::packed ? 1 : 2;  // of the scores of a thread
 
-// P is 2^7 at a reference that stays, and a maximum may exceed it by 2^1.75: below 448. A tile whose maximum is much smaller than
+// P is 2^6 at a reference that stays, and a maximum may exceed it by 2^2.75: below 448. A tile whose maximum is much smaller than
 // the reference has its own, or its weights would be too small for e4m3: many keys of little weight count beside one of much.
-constexpr float weight_bits = 7.0f, spare_bits = 1.75f, low_bits = 8.0f, most_bits = 60.0f;
+constexpr float weight_bits = 6.0f, spare_bits = 2.75f, low_bits = 8.0f, most_bits = 60.0f;
 
 // An e4m3 code's bits at the places of an f32's are 2^-120 of it; half of that goes into 1 / s, so that nothing overflows.
 constexpr float half_code_unit = 0x1p60f;

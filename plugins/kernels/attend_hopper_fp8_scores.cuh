@@ -169,7 +169,7 @@ __device__ void score_group(const Attend& work, const Ring<F>& ring, uint8_t* me
                 float const reference = highest == -INFINITY ? 0.0f : highest;
                 bool const low = now < reference - low_bits && now != -INFINITY;
                 float const of_tile = low ? fmaxf(now, reference - most_bits) : reference;
-                changed |= (highest != top[r] ? 1 : 0) | (of_tile != reference ? 2 : 0);
+                changed |= (highest != top[r] && top[r] != -INFINITY ? 1 : 0) | (of_tile != reference ? 2 : 0);
                 rescale[r] = power_of_two(top[r] - reference);
                 top[r] = highest;
                 base[r] = weight_bits - of_tile;
