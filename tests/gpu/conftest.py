@@ -47,6 +47,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cpu: runs without a GPU")
+    config.addinivalue_line("markers", "engines: has engines, and says itself what it lacks: of ours the plugins alone")
     config.addinivalue_line("markers", "small: small enough for compute-sanitizer and the emulator")
     config.addinivalue_line("markers", "multiprocessors(count): of the emulated GPU; how work is cut depends on it")
     if config.getoption("--no-guards"):
@@ -103,8 +104,9 @@ def _emulated_gpu(early: bool, portable: bool) -> EmulatedGpu | str:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("cpu") is not None:
         return
-    emulate = item.config.getoption("--emulator")
-    if not emulate and (reason := _why_not()) is not None:
+    engines = item.get_closest_marker("engines") is not None
+    emulate = item.config.getoption("--emulator") and not engines
+    if not emulate and not engines and (reason := _why_not()) is not None:
         # where there is a GPU, a library that is missing must not be stood in for
         if _has_gpu() or item.get_closest_marker("small") is None:
             pytest.skip(reason)

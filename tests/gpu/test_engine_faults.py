@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from engine_sessions import ROOT, records_folder
 
+pytestmark = pytest.mark.engines
+
 RECORDS = records_folder()
 RECORD = "packed2d_gemm_mm__dynamo_op20__hand__dec"  # takes embeddings
 SECONDS = 180

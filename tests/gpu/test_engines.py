@@ -38,6 +38,8 @@ from engine_sessions import ROOT, VARIANTS, records_folder
 
 from mla_trt.engines.engine_file import RESIDENT
 
+pytestmark = pytest.mark.engines
+
 RECORDS = records_folder()
 OUT = Path(os.environ.get("OUT", ROOT / "build"))
 CHOSEN = os.environ.get("MLA_TRT_VARIANTS", ",".join(VARIANTS)).split(",")

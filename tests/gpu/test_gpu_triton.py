@@ -37,6 +37,8 @@ sys.path.append(str(ROOT / "tests"))
 triton_server = pytest.importorskip("triton_server", reason="tritonclient is not installed")
 from triton_server import Answer, TritonServer, missing, tensorrt_backend  # noqa: E402
 
+pytestmark = pytest.mark.engines
+
 RECORD = "deepseek_v3__dynamo_op18__sdpa__dec"
 BACKEND = os.environ.get("MLA_TRT_TRITON_TENSORRT_BACKEND")
 OUT = Path(os.environ.get("OUT", ROOT / "build"))
