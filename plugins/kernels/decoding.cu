@@ -66,10 +66,12 @@ __device__ void merge_row(const Attend& work, const Partials& partials, const Me
         if (part >= parts) continue;
         slots[i] = merge.slot_of(part);
         lse[i] = partials.lse[partials.row(slots[i], row)];
-        if (type != MLA_FLOAT16 || partials.narrow == nullptr) continue;
+        if constexpr (type == MLA_FLOAT16) {
+            if (partials.narrow == nullptr) continue;
 #pragma unroll
-        for (int half = 0; half < halves; ++half) {
-            if (*partials.narrow_at(slots[i], row, first_slice * merge_columns + 256 * half) == 0) wide[i] |= 1u << half;
+            for (int half = 0; half < halves; ++half) {
+                if (*partials.narrow_at(slots[i], row, first_slice * merge_columns + 256 * half) == 0) wide[i] |= 1u << half;
+            }
         }
     }
     Four<type> values[batch][slices];
