@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(threads, 1)
         score_group<F>(work, ring, memory);
         __syncthreads();
     } else if (threadIdx.x < 2 * group) {
-        registers_decrease<sum_registers>();  // first of all: the output groups wait for them
+        registers_decrease<sum_registers>();
         if (!F::lists && warp == first_warp) ring.begin(work);
         named_sync(queries_there, threads);
         sum_group<F>(work, partials, item, ring, memory);
