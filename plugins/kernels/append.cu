@@ -5,8 +5,8 @@
 // norm's sum is free.
 #include "append.h"
 
+#include "early.cuh"
 #include "pool.h"
-#include "ptx.cuh"
 
 namespace mla {
 namespace {
@@ -185,6 +185,7 @@ __global__ void __launch_bounds__(threads) append_kernel(Append work) {
         } else {
             rotate_queries<1>(work, token, table_place, block, blocks);
         }
+        if (work.beside) end_after_kernel_before();
         return;
     }
 
@@ -254,15 +255,17 @@ __global__ void __launch_bounds__(threads) append_kernel(Append work) {
     __syncthreads();
 
     int32_t const page = from_here(listed);
-    if (page < 0 || page >= work.step.pages) return;
-    int const slot = position % work.layout.page_size;
-    uint8_t* page_bytes = work.pool + page * work.layout.page_bytes;
-    auto* target = reinterpret_cast<uint4*>(page_bytes + static_cast<int64_t>(slot) * work.layout.row_bytes);
+    if (page >= 0 && page < work.step.pages) {
+        int const slot = position % work.layout.page_size;
+        uint8_t* page_bytes = work.pool + page * work.layout.page_bytes;
+        auto* target = reinterpret_cast<uint4*>(page_bytes + static_cast<int64_t>(slot) * work.layout.row_bytes);
 #pragma unroll 1
-    for (int i = threadIdx.x; i < work.layout.row_bytes / 16; i += threads) target[i] = shared[i];
-    if (work.layout.has_page_scales() && threadIdx.x == 0) {
-        reinterpret_cast<float*>(page_bytes + work.layout.scales_offset)[slot] = scale;
+        for (int i = threadIdx.x; i < work.layout.row_bytes / 16; i += threads) target[i] = shared[i];
+        if (work.layout.has_page_scales() && threadIdx.x == 0) {
+            reinterpret_cast<float*>(page_bytes + work.layout.scales_offset)[slot] = scale;
+        }
     }
+    if (work.beside) end_after_kernel_before();
 }
 
 // Whether four consecutive values, from every fourth one on, may be read at once.
@@ -300,7 +303,9 @@ int append(const Append& given, cudaStream_t stream) {
     bool const rotates = pairs > 0 && work.table_rows > 0;
     dim3 const grid(static_cast<unsigned>(work.step.tokens),
                     1 + (rotates ? static_cast<unsigned>(wanted < most ? wanted : most) : 0));
-    append_kernel<<<grid, threads, shared, stream>>>(work);
+    auto const bytes = static_cast<int>(shared);
+    if (work.beside) return launch_early("MlaFusedRopeRmsNormQuantization", append_kernel, grid, threads, bytes, device, stream, work);
+    append_kernel<<<grid, threads, bytes, stream>>>(work);
     return check_launch("MlaFusedRopeRmsNormQuantization");
 }
 

@@ -23,6 +23,7 @@ struct Append {
     KvLayout layout;
     Step step;
     uint8_t* pool;
+    bool beside;  // the kernel before makes nothing of all this and uses none of it: both may run side by side
 };
 
 int append(const Append& work, cudaStream_t stream);

@@ -75,14 +75,24 @@ Projection product(const Layer& layer, const View& x, const View& out, const Mla
 // The tokens from `first` on.
 View advance(const View& view, int64_t first) { return view.from(first * view.token_stride); }
 
-// W_UK, attention, W_UV for the tokens [first, first + count). `rotated` holds the rotated rope part of the queries, or is
-// the very place where the absorbed queries go (`absorbed` has it then already).
+// The queries of the tokens [first, first + count) over the latent. Before it is the append, the plan beside it, or a copy of queries.
+int absorb(const Layer& layer, const View& absorbed, int64_t first, int64_t count, cudaStream_t stream) {
+    View const nope = advance(layer.query, first);
+    if (layer.w_uk->rank < 0) return copy_values(nope, nullptr, absorbed, count, layer.attend.heads, layer.nope, stream);
+    Projection work = product(layer, nope, absorbed, *layer.w_uk, *layer.w_uk_scale, count);
+    work.beside = true;
+    return project(work, stream);
+}
+
+// How the queries over the latent that attention is given come about.
+enum class Queries { after_append, after_copy, there };
+
+// W_UK, attention, W_UV for the tokens [first, first + count); `absorbed` has the rotated rope part of their queries.
 int attend_absorbed(Call& call, const Layer& layer, const View& absorbed, const View& mean, int64_t first, int64_t count,
-                    bool after_append) {
+                    Queries queries) {
     Attend work = layer.attend;
     View const output = advance(layer.output, first);
-    bool const has_w_uk = layer.w_uk->rank >= 0, has_w_uv = layer.w_uv->rank >= 0;
-    View const nope = advance(layer.query, first);
+    bool const has_w_uv = layer.w_uv->rank >= 0;
     work.query = absorbed;
     work.output = has_w_uv ? mean : output;
     work.step.tokens = count;
@@ -92,15 +102,10 @@ int attend_absorbed(Call& call, const Layer& layer, const View& absorbed, const 
         work.indices += first * work.top_k;
     }
     Attention attention{};
-    if (int status = begin_attention(call, work, after_append, &attention)) return status;
+    if (int status = begin_attention(call, work, queries == Queries::after_append, &attention)) return status;
     if (call.workspace.sizing()) return MLA_OK;
-    if (has_w_uk) {
-        // before it is the append, the plan beside it, or a copy of queries
-        Projection absorb = product(layer, nope, absorbed, *layer.w_uk, *layer.w_uk_scale, count);
-        absorb.beside = true;
-        if (int status = project(absorb, call.stream)) return status;
-    } else if (int status = copy_values(nope, nullptr, absorbed, count, work.heads, layer.nope, call.stream)) {
-        return status;
+    if (queries != Queries::there) {
+        if (int status = absorb(layer, absorbed, first, count, call.stream)) return status;
     }
     if (!has_w_uv) return attend(work, attention, false, call.stream);
     Projection const expand = product(layer, mean, output, *layer.w_uv, *layer.w_uv_scale, count);
@@ -165,8 +170,11 @@ int attend_mixed(Call& call, const Layer& layer, const View& rotated) {
     return project(expand, call.stream);
 }
 
-// All tokens absorbed; those with lists of keys in windows.
-int attend_all_absorbed(Call& call, Layer& layer) {
+// Makes the lists of keys, and queues what it is given for the time until then.
+using Select = std::function<int(const std::function<int()>& beside)>;
+
+// All tokens absorbed; those with lists of keys in windows. `select`: where the lists are not there yet.
+int attend_all_absorbed(Call& call, Layer& layer, const Select& select) {
     int32_t const type = is_exact(layer) ? MLA_FLOAT : MLA_BFLOAT16;
     int64_t const bytes = is_exact(layer) ? 4 : 2;
     const KvLayout& layout = layer.append.layout;
@@ -185,9 +193,17 @@ int attend_all_absorbed(Call& call, Layer& layer) {
         rotated = contiguous(call.workspace.take<uint8_t>(tokens * heads * layout.rope * bytes), type, heads, layout.rope);
     }
     layer.append.query_out = rotated;
-    if (!call.workspace.sizing()) {
+    layer.append.beside = static_cast<bool>(select);
+    // Neither cache rows nor queries need the lists: they are made beside the scores, whose blocks leave room before the last one ends.
+    auto const prepare = [&]() -> int {
+        if (call.workspace.sizing()) return MLA_OK;
         if (int status = append(layer.append, call.stream)) return status;
-    }
+        return select && !windows && tokens > 0 ? absorb(layer, absorbed, 0, tokens, call.stream) : MLA_OK;
+    };
+    size_t const mark = call.workspace.mark();
+    if (int status = select ? select(prepare) : prepare()) return status;
+    call.workspace.release(mark);
+    Queries const queries = windows ? Queries::after_copy : select ? Queries::there : Queries::after_append;
     for (int64_t first = 0; first < tokens; first += window) {
         int64_t const count = tokens - first < window ? tokens - first : window;
         if (windows && !call.workspace.sizing()) {
@@ -196,13 +212,14 @@ int attend_all_absorbed(Call& call, Layer& layer) {
                 return status;
             }
         }
-        if (int status = attend_absorbed(call, layer, absorbed, mean, first, count, !windows)) return status;
+        if (int status = attend_absorbed(call, layer, absorbed, mean, first, count, queries)) return status;
         if (call.workspace.sizing()) break;
     }
     return MLA_OK;
 }
 
-int run_layer(Call& call, Layer& layer, const MlaTensor& cache, const MlaTensor& cache_out, const MlaTensor& page_copies) {
+int run_layer(Call& call, Layer& layer, const MlaTensor& cache, const MlaTensor& cache_out, const MlaTensor& page_copies,
+              const Select& select = {}) {
     if (int status = update_pool(call, cache, cache_out, page_copies)) return status;
     layer.append.query = layer.query.from(layer.nope);
     // of absorbed tokens at most; without sequences there are still outputs to zero
@@ -224,7 +241,7 @@ int run_layer(Call& call, Layer& layer, const MlaTensor& cache, const MlaTensor&
         call.workspace.release(mark);
     }
     if (may_mix && tokens > few) call.dims.T = few;  // only in a sizing call
-    return attend_all_absorbed(call, layer);
+    return attend_all_absorbed(call, layer, select);
 }
 
 // What the inputs and outputs that the three ops name alike say.
@@ -273,6 +290,32 @@ Layer make_layer(const Call& call, const OpSpec& op) {
     return layer;
 }
 
+// The lists of keys of a layer with an indexer, to `selection`; `beside` as in run_indexer.
+int select_keys(Call& call, const MlaTensor& selection, const std::function<int()>& beside) {
+    namespace in = sparse_attention::in;
+    namespace out = sparse_attention::out;
+    MlaTensor inputs[indexer::in::count], outputs[indexer::out::count];
+    inputs[indexer::in::index_query] = call.in[in::index_query];
+    inputs[indexer::in::index_key] = call.in[in::index_key];
+    inputs[indexer::in::index_weights] = call.in[in::index_weights];
+    inputs[indexer::in::index_norm_weight] = call.in[in::index_norm_weight];
+    inputs[indexer::in::index_norm_bias] = call.in[in::index_norm_bias];
+    inputs[indexer::in::index_cos] = call.in[in::index_cos];
+    inputs[indexer::in::index_sin] = call.in[in::index_sin];
+    inputs[indexer::in::rope_rows] = call.in[in::rope_rows];
+    inputs[indexer::in::query_offsets] = call.in[in::query_offsets];
+    inputs[indexer::in::cache_lengths] = call.in[in::cache_lengths];
+    inputs[indexer::in::block_table] = call.in[in::block_table];
+    inputs[indexer::in::token_sequence] = call.in[in::token_sequence];
+    inputs[indexer::in::positions] = call.in[in::positions];
+    inputs[indexer::in::indexer_cache] = call.in[in::indexer_cache];
+    inputs[indexer::in::page_copies] = call.in[in::page_copies];
+    outputs[indexer::out::indices] = selection;
+    outputs[indexer::out::indexer_cache_out] = call.out[out::indexer_cache_out];
+    Call index{call.attributes, inputs, outputs, call.dims, call.workspace, call.stream};
+    return run_indexer(index, beside);
+}
+
 }  // namespace
 
 int run_attention(Call& call) {
@@ -296,33 +339,13 @@ int run_sparse_attention(Call& call) {
     namespace in = sparse_attention::in;
     namespace out = sparse_attention::out;
     MlaTensor selection = call.in[in::indices];
+    Select select;
     if (!call.given(in::indices)) {
         selection = call.out[out::indices];
         if (selection.rank < 0) {
             selection = {call.workspace.take<int32_t>(call.dims.T * call.dims.K), MLA_INT32, 2, {call.dims.T, call.dims.K}};
         }
-        MlaTensor inputs[indexer::in::count], outputs[indexer::out::count];
-        inputs[indexer::in::index_query] = call.in[in::index_query];
-        inputs[indexer::in::index_key] = call.in[in::index_key];
-        inputs[indexer::in::index_weights] = call.in[in::index_weights];
-        inputs[indexer::in::index_norm_weight] = call.in[in::index_norm_weight];
-        inputs[indexer::in::index_norm_bias] = call.in[in::index_norm_bias];
-        inputs[indexer::in::index_cos] = call.in[in::index_cos];
-        inputs[indexer::in::index_sin] = call.in[in::index_sin];
-        inputs[indexer::in::rope_rows] = call.in[in::rope_rows];
-        inputs[indexer::in::query_offsets] = call.in[in::query_offsets];
-        inputs[indexer::in::cache_lengths] = call.in[in::cache_lengths];
-        inputs[indexer::in::block_table] = call.in[in::block_table];
-        inputs[indexer::in::token_sequence] = call.in[in::token_sequence];
-        inputs[indexer::in::positions] = call.in[in::positions];
-        inputs[indexer::in::indexer_cache] = call.in[in::indexer_cache];
-        inputs[indexer::in::page_copies] = call.in[in::page_copies];
-        outputs[indexer::out::indices] = selection;
-        outputs[indexer::out::indexer_cache_out] = call.out[out::indexer_cache_out];
-        Call index{call.attributes, inputs, outputs, call.dims, call.workspace, call.stream};
-        size_t const mark = call.workspace.mark();
-        if (int status = run_indexer(index)) return status;
-        call.workspace.release(mark);
+        select = [&](const std::function<int()>& beside) { return select_keys(call, selection, beside); };
     } else if (call.out[out::indices].rank >= 0 && call.out[out::indices].data != selection.data && !call.workspace.sizing()) {
         if (int status = check_cuda("copy of the selection",
                                     cudaMemcpyAsync(call.out[out::indices].data, selection.data,
@@ -334,7 +357,7 @@ int run_sparse_attention(Call& call) {
     Layer layer = make_layer(call, ops[op::sparse_attention]);
     layer.attend.indices = static_cast<const int32_t*>(selection.data);
     layer.attend.top_k = call.dims.K;
-    return run_layer(call, layer, call.in[in::kv_cache], call.out[out::kv_cache_out], call.in[in::page_copies]);
+    return run_layer(call, layer, call.in[in::kv_cache], call.out[out::kv_cache_out], call.in[in::page_copies], select);
 }
 
 }  // namespace mla

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <cuda_runtime_api.h>
 
 #include "api.h"
@@ -103,6 +104,8 @@ int run_decoding(Call& call);
 int run_prefill(Call& call);
 int run_prefill_sparse(Call& call);
 int run_decode_branch_fp8(Call& call);
+// `beside` queues what the indexer neither makes nor uses; it runs beside the scores, before the selection.
+int run_indexer(Call& call, const std::function<int()>& beside);
 int run_indexer(Call& call);
 int run_attention(Call& call);
 int run_sparse_attention(Call& call);

@@ -472,6 +472,7 @@ struct Selection {
 template <int threads>
 __global__ void __launch_bounds__(threads, threads == few_rows_threads ? 1 : 2)
     select_kernel(const __grid_constant__ IndexWindow window, int32_t* indices, int32_t capacity) {
+    let_next_kernel_begin();
     extern __shared__ __align__(128) char memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     int const blocks = threads == few_rows_threads ? cluster_size() : 1, block = threads == few_rows_threads ? cluster_rank() : 0;

@@ -85,6 +85,10 @@ int check(const Call& call) {
 }  // namespace
 
 int run_indexer(Call& call) {
+    return run_indexer(call, [] { return MLA_OK; });
+}
+
+int run_indexer(Call& call, const std::function<int()>& beside) {
     using namespace indexer;
     if (int status = check(call)) return status;
     size_t const mark = call.workspace.mark();
@@ -102,7 +106,8 @@ int run_indexer(Call& call) {
     int64_t const bytes =
         std::min(std::min<int64_t>(tokens, max_window_rows) * row_bytes, std::max(scratch_bound, row_bytes));
     char* const scratch = call.workspace.take<char>(bytes);
-    if (call.workspace.sizing() || tokens == 0) return MLA_OK;
+    if (call.workspace.sizing()) return MLA_OK;
+    if (tokens == 0) return beside();
 
     Device device;
     if (int status = current_device(&device)) return status;
@@ -118,8 +123,13 @@ int run_indexer(Call& call) {
         window.rows = static_cast<int32_t>(std::min(rows, tokens - window.first));
         if (int status = append_index_keys(call, window, device, append)) return status;
         append.keys = false;
+        if (window.top_k > 0) {
+            if (int status = score_index_keys(call, window, device)) return status;
+        }
+        if (window.first == 0) {
+            if (int status = beside()) return status;
+        }
         if (window.top_k == 0) break;
-        if (int status = score_index_keys(call, window, device)) return status;
         if (int status = select_index_keys(call, window, device, call.output<int32_t>(out::indices))) return status;
     }
     return MLA_OK;

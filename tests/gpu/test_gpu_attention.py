@@ -18,6 +18,7 @@ from large_reference import E4M3_SUMS, F32_SUMS, append, attention, layout_of, p
 from op_harness import CODE_STEP, Step, assert_rows_close, garbage_pool, reference
 
 from mla_trt.formats import ROW_FORMATS, IndexLayout
+from mla_trt.ops import OPS
 
 STEPS = {
     "ragged": ([3, 1, 5], [4, 70, 0], 0),
@@ -241,25 +242,38 @@ def test_a_long_prompt_over_lists(row_format: str) -> None:
     _check(inputs, attributes, step, "MlaSparseAttention", ["output", "kv_cache_out"])
 
 
-@pytest.mark.parametrize("index_format", ["f32", "fp8"])
-@pytest.mark.parametrize("row_format", ["f32", "fp8", "fp8_ds_mla"])
-def test_sparse_with_an_indexer(row_format: str, index_format: str) -> None:
-    rng = np.random.default_rng(10)
-    step = step_of(rng, [3, 1, 2], [4, 900, 0], padding=1)
-    inputs, attributes = layer_case(rng, step, row_format, DIMENSIONS["deepseek of 8 GPUs"])
-    attributes |= {"index_head_dim": 128, "index_rope_dim": 64, "index_format": index_format, "top_k": 64}
-    pages = IndexLayout(page_size=64, index_format=index_format, index_head_dim=128)
+def _add_indexer(
+    rng: np.random.Generator,
+    step: Step,
+    inputs: dict[str, Array],
+    attributes: dict[str, Any],
+    heads: int,
+    **indexer: Any,
+) -> None:
+    """What an indexer of this many heads of 128 values takes, and keys of it in the cache."""
+    attributes |= {"index_head_dim": 128, "index_rope_dim": 64, **indexer}
+    pages = IndexLayout(page_size=64, index_format=attributes["index_format"], index_head_dim=128)
     cache = garbage_pool(rng, pages, step.pages)
     for sequence, length in enumerate(step.inputs["cache_lengths"].tolist()):
         pages.write(cache, *step.places(sequence, range(length)), rng.standard_normal((length, 128), np.float32))
     inputs |= {
-        "index_query": rng.standard_normal((step.tokens, 8, 128), np.float32),
+        "index_query": rng.standard_normal((step.tokens, heads, 128), np.float32),
         "index_key": rng.standard_normal((step.tokens, 128), np.float32),
-        "index_weights": rng.standard_normal((step.tokens, 8), np.float32),
+        "index_weights": rng.standard_normal((step.tokens, heads), np.float32),
         "index_cos": rng.uniform(-1, 1, (step.tokens, 32)).astype(np.float32),
         "index_sin": rng.uniform(-1, 1, (step.tokens, 32)).astype(np.float32),
         "indexer_cache": cache,
     }
+
+
+@pytest.mark.parametrize("heads", [8, 64])
+@pytest.mark.parametrize("index_format", ["f32", "fp8"])
+@pytest.mark.parametrize("row_format", ["f32", "fp8", "fp8_ds_mla"])
+def test_sparse_with_an_indexer(row_format: str, index_format: str, heads: int) -> None:
+    rng = np.random.default_rng(10)
+    step = step_of(rng, [3, 1, 2], [4, 900, 0], padding=1)
+    inputs, attributes = layer_case(rng, step, row_format, DIMENSIONS["deepseek of 8 GPUs"])
+    _add_indexer(rng, step, inputs, attributes, heads, index_format=index_format, top_k=64)
     found = _check(inputs, attributes, step, "MlaSparseAttention")
     expected = reference("MlaSparseAttention", inputs, **attributes)
     compare_exactly("indexer_cache_out", found["indexer_cache_out"], expected["indexer_cache_out"])
@@ -268,6 +282,41 @@ def test_sparse_with_an_indexer(row_format: str, index_format: str) -> None:
         chosen, wanted = (set(lists["indices"][token].tolist()) - {-1} for lists in (found, expected))
         assert len(chosen) == len(wanted), f"token {token}: {len(chosen)} keys selected, expected {len(wanted)}"
         assert len(chosen - wanted) <= 1, f"token {token}: {sorted(chosen - wanted)} for {sorted(wanted - chosen)}"
+
+
+@pytest.mark.parametrize(
+    ("new", "top_k"),
+    [
+        pytest.param([1, 1, 1], 40, marks=pytest.mark.small),
+        pytest.param([5, 0, 30], 40, marks=pytest.mark.small),
+        pytest.param([0, 0], 4, marks=pytest.mark.small),
+        pytest.param([], 400, marks=pytest.mark.small),
+        pytest.param([2, 1], 400, marks=pytest.mark.small),
+        ([1100, 3], 20),
+    ],
+)
+def test_the_layer_is_its_parts(new: list[int], top_k: int) -> None:
+    """Rows and queries are made beside the index scores, in windows too: what comes out is what the indexer and then a layer over
+    its lists give, to the bit."""
+    rng = np.random.default_rng(15)
+    step = step_of(rng, new, [70, 300, 4][: len(new)], padding=2)
+    inputs, attributes = layer_case(rng, step, "fp8", DIMENSIONS["small"])
+    without = {**attributes, "index_head_dim": 0, "top_k": top_k}
+    layer_inputs = dict(inputs)
+    _add_indexer(rng, step, inputs, attributes, 64, index_format="fp8", top_k=top_k)
+    found = run_op("MlaSparseAttention", inputs, graph=True, repeat=3, in_a_row=2, **attributes)
+    index_inputs = {name: inputs[name] for name in (i.name for i in OPS["MlaIndexer"].inputs) if name in inputs}
+    index_attributes = {
+        name: attributes[name] for name in (a.name for a in OPS["MlaIndexer"].attributes) if name in attributes
+    }
+    lists = run_op("MlaIndexer", index_inputs, **index_attributes)
+    after = run_op(
+        "MlaSparseAttention", {**layer_inputs, "indices": lists["indices"]}, ["output", "kv_cache_out"], **without
+    )
+    compare_exactly("indices", found["indices"], lists["indices"])
+    compare_exactly("indexer_cache_out", found["indexer_cache_out"], lists["indexer_cache_out"])
+    for name in ("output", "kv_cache_out"):
+        compare_exactly(name, found[name], after[name])
 
 
 def _check_branch(
