@@ -128,7 +128,10 @@ def _tables(op: Op) -> list[str]:
     lines += ["};", f"constexpr TensorSpec {short}_outputs[] = {{"]
     for output in op.outputs:
         lines.append(f'    {{"{output.name}", {KINDS[output.kind]}, "{output.shape}", {_bool(output.optional)}}},')
-    lines += ["};", f"constexpr AttributeSpec {short}_attributes[] = {{"]
+    lines.append("};")
+    if not op.attributes:
+        return [*lines, f"constexpr const AttributeSpec* {short}_attributes = nullptr;"]
+    lines.append(f"constexpr AttributeSpec {short}_attributes[] = {{")
     order = list(attributes())
     for attribute in op.attributes:
         kind = {int: "integer", float: "number", str: "text"}[attribute.kind]

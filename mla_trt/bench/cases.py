@@ -23,6 +23,7 @@ Array = npt.NDArray[Any]
 
 RANK, ROPE, NOPE, VALUE, PAGE = 512, 64, 128, 128, 64
 INDEX_HEADS, INDEX_DIM, TOP_K = 64, 128, 2048
+HEADS, QUERY_RANK = 128, 1536
 SCALE = (NOPE + ROPE) ** -0.5
 TOLERANCES = (1e-2, 6e-2, 3e-2)
 """By the terms of the query: of the relative error."""
@@ -311,6 +312,19 @@ def composed(batch: int, keys: int = 1, *, codes: bool, heads: int = 128) -> Cas
     )
 
 
+def linear(tokens: int, columns: int, heads: int, width: int) -> Case:
+    """A product with a weight in bf16. Peer: torch's, which is cuBLAS's."""
+    outputs = heads * width
+    return Case(
+        "MlaLinear",
+        {},
+        {"x": Random((tokens, columns)), "weight": Random((columns, heads, width), spread=columns**-0.5)},
+        flops=2.0 * tokens * columns * outputs,
+        bytes=2.0 * (columns * outputs + tokens * (columns + outputs)),
+        peer=("torch_matmul", {"tokens": tokens, "columns": columns, "outputs": outputs}),
+    )
+
+
 def _cases() -> dict[str, Callable[[], Case]]:
     cases: dict[str, Callable[[], Case]] = {}
     shapes = (
@@ -346,6 +360,8 @@ def _cases() -> dict[str, Callable[[], Case]]:
     for batch, keys in ((1, 32), (16, 4), (128, 4)):
         for kind, codes in (("branch-fp8", True), ("attention", False)):
             cases[f"{kind}-b{batch}-{keys}k"] = functools.partial(composed, batch, keys * 1024, codes=codes)
+    for tokens in (1, 16, 64, 128, 256, 2048):
+        cases[f"linear-query-{tokens}"] = functools.partial(linear, tokens, QUERY_RANK, HEADS, NOPE + ROPE)
     return cases | _uneven_cases()
 
 

@@ -1,4 +1,5 @@
-"""Other people's kernels on the shapes of the benchmark's cases: FlashMLA, vLLM's fork of it, DeepGEMM and cuDNN.
+"""Other people's kernels on the shapes of the benchmark's cases: FlashMLA, vLLM's fork of it, DeepGEMM, cuDNN and
+cuBLAS.
 
 Each function makes data of its own, checks one sequence against float32 arithmetic, and returns what calls the kernel.
 """
@@ -200,6 +201,20 @@ def cudnn_prefill(sets: int, batch: int, heads: int, tokens: int) -> Peer:
             scores.masked_fill_(torch.arange(tokens, device="cuda")[None] > last[:, None], float("-inf"))
             error = _relative(call()[-1, -1, -64:], scores.softmax(-1) @ value[-1, -1].float())
     return _peer("cuDNN (expanded)", calls, error, 1e-2)
+
+
+def torch_matmul(sets: int, tokens: int, columns: int, outputs: int) -> Peer:
+    """torch's product of bf16 matrices: cuBLAS."""
+    torch = _module("torch")
+    calls: Calls = []
+    error = 0.0
+    for number in range(sets):
+        x = torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16)
+        weight = torch.randn(columns, outputs, device="cuda", dtype=torch.bfloat16) * columns**-0.5
+        calls.append(lambda x=x, weight=weight: torch.mm(x, weight))
+        if number == 0:
+            error = _relative(torch.mm(x, weight)[-1], x[-1].float() @ weight.float())
+    return _peer("torch.mm", calls, error, 1e-2)
 
 
 def _with_scales(torch: Any, values: Any) -> tuple[Any, Any]:

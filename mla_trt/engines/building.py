@@ -44,6 +44,8 @@ log = logging.getLogger(__name__)
 
 STREAMED_SHARE = 0.6
 """Weights that would take more of the GPU's memory than this are streamed from the host's."""
+HOPPER = "9.0"
+"""Compute capability of the GPUs that MlaLinear has a kernel of its own for."""
 TARGET_VERSIONS = {"tensorrt-10.6": 10, "tensorrt-11": 11}
 
 
@@ -166,6 +168,7 @@ def build_file(
             query_terms=options.query_terms,
             pages=options.pages,
             resident=options.cache == RESIDENT,
+            query_products=gpu.compute_capability == HOPPER,
         )
         weights = _weight_bytes(folder)
         if options.timing_cache is None and options.keep_times:

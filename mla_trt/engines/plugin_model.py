@@ -17,6 +17,7 @@ from onnx import helper
 from mla_trt.engines.bfloat16 import to_bfloat16
 from mla_trt.engines.engine import PAGE_COPIES
 from mla_trt.engines.engine_file import COPIES, EngineTensor
+from mla_trt.engines.query_products import take_query_products
 from mla_trt.errors import BadModelError, UsageError
 from mla_trt.loading import load_model
 from mla_trt.ops import OPS, mla_nodes, strip_functions
@@ -127,6 +128,7 @@ def write_plugin_model(
     query_terms: int | None = None,
     pages: int | None = None,
     resident: bool = False,
+    query_products: bool = False,
 ) -> onnx.ModelProto:
     """Writes `model.onnx` for the parser into a folder. Weights that stay as they are stay where they are: links lead to
     their files.
@@ -139,6 +141,7 @@ def write_plugin_model(
         query_terms: see `set_query_terms`; None: as the model has it.
         pages: fixed number of pages of the pools; None: dynamic.
         resident: the plugins hold the pools, of that number of pages.
+        query_products: see `mla_trt.engines.query_products`.
 
     Returns:
         the lowered model as it was, without its external data.
@@ -159,6 +162,8 @@ def write_plugin_model(
     name_axes(model, inputs)
     if query_terms is not None:
         set_query_terms(model, query_terms)
+    if query_products:
+        take_query_products(model)
     compact(model)
     if pages is not None:
         if resident:

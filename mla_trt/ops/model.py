@@ -16,6 +16,7 @@ from mla_trt.ops import (
     decoding,
     fused_rope_rms_norm_quantization,
     indexer,
+    linear,
     plan,
     prefill,
     prefill_sparse,
@@ -34,6 +35,7 @@ _MODULES = (
     indexer,
     attention,
     sparse_attention,
+    linear,
 )
 OPS: dict[str, Op] = {module.OP.name: module.OP for module in _MODULES}
 

@@ -165,6 +165,11 @@ __device__ inline uint32_t tile_descriptor(uint32_t address) { return (address &
 #define MLA_D24(d) MLA_D16(d), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23])
 #define MLA_D32(d) MLA_D24(d), \
     "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+#define MLA_D96(d) MLA_D64(d), \
+    "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67]), "+f"(d[68]), "+f"(d[69]), "+f"(d[70]), "+f"(d[71]), \
+    "+f"(d[72]), "+f"(d[73]), "+f"(d[74]), "+f"(d[75]), "+f"(d[76]), "+f"(d[77]), "+f"(d[78]), "+f"(d[79]), \
+    "+f"(d[80]), "+f"(d[81]), "+f"(d[82]), "+f"(d[83]), "+f"(d[84]), "+f"(d[85]), "+f"(d[86]), "+f"(d[87]), \
+    "+f"(d[88]), "+f"(d[89]), "+f"(d[90]), "+f"(d[91]), "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95])
 #define MLA_R8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define MLA_R16 MLA_R8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define MLA_R24 MLA_R16 ", %16, %17, %18, %19, %20, %21, %22, %23"
@@ -172,9 +177,10 @@ __device__ inline uint32_t tile_descriptor(uint32_t address) { return (address &
 #define MLA_R64 MLA_R32 \
     ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
     ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define MLA_R128 MLA_R64 \
+#define MLA_R96 MLA_R64 \
     ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
-    ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95" \
+    ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define MLA_R128 MLA_R96 \
     ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
     ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define MLA_D64(d) MLA_D32(d), \
@@ -182,11 +188,7 @@ __device__ inline uint32_t tile_descriptor(uint32_t address) { return (address &
     "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), \
     "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), \
     "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
-#define MLA_D128(d) MLA_D64(d), \
-    "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67]), "+f"(d[68]), "+f"(d[69]), "+f"(d[70]), "+f"(d[71]), \
-    "+f"(d[72]), "+f"(d[73]), "+f"(d[74]), "+f"(d[75]), "+f"(d[76]), "+f"(d[77]), "+f"(d[78]), "+f"(d[79]), \
-    "+f"(d[80]), "+f"(d[81]), "+f"(d[82]), "+f"(d[83]), "+f"(d[84]), "+f"(d[85]), "+f"(d[86]), "+f"(d[87]), \
-    "+f"(d[88]), "+f"(d[89]), "+f"(d[90]), "+f"(d[91]), "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95]), \
+#define MLA_D128(d) MLA_D96(d), \
     "+f"(d[96]), "+f"(d[97]), "+f"(d[98]), "+f"(d[99]), "+f"(d[100]), "+f"(d[101]), "+f"(d[102]), "+f"(d[103]), \
     "+f"(d[104]), "+f"(d[105]), "+f"(d[106]), "+f"(d[107]), "+f"(d[108]), "+f"(d[109]), "+f"(d[110]), "+f"(d[111]), \
     "+f"(d[112]), "+f"(d[113]), "+f"(d[114]), "+f"(d[115]), "+f"(d[116]), "+f"(d[117]), "+f"(d[118]), "+f"(d[119]), \
@@ -275,6 +277,22 @@ __device__ inline void product_bf16_wide(float (&d)[128], uint32_t a, uint32_t b
                  : MLA_D128(d)
                  : "r"(a), "r"(b), "n"(2 * step), "n"(128 * step + (((tile_stride >> 4) - 1) << 16)));
 }
+template <int step, int tile_stride>
+__device__ inline void product_bf16_wide(float (&d)[96], uint32_t a, uint32_t b) {
+    asm volatile("{\n.reg .b64 x, y;\n.reg .b32 low;\n"
+                 "add.u32 low, %96, %98;\nmov.b64 x, {low, 0x40000040};\nadd.u32 low, %97, %99;\nmov.b64 y, {low, 0x40000040};\n"
+                 "wgmma.mma_async.sync.aligned.m64n192k16.f32.bf16.bf16 {" MLA_R96 "}, x, y, 1, 1, 1, 0, 1;\n}"
+                 : MLA_D96(d)
+                 : "r"(a), "r"(b), "n"(2 * step), "n"(128 * step + (((tile_stride >> 4) - 1) << 16)));
+}
+template <int step, int tile_stride>
+__device__ inline void product_bf16_wide(float (&d)[32], uint32_t a, uint32_t b) {
+    asm volatile("{\n.reg .b64 x, y;\n.reg .b32 low;\n"
+                 "add.u32 low, %32, %34;\nmov.b64 x, {low, 0x40000040};\nadd.u32 low, %33, %35;\nmov.b64 y, {low, 0x40000040};\n"
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" MLA_R32 "}, x, y, 1, 1, 1, 0, 1;\n}"
+                 : MLA_D32(d)
+                 : "r"(a), "r"(b), "n"(2 * step), "n"(128 * step + (((tile_stride >> 4) - 1) << 16)));
+}
 template <int step, int tile_stride, bool clear = false>
 __device__ inline void product_bf16_wide(float (&d)[64], uint32_t a, uint32_t b) {
     asm volatile("{\n.reg .b64 x, y;\n.reg .b32 low;\n"
@@ -319,12 +337,14 @@ __device__ inline void product_e4m3(float (&d)[8], const uint32_t (&a)[4], uint3
 #undef MLA_D24
 #undef MLA_D32
 #undef MLA_D64
+#undef MLA_D96
 #undef MLA_D128
 #undef MLA_R8
 #undef MLA_R16
 #undef MLA_R24
 #undef MLA_R32
 #undef MLA_R64
+#undef MLA_R96
 #undef MLA_R128
 
 }  // namespace hopper

@@ -36,7 +36,7 @@ namespace row_format { enum : int32_t { f32, bf16, fp8, fp8_ds_mla, fp8_flat }; 
 namespace index_format { enum : int32_t { f32, fp8 }; }
 
 namespace op {
-enum : int32_t { plan, fused_rope_rms_norm_quantization, decoding, prefill, prefill_sparse, decode_branch_fp8, indexer, attention, sparse_attention, count };
+enum : int32_t { plan, fused_rope_rms_norm_quantization, decoding, prefill, prefill_sparse, decode_branch_fp8, indexer, attention, sparse_attention, linear, count };
 }  // namespace op
 
 namespace plan {
@@ -82,6 +82,11 @@ namespace out { enum : int { output, kv_cache_out, count }; }
 namespace sparse_attention {
 namespace in { enum : int { query, latent, rope_key, norm_weight, cos, sin, rope_rows, w_uk, w_uk_scale, w_uv, w_uv_scale, sinks, query_offsets, cache_lengths, block_table, token_sequence, positions, schedule, kv_cache, page_copies, index_query, index_key, index_weights, index_norm_weight, index_norm_bias, index_cos, index_sin, indexer_cache, indices, count }; }
 namespace out { enum : int { output, kv_cache_out, indices, indexer_cache_out, count }; }
+}
+
+namespace linear {
+namespace in { enum : int { x, weight, count }; }
+namespace out { enum : int { output, count }; }
 }
 
 enum class Kind { any_float, f32, i32, weight, e4m3, any };
@@ -400,6 +405,14 @@ constexpr AttributeSpec sparse_attention_attributes[] = {
     {"index_scale_ue8m0", AttributeSpec::integer, 64, nullptr, nullptr, 0, false},
     {"top_k", AttributeSpec::integer, 68, "K", nullptr, 0, true},
 };
+constexpr TensorSpec linear_inputs[] = {
+    {"x", Kind::any_float, "T C", false},
+    {"weight", Kind::any_float, "C H M", false},
+};
+constexpr TensorSpec linear_outputs[] = {
+    {"output", Kind::any_float, "T H M", false},
+};
+constexpr const AttributeSpec* linear_attributes = nullptr;
 }  // namespace table
 
 constexpr OpSpec ops[] = {
@@ -412,6 +425,7 @@ constexpr OpSpec ops[] = {
     {"MlaIndexer", 15, 2, 9, table::indexer_inputs, table::indexer_outputs, table::indexer_attributes},
     {"MlaAttention", 20, 2, 12, table::attention_inputs, table::attention_outputs, table::attention_attributes},
     {"MlaSparseAttention", 29, 4, 20, table::sparse_attention_inputs, table::sparse_attention_outputs, table::sparse_attention_attributes},
+    {"MlaLinear", 2, 1, 0, table::linear_inputs, table::linear_outputs, table::linear_attributes},
 };
 
 }  // namespace mla

@@ -74,6 +74,8 @@ LETTERS: dict[str, int] = {
     "Hi": 5,
     "Di": 64,
     "Dri": 10,
+    "C": 12,
+    "M": 14,
     "index_N": 78,
     "copies": 2,
     "max_pages": 9,

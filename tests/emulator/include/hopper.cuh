@@ -145,6 +145,14 @@ template <int step, int tile_stride>
 inline void product_bf16_wide(float (&d)[128], uint32_t a, uint32_t b) {
     order(d, 256, false, false, true, nullptr, a + 2 * step, b + 128 * step + (((tile_stride >> 4) - 1) << 16));
 }
+template <int step, int tile_stride>
+inline void product_bf16_wide(float (&d)[96], uint32_t a, uint32_t b) {
+    order(d, 192, false, false, true, nullptr, a + 2 * step, b + 128 * step + (((tile_stride >> 4) - 1) << 16));
+}
+template <int step, int tile_stride>
+inline void product_bf16_wide(float (&d)[32], uint32_t a, uint32_t b) {
+    order(d, 64, false, false, true, nullptr, a + 2 * step, b + 128 * step + (((tile_stride >> 4) - 1) << 16));
+}
 template <int step, int tile_stride, bool clear = false>
 inline void product_bf16_wide(float (&d)[64], uint32_t a, uint32_t b) {
     order(d, 128, false, clear, true, nullptr, a + 2 * step, b + 128 * step + (((tile_stride >> 4) - 1) << 16));
