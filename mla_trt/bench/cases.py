@@ -23,7 +23,7 @@ Array = npt.NDArray[Any]
 
 RANK, ROPE, NOPE, VALUE, PAGE = 512, 64, 128, 128, 64
 INDEX_HEADS, INDEX_DIM, TOP_K = 64, 128, 2048
-HEADS, QUERY_RANK = 128, 1536
+HEADS, QUERY_RANK, HIDDEN = 128, 1536, 7168
 SCALE = (NOPE + ROPE) ** -0.5
 TOLERANCES = (1e-2, 6e-2, 3e-2)
 """By the terms of the query: of the relative error."""
@@ -360,8 +360,10 @@ def _cases() -> dict[str, Callable[[], Case]]:
     for batch, keys in ((1, 32), (16, 4), (128, 4)):
         for kind, codes in (("branch-fp8", True), ("attention", False)):
             cases[f"{kind}-b{batch}-{keys}k"] = functools.partial(composed, batch, keys * 1024, codes=codes)
-    for tokens in (1, 16, 64, 128, 256, 2048):
-        cases[f"linear-query-{tokens}"] = functools.partial(linear, tokens, QUERY_RANK, HEADS, NOPE + ROPE)
+    products = {"query": (QUERY_RANK, HEADS, NOPE + ROPE), "output": (HEADS * VALUE, 1, HIDDEN)}
+    for kind, shape in products.items():
+        for tokens in (1, 16, 64, 128, 256, 2048):
+            cases[f"linear-{kind}-{tokens}"] = functools.partial(linear, tokens, *shape)
     return cases | _uneven_cases()
 
 

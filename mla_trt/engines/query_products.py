@@ -1,7 +1,7 @@
 """Puts MlaLinear in place of the products that make the queries, in the model that TensorRT's parser gets.
 
 Their weights are the largest before attention: 75 MB in DeepSeek-V3, which a step that decodes reads at the memory's speed at best. TensorRT
-10.6's kernels miss that by more than MlaLinear does, the more the more tokens decode (benchmarks/LOG.md).
+10.6's kernels miss that by more than MlaLinear does where many sequences decode (docs/engines.md).
 """
 
 from __future__ import annotations
