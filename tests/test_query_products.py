@@ -12,10 +12,11 @@ from onnx import TensorProto, helper, numpy_helper
 from small_models import SPARSE, Config, lowered
 from test_plugin_model import expand, logits_of
 
+from mla_trt.cuda import Gpu
 from mla_trt.engines import query_products
 from mla_trt.engines.bfloat16 import to_bfloat16
 from mla_trt.engines.plugin_model import compact
-from mla_trt.engines.query_products import take_query_products
+from mla_trt.engines.query_products import is_faster, take_query_products
 from mla_trt.float32 import to_float32
 from mla_trt.ops import attach_functions, make_node
 from mla_trt.weight_file import WeightFile
@@ -45,6 +46,14 @@ def test_a_model_computes_what_it_did(config: Config, tmp_path: Path) -> None:
     expand(model)
     attach_functions(plain)
     np.testing.assert_allclose(logits_of(to_float32(model)), logits_of(to_float32(plain)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("capability", "plugins", "faster"),
+    [("9.0", "0.1.0 sm_80 sm_90a", True), ("9.0", "0.1.0 sm_80", False), ("8.0", "0.1.0 sm_80 sm_90a", False)],
+)
+def test_only_hopper_has_a_kernel_for_it(capability: str, plugins: str, faster: bool) -> None:
+    assert is_faster(Gpu("GPU", capability, 1 << 37), plugins) is faster
 
 
 def test_queries_beside_an_indexer_stay() -> None:

@@ -32,6 +32,7 @@ from mla_trt.engines.engine_file import (
 from mla_trt.engines.engine_onnxruntime import embedded_vocabulary
 from mla_trt.engines.plugin_model import DTYPES, MODEL_FILE, write_plugin_model
 from mla_trt.engines.profiles import input_range, make_profiles, plan_profiles
+from mla_trt.engines.query_products import is_faster
 from mla_trt.engines.tensorrt_api import Messages, load_plugins, load_tensorrt, start
 from mla_trt.errors import BadModelError, UsageError
 from mla_trt.loading import load_model
@@ -44,8 +45,6 @@ log = logging.getLogger(__name__)
 
 STREAMED_SHARE = 0.6
 """Weights that would take more of the GPU's memory than this are streamed from the host's."""
-HOPPER = "9.0"
-"""Compute capability of the GPUs that MlaLinear has a kernel of its own for."""
 TARGET_VERSIONS = {"tensorrt-10.6": 10, "tensorrt-11": 11}
 
 
@@ -168,7 +167,7 @@ def build_file(
             query_terms=options.query_terms,
             pages=options.pages,
             resident=options.cache == RESIDENT,
-            query_products=gpu.compute_capability == HOPPER,
+            query_products=is_faster(gpu, build),
         )
         weights = _weight_bytes(folder)
         if options.timing_cache is None and options.keep_times:

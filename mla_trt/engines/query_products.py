@@ -12,11 +12,22 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from mla_trt.cuda import Gpu
 from mla_trt.ops import OPS, make_node, mla_nodes
 
 LAYERS = ("MlaAttention", "MlaSparseAttention")
 LEAST_BYTES = 4 << 20
 """Smaller weights are read faster than a kernel begins."""
+
+
+def is_faster(gpu: Gpu, plugins: str) -> bool:
+    """Whether MlaLinear has a kernel of its own for the GPU; its other one is for want of better.
+
+    Args:
+        gpu: that the engine is for.
+        plugins: what the plugin library was built from and for, such as "0.1.0 sm_80 sm_90a".
+    """
+    return gpu.compute_capability == "9.0" and "sm_90a" in plugins.split()
 
 
 def take_query_products(model: onnx.ModelProto) -> int:
