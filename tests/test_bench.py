@@ -109,6 +109,7 @@ SMALL = {
     "index prompt": lambda: bench_cases.indexer(1, 6, 128),
     "append": lambda: bench_cases.append("fp8", 2, 3, 4),
     "decode branch": lambda: bench_cases.composed(3, codes=True, heads=4),
+    "product": lambda: bench_cases.linear(3, 40, 2, 5),
     "attention of a layer": lambda: bench_cases.composed(3, 70, codes=False, heads=4),
 }
 
@@ -118,7 +119,7 @@ def test_a_token_is_checked_against_the_reference_of_that_token(make: Any) -> No
     case = make()
     data = case_data.CaseData(ReferenceLibrary(), case, 0)  # type: ignore[arg-type]
     checker = Checker(case, data)
-    tokens = range(len(checker.positions))
+    tokens = range(checker.tokens)
     assert min(checker.error(token) for token in tokens) > 0.4  # nothing has run
     data.enqueue(AnyStream())  # type: ignore[arg-type]
     assert max(checker.error(token) for token in tokens) <= case.tolerance / 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,9 @@ from mla_trt.engines.bfloat16 import to_bfloat16
 from mla_trt.engines.plugin_model import compact
 from mla_trt.engines.query_products import is_faster, take_query_products
 from mla_trt.float32 import to_float32
-from mla_trt.ops import attach_functions, make_node
+from mla_trt.ops import OPS, attach_functions, make_node, mla_nodes
 from mla_trt.weight_file import WeightFile
 
-CONFIG = Config()
 HEADS, WIDTH, COLUMNS = 4, 24, 16
 
 
@@ -34,11 +34,15 @@ def _products(model: onnx.ModelProto) -> list[onnx.NodeProto]:
     return [node for node in model.graph.node if node.op_type == "MlaLinear"]
 
 
+def _in_bfloat16(model: onnx.ModelProto, folder: Path) -> onnx.ModelProto:
+    to_bfloat16(model, folder, WeightFile(folder / "bf16.data"))
+    onnx.load_external_data_for_model(model, str(folder))
+    return model
+
+
 @pytest.mark.parametrize("config", [Config(num_heads=4), Config(num_heads=4, sinks=True)], ids=["dense", "sinks"])
 def test_a_model_computes_what_it_did(config: Config, tmp_path: Path) -> None:
-    model = lowered(config)
-    to_bfloat16(model, tmp_path, WeightFile(tmp_path / "bf16.data"))
-    onnx.load_external_data_for_model(model, str(tmp_path))
+    model = _in_bfloat16(lowered(config), tmp_path)
     plain = onnx.ModelProto()
     plain.CopyFrom(model)
     assert take_query_products(model) == len(_products(model)) > 0
@@ -56,12 +60,16 @@ def test_only_hopper_has_a_kernel_for_it(capability: str, plugins: str, faster: 
     assert is_faster(Gpu("GPU", capability, 1 << 37), plugins) is faster
 
 
-def test_queries_beside_an_indexer_stay() -> None:
-    assert take_query_products(lowered(SPARSE)) == 0
+def test_queries_beside_an_indexer_stay(tmp_path: Path) -> None:
+    model = _in_bfloat16(lowered(replace(SPARSE, num_heads=4)), tmp_path)
+    layers = [node for node in mla_nodes(model) if node.op_type == "MlaSparseAttention"]
+    assert layers
+    assert all("index_query" in OPS[node.op_type].given_inputs(node) for node in layers)
+    assert take_query_products(model) == 0
 
 
 def test_weights_of_other_types_stay() -> None:
-    assert take_query_products(lowered(CONFIG)) == 0  # f32
+    assert take_query_products(lowered(Config(num_heads=4))) == 0  # f32
 
 
 def _layer() -> onnx.ModelProto:

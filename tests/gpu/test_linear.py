@@ -70,7 +70,7 @@ def test_a_thousand_repeats(tokens: int) -> None:
 @pytest.mark.small
 @pytest.mark.parametrize("tokens", [1, 100])
 def test_calls_in_a_row(tokens: int) -> None:
-    """A call may begin beside the one before, whose tokens it must not overwrite early."""
+    """A call may begin beside the one before; where a block does not wait for it, the emulator says so."""
     _check(_inputs(6, tokens, 200, 520), in_a_row=3)
 
 
