@@ -103,9 +103,8 @@ struct Attention {
 };
 
 // Finds that, takes the scratch memory from the call's workspace, where it may be used until `attend` has been called, and launches the plan
-// where there is one. `after_append`: the kernel before is `append`, which makes nothing that the plan needs, and the plan is made
-// meanwhile. `leaves_parts`: what the host cuts stays in parts, for `project_parts`.
-int begin_attention(Call& call, const Attend& work, bool after_append, Attention* attention);
+// where there is one. `beside`: the kernel before makes nothing that the plan needs, and the plan is made meanwhile. `leaves_parts`: what the host cuts stays in parts, for `project_parts`.
+int begin_attention(Call& call, const Attend& work, bool beside, Attention* attention);
 int attend(const Attend& work, const Attention& attention, bool leaves_parts, cudaStream_t stream);
 
 // The kernels behind it, and the rows (query tokens x heads of one sequence, or heads of one token with lists) of a block of each:
@@ -134,7 +133,7 @@ int attend_exact(const Attend& work, const Partials& partials, cudaStream_t stre
 
 // The plan of a step of several sequences, and its kernel.
 Plan take_plan(Workspace& workspace, const Attend& work, const Partials& partials);
-int plan_attention(const Attend& work, const Partials& partials, bool after_append, cudaStream_t stream);
+int plan_attention(const Attend& work, const Partials& partials, bool beside, cudaStream_t stream);
 
 #if defined(__CUDACC__)
 

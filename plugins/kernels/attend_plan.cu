@@ -417,16 +417,16 @@ struct Planner {
 };
 
 template <bool many>
-__global__ void __launch_bounds__(threads) plan_attention_kernel(Attend work, Partials results, bool after_append, int32_t most) {
+__global__ void __launch_bounds__(threads) plan_attention_kernel(Attend work, Partials results, bool beside, int32_t most) {
     __shared__ Board board;
     let_next_kernel_begin();
-    if (!after_append) wait_for_kernel_before();
+    if (!beside) wait_for_kernel_before();
     auto const sequences = static_cast<int32_t>(work.step.sequences), run = many ? divide_up(sequences, threads) : 1;
     int32_t const first = min(static_cast<int32_t>(threadIdx.x) * run, sequences);
     Planner<many>{work, results, sequences, 31 - __clz(results.tile), first, min(first + run, sequences), most, board,
                   static_cast<Entry*>(results.plan.scratch), sequences}
         .run();
-    if (after_append) wait_for_kernel_before();  // for those who wait for this one
+    if (beside) wait_for_kernel_before();  // for those who wait for this one
 }
 
 }  // namespace
@@ -443,12 +443,12 @@ Plan take_plan(Workspace& workspace, const Attend& work, const Partials& partial
     return plan;
 }
 
-int plan_attention(const Attend& work, const Partials& partials, bool after_append, cudaStream_t stream) {
+int plan_attention(const Attend& work, const Partials& partials, bool beside, cudaStream_t stream) {
     Device device;
     if (int status = current_device(&device)) return status;
     auto const most = static_cast<int32_t>(std::min<int64_t>(most_items(work, partials.item_rows, false) + partials.multiprocessors, endless));
     auto const kernel = work.step.sequences > threads ? plan_attention_kernel<true> : plan_attention_kernel<false>;
-    return launch_early("attention", kernel, 1, threads, 0, device, stream, work, partials, after_append, most);
+    return launch_early("attention", kernel, 1, threads, 0, device, stream, work, partials, beside, most);
 }
 
 }  // namespace mla

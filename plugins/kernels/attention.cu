@@ -75,21 +75,24 @@ Projection product(const Layer& layer, const View& x, const View& out, const Mla
 // The tokens from `first` on.
 View advance(const View& view, int64_t first) { return view.from(first * view.token_stride); }
 
-// The queries of the tokens [first, first + count) over the latent. Before it is the append, the plan beside it, or a copy of queries.
-int absorb(const Layer& layer, const View& absorbed, int64_t first, int64_t count, cudaStream_t stream) {
+// The queries of the tokens [first, first + count) over the latent. `order`: as in Projection.
+int absorb(const Layer& layer, const View& absorbed, int64_t first, int64_t count, ProjectionOrder order, cudaStream_t stream) {
     View const nope = advance(layer.query, first);
     if (layer.w_uk->rank < 0) return copy_values(nope, nullptr, absorbed, count, layer.attend.heads, layer.nope, stream);
     Projection work = product(layer, nope, absorbed, *layer.w_uk, *layer.w_uk_scale, count);
-    work.beside = true;
+    work.order = order;
     return project(work, stream);
 }
 
-// How the queries over the latent that attention is given come about.
-enum class Queries { after_append, after_copy, there };
+// How far the queries over the latent are.
+enum class Queries {
+    missing,  // as are the cache rows
+    rotated,  // their rope part is there
+    made,
+};
 
-// W_UK, attention, W_UV for the tokens [first, first + count); `absorbed` has the rotated rope part of their queries.
-int attend_absorbed(Call& call, const Layer& layer, const View& absorbed, const View& mean, int64_t first, int64_t count,
-                    Queries queries) {
+// What there is not yet of queries and cache rows, attention and W_UV for the tokens [first, first + count).
+int attend_absorbed(Call& call, const Layer& layer, const View& absorbed, const View& mean, int64_t first, int64_t count, Queries queries) {
     Attend work = layer.attend;
     View const output = advance(layer.output, first);
     bool const has_w_uv = layer.w_uv->rank >= 0;
@@ -101,11 +104,20 @@ int attend_absorbed(Call& call, const Layer& layer, const View& absorbed, const 
         work.step.positions += first;
         work.indices += first * work.top_k;
     }
+    // W_UK first, for its weights can be there before what it multiplies; beside it the plan and the append, which need only what was there
+    // before it.
+    bool const all = queries == Queries::missing;
+    auto const absorb_now = [&](ProjectionOrder order) { return absorb(layer, absorbed, first, count, order, call.stream); };
+    if (all && !call.workspace.sizing()) {
+        if (int status = absorb_now(ProjectionOrder::leading)) return status;
+    }
     Attention attention{};
-    if (int status = begin_attention(call, work, queries == Queries::after_append, &attention)) return status;
+    if (int status = begin_attention(call, work, all, &attention)) return status;
     if (call.workspace.sizing()) return MLA_OK;
-    if (queries != Queries::there) {
-        if (int status = absorb(layer, absorbed, first, count, call.stream)) return status;
+    if (all) {
+        if (int status = append(layer.append, call.stream)) return status;
+    } else if (queries == Queries::rotated) {
+        if (int status = absorb_now(ProjectionOrder::beside)) return status;
     }
     if (!has_w_uv) return attend(work, attention, false, call.stream);
     Projection const expand = product(layer, mean, output, *layer.w_uv, *layer.w_uv_scale, count);
@@ -193,17 +205,19 @@ int attend_all_absorbed(Call& call, Layer& layer, const Select& select) {
         rotated = contiguous(call.workspace.take<uint8_t>(tokens * heads * layout.rope * bytes), type, heads, layout.rope);
     }
     layer.append.query_out = rotated;
-    layer.append.beside = static_cast<bool>(select);
+    layer.append.beside = select || !windows;
     // Neither cache rows nor queries need the lists: they are made beside the scores, whose blocks leave room before the last one ends.
     auto const prepare = [&]() -> int {
         if (call.workspace.sizing()) return MLA_OK;
         if (int status = append(layer.append, call.stream)) return status;
-        return select && !windows && tokens > 0 ? absorb(layer, absorbed, 0, tokens, call.stream) : MLA_OK;
+        return windows || tokens == 0 ? MLA_OK : absorb(layer, absorbed, 0, tokens, ProjectionOrder::beside, call.stream);
     };
+    Queries const queries = windows ? Queries::rotated : select ? Queries::made : Queries::missing;
     size_t const mark = call.workspace.mark();
-    if (int status = select ? select(prepare) : prepare()) return status;
+    if (queries != Queries::missing) {
+        if (int status = select ? select(prepare) : prepare()) return status;
+    }
     call.workspace.release(mark);
-    Queries const queries = windows ? Queries::after_copy : select ? Queries::there : Queries::after_append;
     for (int64_t first = 0; first < tokens; first += window) {
         int64_t const count = tokens - first < window ? tokens - first : window;
         if (windows && !call.workspace.sizing()) {

@@ -270,7 +270,7 @@ int run(Call& call, const OpSpec& op) {
 
 }  // namespace
 
-int begin_attention(Call& call, const Attend& work, bool after_append, Attention* attention) {
+int begin_attention(Call& call, const Attend& work, bool beside, Attention* attention) {
     if (work.step.tokens == 0 || work.heads == 0) return MLA_OK;
     Device device;
     if (int status = current_device(&device)) return status;
@@ -314,7 +314,7 @@ int begin_attention(Call& call, const Attend& work, bool after_append, Attention
     if (attention->kernel == Attention::hopper_bf16 && hopper_bf16_halves(work.layout.format)) partials.type = MLA_FLOAT16;
     if (planned) {
         partials.plan = plan;
-        return plan_attention(work, partials, after_append, call.stream);
+        return plan_attention(work, partials, beside, call.stream);
     }
     int64_t const keys = work.indices == nullptr ? work.step.max_pages * work.layout.page_size : work.top_k;
     Cut cut = choose_splits(partials, attention->items, keys, work.layout.rank, 1);

@@ -72,6 +72,7 @@ __device__ void cut(const int32_t* offsets, const int32_t* cached, int64_t seque
 __global__ void plan_kernel(const int32_t* offsets, const int32_t* cached, int64_t sequences, int64_t tokens,
                             int32_t page_size, int32_t parts, int64_t* unit_ends, int32_t* token_sequence,
                             int32_t* positions, int32_t* schedule) {
+    let_next_kernel_begin();
     if (blockIdx.x == 0) {
         cut(offsets, cached, sequences, page_size, parts, unit_ends, schedule);
     } else {

@@ -7,6 +7,13 @@
 
 namespace mla {
 
+// How a product stands to the kernels before and behind it.
+enum class ProjectionOrder {
+    behind,  // the kernel before makes x
+    beside,  // x was there before the kernel before began, which does not use `out`: both may run side by side
+    leading,  // behind, and the kernel behind this one begins only when all before this one has ended: it may run beside this one
+};
+
 struct Projection {
     View x;  // [T, H, columns]
     View out;  // [T, H, rows]
@@ -19,10 +26,11 @@ struct Projection {
     int64_t tokens;
     int32_t heads, rows, columns;
     bool exact;  // f32 products on plain cores; else bf16 products on tensor cores, sums in f32
-    bool beside;  // x was there before the kernel before began, which does not use `out`: both may run side by side
+    ProjectionOrder order;
 };
 
-// Reads the weights while the kernel before is still at work: what wrote them must have ended before the op's first kernel began.
+// Reads the weights while the kernel before is still at work: none of this library's kernels may have made them, which alone let the next
+// one begin before they end.
 int project(const Projection& work, cudaStream_t stream);
 
 // The same on SM90 of one or two tokens whose x, the output of an attention, is still in parts that the host cut. The kernel before is that

@@ -140,6 +140,18 @@ __device__ void store_outputs(const Projection& work, const float (&sums)[32], u
     }
 }
 
+// Steps 1 to 7 of 128 columns, which lie in two pieces.
+template <int next_a, int next_b>
+__device__ inline void multiply_rest(float (&sums)[32], uint32_t a, uint32_t b) {
+    product_bf16<1>(sums, a, b);
+    product_bf16<2>(sums, a, b);
+    product_bf16<3>(sums, a, b);
+    product_bf16<0>(sums, a + next_a, b + next_b);
+    product_bf16<1>(sums, a + next_a, b + next_b);
+    product_bf16<2>(sums, a + next_a, b + next_b);
+    product_bf16<3>(sums, a + next_a, b + next_b);
+}
+
 #endif
 
 template <int tokens, bool codes, bool quantize>
@@ -147,7 +159,7 @@ __global__ void __launch_bounds__(Tile<tokens, codes>::threads, 1)
     project_hopper_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map, Projection work,
                           HopperPlan plan) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    let_next_kernel_begin();
+    if (work.order != ProjectionOrder::leading) let_next_kernel_begin();
     extern __shared__ __align__(1024) uint8_t memory[];
     __shared__ uint64_t barriers[most_stages];  // a stage's operands are there
     int const head = blockIdx.z;
@@ -190,7 +202,8 @@ __global__ void __launch_bounds__(Tile<tokens, codes>::threads, 1)
         __syncwarp();
         // Weights need not wait for the kernel before; but what is ordered comes in turn, and the first x must not come last.
         order_w(0);
-        if (!work.beside) wait_for_kernel_before();
+        if (work.order != ProjectionOrder::beside) wait_for_kernel_before();
+        if (work.order == ProjectionOrder::leading) let_next_kernel_begin();
         order_x(0);
         for (int i = 1; i < plan.stages; ++i) {
             order_w(i);
@@ -233,44 +246,48 @@ __global__ void __launch_bounds__(Tile<tokens, codes>::threads, 1)
             order_x(next);
         }
 
-        float products[32];
         uint32_t const a = tile_descriptor(shared_address(x) + token_half * 64 * 128);
         uint32_t const b = tile_descriptor(shared_address(w) + row_half * 64 * 128);
         constexpr int next_a = tokens * 128 >> 4, next_b = piece_bytes >> 4;
-        pin(products);
-        product_fence();
-        if constexpr (quantize) {
-            product_e4m3<0, true>(products, a, b);
-            product_e4m3<1, false>(products, a, b);
-            product_e4m3<2, false>(products, a, b);
-            product_e4m3<3, false>(products, a, b);
-        } else {
-            product_bf16<0, true>(products, a, b);
-            product_bf16<1>(products, a, b);
-            product_bf16<2>(products, a, b);
-            product_bf16<3>(products, a, b);
-            product_bf16<0>(products, a + next_a, b + next_b);
-            product_bf16<1>(products, a + next_a, b + next_b);
-            product_bf16<2>(products, a + next_a, b + next_b);
-            product_bf16<3>(products, a + next_a, b + next_b);
-        }
-        product_commit();
-        product_wait();
-        pin(products);
-        float factor[2] = {w_scale, w_scale};
-        if (quantize) {
+        if constexpr (codes) {
+            float products[32];
+            pin(products);
+            product_fence();
+            if constexpr (quantize) {
+                product_e4m3<0, true>(products, a, b);
+                product_e4m3<1, false>(products, a, b);
+                product_e4m3<2, false>(products, a, b);
+                product_e4m3<3, false>(products, a, b);
+            } else {
+                product_bf16<0, true>(products, a, b);
+                multiply_rest<next_a, next_b>(products, a, b);
+            }
+            product_commit();
+            product_wait();
+            pin(products);
+            float factor[2] = {w_scale, w_scale};
+            if (quantize) {
 #pragma unroll
-            for (int r = 0; r < 2; ++r) factor[r] *= x_scales[token_line + lane / 4 + 8 * r];
-        }
+                for (int r = 0; r < 2; ++r) factor[r] *= x_scales[token_line + lane / 4 + 8 * r];
+            }
 #pragma unroll
-        for (int i = 0; i < 32; ++i) sums[i] = fmaf(factor[i / 2 % 2], products[i], sums[i]);
+            for (int i = 0; i < 32; ++i) sums[i] = fmaf(factor[i / 2 % 2], products[i], sums[i]);
+        } else {  // no scales; and so few registers that the append's blocks find room beside
+            pin(sums);
+            product_fence();
+            product_bf16<0>(sums, a, b);
+            multiply_rest<next_a, next_b>(sums, a, b);
+            product_commit();
+            product_wait();
+            pin(sums);
+        }
         if (step + 1 < steps) continue;
         store_outputs(work, sums, memory + plan.staged + warp * staged_bytes, head, first_token + token_line,
                       row + row_half * 64);
 #pragma unroll
         for (int i = 0; i < 32; ++i) sums[i] = 0.0f;
     }
-    if (work.beside) end_after_kernel_before();
+    if (work.order == ProjectionOrder::beside) end_after_kernel_before();
 #endif
 }
 
