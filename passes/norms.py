@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import onnx_graphsurgeon as gs
 from onnx.reference.ops import load_op
 
 from mla_trt.passes.graph import OPSET, is_empty, producer, to_proto
-from mla_trt.passes.probe import Probe
 
 _PARTS = {
     "Mul",
@@ -44,6 +44,26 @@ _PARTS = {
 _MAX_NODES = 40
 
 
+class Case(Protocol):
+    """A graph on a small concrete case, as a `mla_trt.passes.probe.Probe` has it."""
+
+    def shape(self, tensor: gs.Tensor) -> tuple[int, ...]:
+        """The shape of a tensor."""
+        ...
+
+    def is_known(self, tensor: gs.Tensor) -> bool:
+        """Whether a tensor does not depend on data."""
+        ...
+
+    def known(self, tensor: gs.Tensor) -> np.ndarray:
+        """The array of a tensor that does not depend on data."""
+        ...
+
+    def is_transparent(self, node: gs.Node) -> bool:
+        """Whether a node only moves, scales or adds elements of the data that enters it."""
+        ...
+
+
 @dataclass(frozen=True)
 class RmsNorm:
     """y = x / sqrt(mean(x^2) + epsilon) * weight over the last axis.
@@ -68,7 +88,7 @@ class LayerNorm:
     bias: np.ndarray
 
 
-def recognise_layer_norm(probe: Probe, tensor: gs.Tensor) -> LayerNorm | None:
+def recognise_layer_norm(probe: Case, tensor: gs.Tensor) -> LayerNorm | None:
     """The layer norm that makes a tensor, or None."""
     shape = probe.shape(tensor)
     if not shape or shape[-1] < 2:
@@ -80,7 +100,7 @@ def recognise_layer_norm(probe: Probe, tensor: gs.Tensor) -> LayerNorm | None:
     return None
 
 
-def recognise_rms_norm(probe: Probe, tensor: gs.Tensor) -> RmsNorm | None:
+def recognise_rms_norm(probe: Case, tensor: gs.Tensor) -> RmsNorm | None:
     """The RMS norm that makes a tensor, or None."""
     shape = probe.shape(tensor)
     if not shape or shape[-1] < 2:
@@ -95,12 +115,12 @@ def recognise_rms_norm(probe: Probe, tensor: gs.Tensor) -> RmsNorm | None:
     return None
 
 
-def _is_part(probe: Probe, node: gs.Node) -> bool:
+def _is_part(probe: Case, node: gs.Node) -> bool:
     """Whether a node may belong to a norm. What it computes is found out by evaluating it."""
     return not node.domain and (node.op in _PARTS or probe.is_transparent(node))
 
 
-def _candidates(probe: Probe, tensor: gs.Tensor, shape: tuple[int, ...]) -> list[gs.Tensor]:
+def _candidates(probe: Case, tensor: gs.Tensor, shape: tuple[int, ...]) -> list[gs.Tensor]:
     """Data tensors of the same shape behind `tensor`, the furthest last found first."""
     found: list[gs.Tensor] = []
     seen: set[int] = set()
@@ -118,7 +138,7 @@ def _candidates(probe: Probe, tensor: gs.Tensor, shape: tuple[int, ...]) -> list
     return found[::-1]
 
 
-def _cone(probe: Probe, tensor: gs.Tensor, source: gs.Tensor) -> list[gs.Node] | None:
+def _cone(probe: Case, tensor: gs.Tensor, source: gs.Tensor) -> list[gs.Node] | None:
     """Nodes from `source` to `tensor` in order, or None where other data enters."""
     ordered: list[gs.Node] = []
     done: set[int] = set()
@@ -140,9 +160,7 @@ def _cone(probe: Probe, tensor: gs.Tensor, source: gs.Tensor) -> list[gs.Node] |
     return ordered if visit(tensor, 0) and ordered else None
 
 
-def _evaluate(
-    probe: Probe, cone: list[gs.Node], source: gs.Tensor, values: np.ndarray, target: gs.Tensor
-) -> np.ndarray:
+def _evaluate(probe: Case, cone: list[gs.Node], source: gs.Tensor, values: np.ndarray, target: gs.Tensor) -> np.ndarray:
     """The cone in float64 (casts are left out, so that half precision does not blur what is read)."""
     known: dict[int, np.ndarray] = {id(source): values}
     for node in cone:
@@ -166,7 +184,7 @@ def _evaluate(
     return known[id(target)]
 
 
-def _fit(probe: Probe, tensor: gs.Tensor, source: gs.Tensor, cone: list[gs.Node], width: int) -> RmsNorm | None:
+def _fit(probe: Case, tensor: gs.Tensor, source: gs.Tensor, cone: list[gs.Node], width: int) -> RmsNorm | None:
     """Reads weight and epsilon off large and small inputs, then checks them on ordinary ones."""
     generator = np.random.default_rng(width)
     shape = probe.shape(source)
@@ -197,7 +215,7 @@ def _fit(probe: Probe, tensor: gs.Tensor, source: gs.Tensor, cone: list[gs.Node]
 
 
 def _fit_layer_norm(
-    probe: Probe, tensor: gs.Tensor, source: gs.Tensor, cone: list[gs.Node], width: int
+    probe: Case, tensor: gs.Tensor, source: gs.Tensor, cone: list[gs.Node], width: int
 ) -> LayerNorm | None:
     """As for RMS norms; the bias is what a negated input leaves unchanged."""
     generator = np.random.default_rng(width)
@@ -226,7 +244,7 @@ def _fit_layer_norm(
     return LayerNorm(source, epsilon, weight, bias) if np.allclose(plain, expected, rtol=1e-5, atol=1e-7) else None
 
 
-def _nearest_constant(probe: Probe, cone: list[gs.Node], value: float) -> float:
+def _nearest_constant(probe: Case, cone: list[gs.Node], value: float) -> float:
     """The constant of the cone that a measured epsilon is; the measured value where there is none."""
     for node in cone:
         if "epsilon" in node.attrs and np.isclose(node.attrs["epsilon"], value, rtol=1e-2):

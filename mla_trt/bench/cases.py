@@ -312,16 +312,42 @@ def composed(batch: int, keys: int = 1, *, codes: bool, heads: int = 128) -> Cas
     )
 
 
-def linear(tokens: int, columns: int, heads: int, width: int) -> Case:
-    """A product with a weight in bf16. Peer: torch's, which is cuBLAS's."""
-    outputs = heads * width
+def projections(
+    tokens: int, *, indexer: bool, columns: int = HIDDEN, rank: int = QUERY_RANK, heads: int = HEADS
+) -> Case:
+    """What a layer's hidden states of ``columns`` are multiplied by, with the norm of the query's latent of ``rank``; ``indexer``: what an
+    indexer gets, too. Bytes are without that latent. Peer: torch's products, which are cuBLAS's."""
+    beside = RANK + ROPE + (INDEX_DIM + INDEX_HEADS if indexer else 0)  # the query's latent
+    outputs = heads * (NOPE + ROPE) + (INDEX_HEADS * INDEX_DIM if indexer else 0)  # of that latent
+    weights = columns * (rank + beside) + rank * outputs
+    inputs: dict[str, Content] = {
+        "hidden": Random((tokens, columns)),
+        "w_dq": Random((columns, rank), spread=columns**-0.5),
+        "query_norm_weight": Random((rank,)),
+        "w_uq": Random((rank, heads, NOPE + ROPE), spread=rank**-0.5),
+        "w_dkv": Random((columns, RANK), spread=columns**-0.5),
+        "w_kr": Random((columns, ROPE), spread=columns**-0.5),
+    }
+    checked: tuple[str, ...] = ("query", "latent", "rope_key")
+    if indexer:
+        inputs |= {
+            "w_index_query": Random((rank, INDEX_HEADS, INDEX_DIM), spread=rank**-0.5),
+            "w_index_key": Random((columns, INDEX_DIM), spread=columns**-0.5),
+            "w_index_weights": Random((columns, INDEX_HEADS), spread=columns**-0.5),
+            "index_weights_factor": Random((INDEX_HEADS,)),
+        }
+        checked = (*checked, "index_query", "index_key", "index_weights")
     return Case(
-        "MlaLinear",
+        "MlaInputProjections",
         {},
-        {"x": Random((tokens, columns)), "weight": Random((columns, heads, width), spread=columns**-0.5)},
-        flops=2.0 * tokens * columns * outputs,
-        bytes=2.0 * (columns * outputs + tokens * (columns + outputs)),
-        peer=("torch_matmul", {"tokens": tokens, "columns": columns, "outputs": outputs}),
+        inputs,
+        flops=2.0 * tokens * weights,
+        bytes=2.0 * (weights + tokens * (columns + beside + outputs + (INDEX_HEADS if indexer else 0))),
+        peer=(
+            "torch_projections",
+            {"tokens": tokens, "columns": columns, "rank": rank, "beside": beside, "outputs": outputs},
+        ),
+        checked=checked,
     )
 
 
@@ -360,10 +386,9 @@ def _cases() -> dict[str, Callable[[], Case]]:
     for batch, keys in ((1, 32), (16, 4), (128, 4)):
         for kind, codes in (("branch-fp8", True), ("attention", False)):
             cases[f"{kind}-b{batch}-{keys}k"] = functools.partial(composed, batch, keys * 1024, codes=codes)
-    products = {"query": (QUERY_RANK, HEADS, NOPE + ROPE), "output": (HEADS * VALUE, 1, HIDDEN)}
-    for kind, shape in products.items():
+    for kind, with_indexer in (("v3", False), ("v32", True)):
         for tokens in (1, 16, 64, 128, 256, 2048):
-            cases[f"linear-{kind}-{tokens}"] = functools.partial(linear, tokens, *shape)
+            cases[f"projections-{kind}-{tokens}"] = functools.partial(projections, tokens, indexer=with_indexer)
     return cases | _uneven_cases()
 
 

@@ -203,18 +203,30 @@ def cudnn_prefill(sets: int, batch: int, heads: int, tokens: int) -> Peer:
     return _peer("cuDNN (expanded)", calls, error, 1e-2)
 
 
-def torch_matmul(sets: int, tokens: int, columns: int, outputs: int) -> Peer:
-    """torch's product of bf16 matrices: cuBLAS."""
+def torch_projections(sets: int, tokens: int, columns: int, rank: int, beside: int, outputs: int) -> Peer:
+    """cuBLAS's products of the hidden states and of the query's latent, each with its weights side by side in one, and torch's norm of
+    the latent between them. The indexer's factor is left out."""
     torch = _module("torch")
+    rms_norm = _module("torch.nn.functional").rms_norm
     calls: Calls = []
     error = 0.0
     for number in range(sets):
-        x = torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16)
-        weight = torch.randn(columns, outputs, device="cuda", dtype=torch.bfloat16) * columns**-0.5
-        calls.append(lambda x=x, weight=weight: torch.mm(x, weight))
+        hidden = torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16)
+        first = torch.randn(columns, rank + beside, device="cuda", dtype=torch.bfloat16) * columns**-0.5
+        second = torch.randn(rank, outputs, device="cuda", dtype=torch.bfloat16) * rank**-0.5
+        norm = torch.randn(rank, device="cuda", dtype=torch.bfloat16)
+
+        def call(x: Any = hidden, w: Any = first, n: Any = norm, u: Any = second) -> Any:
+            made = torch.mm(x, w)
+            return made, torch.mm(rms_norm(made[:, :rank], (rank,), n, 1e-6), u)
+
+        calls.append(call)
         if number == 0:
-            error = _relative(torch.mm(x, weight)[-1], x[-1].float() @ weight.float())
-    return _peer("torch.mm", calls, error, 1e-2)
+            of_hidden, of_latent = call()
+            expected = hidden[-1].float() @ first.float()
+            latent = expected[:rank] / (expected[:rank].square().mean() + 1e-6).sqrt() * norm.float()
+            error = max(_relative(of_hidden[-1], expected), _relative(of_latent[-1], latent @ second.float()))
+    return _peer("torch.mm, rms_norm, torch.mm", calls, error, 1e-2)
 
 
 def _with_scales(torch: Any, values: Any) -> tuple[Any, Any]:

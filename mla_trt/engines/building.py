@@ -30,9 +30,9 @@ from mla_trt.engines.engine_file import (
     without_pools,
 )
 from mla_trt.engines.engine_onnxruntime import embedded_vocabulary
+from mla_trt.engines.input_projections import is_faster
 from mla_trt.engines.plugin_model import DTYPES, MODEL_FILE, write_plugin_model
 from mla_trt.engines.profiles import input_range, make_profiles, plan_profiles
-from mla_trt.engines.query_products import is_faster
 from mla_trt.engines.tensorrt_api import Messages, load_plugins, load_tensorrt, start
 from mla_trt.errors import BadModelError, UsageError
 from mla_trt.loading import load_model
@@ -167,7 +167,7 @@ def build_file(
             query_terms=options.query_terms,
             pages=options.pages,
             resident=options.cache == RESIDENT,
-            query_products=is_faster(gpu, build),
+            input_projections=is_faster(gpu, build),
         )
         weights = _weight_bytes(folder)
         if options.timing_cache is None and options.keep_times:

@@ -17,9 +17,9 @@ from onnx import helper
 from mla_trt.engines.bfloat16 import to_bfloat16
 from mla_trt.engines.engine import PAGE_COPIES
 from mla_trt.engines.engine_file import COPIES, EngineTensor
-from mla_trt.engines.query_products import take_query_products
+from mla_trt.engines.input_projections import take_input_projections
 from mla_trt.errors import BadModelError, UsageError
-from mla_trt.loading import load_model
+from mla_trt.loading import ModelOnDisk, load_model
 from mla_trt.ops import OPS, mla_nodes, strip_functions
 from mla_trt.ops.common import QUERY_TERMS
 from mla_trt.weight_file import WeightFile
@@ -128,7 +128,7 @@ def write_plugin_model(
     query_terms: int | None = None,
     pages: int | None = None,
     resident: bool = False,
-    query_products: bool = False,
+    input_projections: bool = False,
 ) -> onnx.ModelProto:
     """Writes `model.onnx` for the parser into a folder. Weights that stay as they are stay where they are: links lead to
     their files.
@@ -141,7 +141,7 @@ def write_plugin_model(
         query_terms: see `set_query_terms`; None: as the model has it.
         pages: fixed number of pages of the pools; None: dynamic.
         resident: the plugins hold the pools, of that number of pages.
-        query_products: see `mla_trt.engines.query_products`.
+        input_projections: see `mla_trt.engines.input_projections`.
 
     Returns:
         the lowered model as it was, without its external data.
@@ -156,14 +156,15 @@ def write_plugin_model(
     model = onnx.ModelProto()
     model.CopyFrom(lowered)
     before = external_locations(model)
+    name = next(name for count in range(len(before) + 1) if (name := f"bf16.{count}.data") not in before)
+    weight_file = WeightFile(folder / name)
     if dtype == "bf16":
-        name = next(name for count in range(len(before) + 1) if (name := f"bf16.{count}.data") not in before)
-        to_bfloat16(model, source.parent, WeightFile(folder / name))
+        to_bfloat16(model, source.parent, weight_file)
     name_axes(model, inputs)
     if query_terms is not None:
         set_query_terms(model, query_terms)
-    if query_products:
-        take_query_products(model)
+    if input_projections:
+        take_input_projections(ModelOnDisk(model, source.parent, {name: folder}), weight_file)
     compact(model)
     if pages is not None:
         if resident:

@@ -16,7 +16,7 @@ from mla_trt.ops import (
     decoding,
     fused_rope_rms_norm_quantization,
     indexer,
-    linear,
+    input_projections,
     plan,
     prefill,
     prefill_sparse,
@@ -35,7 +35,7 @@ _MODULES = (
     indexer,
     attention,
     sparse_attention,
-    linear,
+    input_projections,
 )
 OPS: dict[str, Op] = {module.OP.name: module.OP for module in _MODULES}
 

@@ -34,6 +34,7 @@ constexpr Letter letters[] = {
     {"N", &Dims::N},
     {"P", &Dims::P},
     {"C", &Dims::C},
+    {"Q", &Dims::Q},
     {"M", &Dims::M},
     {"Hi", &Dims::Hi},
     {"Di", &Dims::Di},
@@ -188,7 +189,7 @@ using Run = int (*)(Call&);
 constexpr Run runs[op::count] = {
     run_plan,    run_fused_rope_rms_norm_quantization, run_decoding,  run_prefill,          run_prefill_sparse,
     run_decode_branch_fp8, run_indexer,                run_attention, run_sparse_attention,
-    run_linear,
+    run_input_projections,
 };
 
 int call_op(int32_t number, const MlaAttributes* attributes, const MlaTensor* in, const MlaTensor* out,

@@ -1,5 +1,4 @@
-// MlaLinear. SM90 has a kernel of its own (linear_hopper.cu); this one takes every type and shape, a thread for each output, in f32: it
-// is there so that the op runs everywhere, not to be fast, and `mla-trt build` has no use for it.
+// Products with weights of any type and size, a thread for each output, in f32: there so that they run everywhere, not to be fast.
 #include "linear.h"
 
 #include <algorithm>
@@ -12,34 +11,32 @@ namespace {
 constexpr int threads = 256;
 constexpr int64_t most_blocks = 1 << 16;
 
-__global__ void __launch_bounds__(threads) linear_kernel(Linear work) {
-    int64_t const total = work.tokens * work.outputs;
+__global__ void __launch_bounds__(threads)
+    linear_kernel(const void* x, int32_t x_type, int64_t tokens, int64_t columns, LinearPart part) {
+    int64_t const total = tokens * part.outputs;
     for (int64_t i = static_cast<int64_t>(blockIdx.x) * threads + threadIdx.x; i < total; i += static_cast<int64_t>(gridDim.x) * threads) {
-        int64_t const token = i / work.outputs, output = i % work.outputs;
+        int64_t const token = i / part.outputs, output = i % part.outputs;
         float sum = 0.0f;
-        for (int64_t column = 0; column < work.columns; ++column) {
-            sum += load_float(work.x, work.x_type, token * work.columns + column) *
-                   load_float(work.weight, work.weight_type, column * work.outputs + output);
+        for (int64_t column = 0; column < columns; ++column) {
+            sum += load_float(x, x_type, token * columns + column) * load_float(part.weight, part.weight_type, column * part.outputs + output);
         }
-        store_float(work.out, work.out_type, i, sum);
+        if (part.factors != nullptr) sum *= load_float(part.factors, part.factors_type, output);
+        store_float(part.out, part.out_type, i, sum);
     }
 }
 
 }  // namespace
 
-int run_linear(Call& call) {
-    namespace in = linear::in;
-    if (call.workspace.sizing()) return MLA_OK;
-    const MlaTensor &x = call.in[in::x], &weight = call.in[in::weight], &out = call.out[linear::out::output];
-    Linear const work{x.data, weight.data, out.data, x.type, weight.type, out.type, call.dims.T, call.dims.C,
-                      call.dims.H * call.dims.M};
-    if (work.tokens == 0 || work.outputs == 0) return MLA_OK;
-    Device device;
-    if (int status = current_device(&device)) return status;
-    if (linear_takes_hopper(work, device)) return linear_hopper(work, device, call.stream);
-    int64_t const blocks = std::min(ceil_div<int64_t>(work.tokens * work.outputs, threads), most_blocks);
-    linear_kernel<<<static_cast<unsigned>(blocks), threads, 0, call.stream>>>(work);
-    return check_launch("product of MlaLinear");
+int linear_plain(const Linear& work, cudaStream_t stream) {
+    for (int i = 0; i < work.count; ++i) {
+        LinearPart const& part = work.parts[i];
+        int64_t const total = work.tokens * part.outputs;
+        if (total == 0) continue;
+        int64_t const blocks = std::min(ceil_div<int64_t>(total, threads), most_blocks);
+        linear_kernel<<<static_cast<unsigned>(blocks), threads, 0, stream>>>(work.x, work.x_type, work.tokens, work.columns, part);
+        if (int status = check_launch("product with weights")) return status;
+    }
+    return MLA_OK;
 }
 
 }  // namespace mla

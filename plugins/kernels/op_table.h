@@ -36,7 +36,7 @@ namespace row_format { enum : int32_t { f32, bf16, fp8, fp8_ds_mla, fp8_flat }; 
 namespace index_format { enum : int32_t { f32, fp8 }; }
 
 namespace op {
-enum : int32_t { plan, fused_rope_rms_norm_quantization, decoding, prefill, prefill_sparse, decode_branch_fp8, indexer, attention, sparse_attention, linear, count };
+enum : int32_t { plan, fused_rope_rms_norm_quantization, decoding, prefill, prefill_sparse, decode_branch_fp8, indexer, attention, sparse_attention, input_projections, count };
 }  // namespace op
 
 namespace plan {
@@ -84,9 +84,9 @@ namespace in { enum : int { query, latent, rope_key, norm_weight, cos, sin, rope
 namespace out { enum : int { output, kv_cache_out, indices, indexer_cache_out, count }; }
 }
 
-namespace linear {
-namespace in { enum : int { x, weight, count }; }
-namespace out { enum : int { output, count }; }
+namespace input_projections {
+namespace in { enum : int { hidden, w_dq, query_norm_weight, w_uq, w_dkv, w_kr, w_index_query, w_index_key, w_index_weights, index_weights_factor, count }; }
+namespace out { enum : int { query, latent, rope_key, index_query, index_key, index_weights, count }; }
 }
 
 enum class Kind { any_float, f32, i32, weight, e4m3, any };
@@ -405,14 +405,29 @@ constexpr AttributeSpec sparse_attention_attributes[] = {
     {"index_scale_ue8m0", AttributeSpec::integer, 64, nullptr, nullptr, 0, false},
     {"top_k", AttributeSpec::integer, 68, "K", nullptr, 0, true},
 };
-constexpr TensorSpec linear_inputs[] = {
-    {"x", Kind::any_float, "T C", false},
-    {"weight", Kind::any_float, "C H M", false},
+constexpr TensorSpec input_projections_inputs[] = {
+    {"hidden", Kind::any_float, "T C", false},
+    {"w_dq", Kind::any_float, "C Q", true},
+    {"query_norm_weight", Kind::any_float, "Q", true},
+    {"w_uq", Kind::any_float, "Q H M", false},
+    {"w_dkv", Kind::any_float, "C R", true},
+    {"w_kr", Kind::any_float, "C Dr", true},
+    {"w_index_query", Kind::any_float, "Q Hi Di", true},
+    {"w_index_key", Kind::any_float, "C Di", true},
+    {"w_index_weights", Kind::any_float, "C Hi", true},
+    {"index_weights_factor", Kind::any_float, "Hi", true},
 };
-constexpr TensorSpec linear_outputs[] = {
-    {"output", Kind::any_float, "T H M", false},
+constexpr TensorSpec input_projections_outputs[] = {
+    {"query", Kind::any_float, "T H M", false},
+    {"latent", Kind::any_float, "T R", true},
+    {"rope_key", Kind::any_float, "T Dr", true},
+    {"index_query", Kind::any_float, "T Hi Di", true},
+    {"index_key", Kind::any_float, "T Di", true},
+    {"index_weights", Kind::f32, "T Hi", true},
 };
-constexpr const AttributeSpec* linear_attributes = nullptr;
+constexpr AttributeSpec input_projections_attributes[] = {
+    {"epsilon", AttributeSpec::number, 24, nullptr, nullptr, 1e-06, false},
+};
 }  // namespace table
 
 constexpr OpSpec ops[] = {
@@ -425,7 +440,7 @@ constexpr OpSpec ops[] = {
     {"MlaIndexer", 15, 2, 9, table::indexer_inputs, table::indexer_outputs, table::indexer_attributes},
     {"MlaAttention", 20, 2, 12, table::attention_inputs, table::attention_outputs, table::attention_attributes},
     {"MlaSparseAttention", 29, 4, 20, table::sparse_attention_inputs, table::sparse_attention_outputs, table::sparse_attention_attributes},
-    {"MlaLinear", 2, 1, 0, table::linear_inputs, table::linear_outputs, table::linear_attributes},
+    {"MlaInputProjections", 10, 6, 1, table::input_projections_inputs, table::input_projections_outputs, table::input_projections_attributes},
 };
 
 }  // namespace mla

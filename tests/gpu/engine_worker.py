@@ -17,14 +17,14 @@ import numpy as np
 import onnx
 from engine_sessions import VARIANTS, Record, errors, pages_needed, replay
 
-from mla_trt.engines import query_products
+from mla_trt.engines import input_projections
 from mla_trt.engines.building import BuildOptions, build_file
 from mla_trt.engines.engine_file import RESIDENT
 from mla_trt.engines.engine_tensorrt import TensorRtEngine
 from mla_trt.metadata import LoweredMetadata
 from mla_trt.selection import top_k
 
-query_products.LEAST_BYTES = 0  # the exports' weights are small
+input_projections.LEAST_BYTES = 0  # the exports' weights are small
 
 RESULT = "RESULT "
 LONGEST = 256

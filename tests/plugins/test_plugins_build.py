@@ -34,7 +34,7 @@ RUNS = (
     "run_indexer",
     "run_attention",
     "run_sparse_attention",
-    "run_linear",
+    "run_input_projections",
 )
 
 

@@ -1,0 +1,183 @@
+"""Puts MlaInputProjections in place of the products that make a layer's inputs, in the model that TensorRT's parser gets.
+
+Their weights are the largest before attention: in DeepSeek-V3 75 MB for the queries alone, which a step that decodes reads at the memory's
+speed at best. TensorRT 10.6's kernels miss that by more than ours do where many sequences decode (docs/engines.md).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+import ml_dtypes
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from mla_trt.cuda import Gpu
+from mla_trt.engines.weight_products import Product, WeightProducts, reads
+from mla_trt.loading import ModelOnDisk
+from mla_trt.ops import OPS, make_node, mla_nodes
+from mla_trt.ops.input_projections import FROM_LATENT, OUTPUT_OF
+from mla_trt.weight_file import WeightFile
+
+LAYERS = ("MlaAttention", "MlaSparseAttention")
+LEAST_BYTES = 4 << 20
+"""Smaller weights of the queries are read faster than a kernel begins."""
+WEIGHT_OF = {"query": "w_uq", **{output: weight for weight, output in OUTPUT_OF.items()}}
+"""What a layer reads: the weight that makes it."""
+
+
+def is_faster(gpu: Gpu, plugins: str) -> bool:
+    """Whether MlaInputProjections has a kernel of its own for the GPU; its other one is for want of better.
+
+    Args:
+        gpu: that the engine is for.
+        plugins: what the plugin library was built from and for, such as "0.1.0 sm_80 sm_90a".
+    """
+    return gpu.compute_capability == "9.0" and "sm_90a" in plugins.split()
+
+
+def take_input_projections(model: ModelOnDisk, weight_file: WeightFile | None = None) -> int:
+    """Replaces the products, in place. Weights of which all columns are used stay where they are.
+
+    A layer has its queries' product taken or none: one with a bf16 matrix of the model, from which they come by a Reshape alone. With it go
+    the query's latent (its product and RMS norm), the products that make the latent and the rope key of the same hidden states, and those
+    that make an indexer's inputs, each if nothing else needs what it makes.
+
+    Args:
+        model: a lowered model, and where its weights are.
+        weight_file: where columns of external weights go, one weight at a time. None: into the model.
+
+    Returns:
+        in how many layers.
+    """
+    layers = [node for node in mla_nodes(model.proto) if node.op_type in LAYERS]
+    changes = _Changes(model, weight_file)
+    taken = sum(changes.take(OPS[node.op_type].given_inputs(node)) for node in layers)
+    if taken:
+        changes.write()
+    return taken
+
+
+class _Changes:
+    """A graph, and the nodes that come in place of others."""
+
+    def __init__(self, model: ModelOnDisk, weight_file: WeightFile | None) -> None:
+        self._graph = model.proto.graph
+        self._file = weight_file
+        self._found = WeightProducts(model)
+        self._added: dict[int, list[onnx.NodeProto]] = {}  # by the id of the node that they follow; 0: none
+
+    def take(self, inputs: Mapping[str, str]) -> bool:
+        """Replaces the products that give these inputs of a layer; returns whether it did."""
+        query = self._match("query", inputs["query"])
+        if query is None or 2 * query.weight.dims[0] * query.columns < LEAST_BYTES:
+            return False
+        latent = self._found.source(query)
+        for down in (self._found.normed(latent), None):  # without, where others read the latent
+            hidden = latent if down is None else self._found.source(down)
+            products = self._products(inputs, hidden, latent)
+            gone = self._found.without(inputs[name] for name in products)
+            if down is None or id(down.node) in gone:
+                break
+        if "query" not in products:
+            return False
+        self._put(inputs, hidden, down, products)
+        return True
+
+    def write(self) -> None:
+        """Puts the new nodes into the graph; what makes nothing any more goes."""
+        added = [node for nodes in self._added.values() for node in nodes]
+        made = {name for node in added for name in node.output}
+        uses = Counter([*reads(self._graph), *(name for node in added for name in node.input)])
+        nodes: list[onnx.NodeProto] = []  # from the last
+        for node in reversed(self._graph.node):
+            nodes += reversed(self._added.get(id(node), []))
+            if any(uses[name] and name not in made for name in node.output):
+                nodes.append(node)
+            else:
+                uses.subtract(node.input)
+        nodes += reversed(self._added.get(0, []))
+        del self._graph.node[:]
+        self._graph.node.extend(reversed(nodes))
+        for index in reversed(range(len(self._graph.initializer))):
+            if not uses[self._graph.initializer[index].name]:
+                del self._graph.initializer[index]
+
+    def _match(self, name: str, tensor: str) -> Product | None:
+        """The product that makes an input of a layer, which only the layer reads."""
+        if self._found.uses[tensor] != 1:
+            return None
+        if name in ("query", "index_query"):
+            return self._found.by_head(tensor)
+        return self._found.scaled(tensor) if name == "index_weights" else self._found.of_rows(tensor)
+
+    def _products(self, inputs: Mapping[str, str], hidden: str, latent: str) -> dict[str, Product]:
+        """The products that one node can make in place of theirs, by what they give."""
+        found = {}
+        for name, weight in WEIGHT_OF.items():
+            product = self._match(name, inputs[name]) if name in inputs else None
+            if product is not None and self._found.source(product) == (latent if weight in FROM_LATENT else hidden):
+                found[name] = product
+        while True:  # one that stays may keep another: that of the latent and the rope key is one node
+            gone = self._found.without(inputs[name] for name in found)
+            left = {name: product for name, product in found.items() if id(product.node) in gone}
+            if len(left) == len(found):
+                return found
+            found = left
+
+    def _put(self, inputs: Mapping[str, str], hidden: str, down: Product | None, products: dict[str, Product]) -> None:
+        """Adds the node behind the one that makes the hidden states: before all that read its results."""
+        query = inputs["query"]
+        weights, epsilon = {}, {}
+        if down is not None and down.norm is not None:
+            weights["w_dq"] = self._weight(down, f"{query}/latent_weight")
+            weights["query_norm_weight"] = self._bfloat16(f"{query}/norm_weight", down.norm.weight)
+            epsilon["epsilon"] = down.norm.epsilon
+        for name, product in products.items():
+            weights[WEIGHT_OF[name]] = self._weight(product, f"{inputs[name]}/weight")
+            if product.factor is not None:
+                factor = np.broadcast_to(product.factor, product.sizes)
+                weights["index_weights_factor"] = self._bfloat16(f"{inputs[name]}/factor", factor)
+        maker = self._found.makers.get(hidden)
+        added = self._added.setdefault(0 if maker is None else id(maker), [])
+        rows = hidden
+        if len(self._found.probe.dims(hidden) or ()) != 2:
+            rows, shape = f"{query}/rows", f"{query}/rows.shape"
+            columns = (down or products["query"]).weight.dims[0]
+            self._graph.initializer.append(numpy_helper.from_array(np.array([-1, columns]), shape))
+            added.append(helper.make_node("Reshape", [hidden, shape], [rows], f"{query}/to_rows"))
+        outputs = {name: inputs[name] for name in products}
+        given = {"hidden": rows, **weights}
+        added.append(make_node("MlaInputProjections", given, outputs, f"{query}/projections", **epsilon))
+
+    def _bfloat16(self, name: str, values: np.ndarray) -> str:
+        self._graph.initializer.append(numpy_helper.from_array(values.astype(ml_dtypes.bfloat16), name))
+        return name
+
+    def _weight(self, product: Product, name: str) -> str:
+        """The product's weight, with the axes of its result: the model's own, where that changes it for no other."""
+        weight = product.weight
+        rows, columns = weight.dims
+        whole = product.columns == columns
+        if whole and (len(product.sizes) == 1 or self._found.uses[weight.name] == 1):
+            weight.dims[:] = [rows, *product.sizes]  # under its name: a refitter knows it by that
+            return weight.name
+        made = TensorProto()
+        if whole:
+            made.CopyFrom(weight)
+            made.name = name
+        else:
+            made = self._columns(product, name)
+        made.dims[:] = [rows, *product.sizes]
+        self._graph.initializer.append(made)
+        return name
+
+    def _columns(self, product: Product, name: str) -> TensorProto:
+        values = self._found.probe.array(product.weight.name)
+        assert values is not None
+        values = values[:, product.start : product.start + product.columns]
+        if self._file is not None and product.weight.data_location == TensorProto.EXTERNAL:
+            return self._file.add_array(name, values)
+        return numpy_helper.from_array(values, name)

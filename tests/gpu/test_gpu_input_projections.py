@@ -1,0 +1,230 @@
+"""MlaInputProjections on the GPU: few tokens and many, all parts and some, sizes that are multiples of nothing."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+from cases import HALF_TYPES
+from harness import Array, compare, run_op
+
+from mla_trt.ops import OPS
+from mla_trt.ops.input_projections import FROM_LATENT, OUTPUT_OF
+
+OP = "MlaInputProjections"
+# Sums are in f32, so that of a product of the hidden states the output's type is what is left.
+TOLERANCE = {"f32": 1e-5, "f16": 2**-10, "bf16": 2**-8}
+# Beside bf16 the query's latent is bf16 too, once the norm's weight is in. Each of its values is off by 2^-9 of itself at most; in a sum of
+# many, of either sign, these are 1e-3 of what the sums are like, and of eight (the fewest here) 3.5e-3.
+LATENT_ROUNDING = {"f32": 0.0, "f16": 0.0, "bf16": 2**-8}
+# index_weights are f32. Tensor cores drop bits of what they add.
+SUMS = {"f32": 1e-5, "f16": 1e-5, "bf16": 1e-4}
+
+LATENT = ("w_dq", "query_norm_weight")
+MLA = (*LATENT, "w_dkv", "w_kr")
+INDEXER = ("w_index_query", "w_index_key", "w_index_weights", "index_weights_factor")
+ALL = (*MLA, *INDEXER)
+
+# C, Q, H, M, R, Dr, Hi, Di; Q where there is w_dq
+Sizes = tuple[int, int, int, int, int, int, int, int]
+SMALL: dict[str, tuple[Sizes, tuple[str, ...]]] = {
+    "tiles": ((64, 64, 4, 32, 64, 64, 64, 64), ALL),
+    "eights": ((8, 8, 1, 8, 8, 8, 8, 8), ALL),
+    "not tiles": ((136, 72, 5, 40, 40, 8, 8, 72), ALL),
+    "many columns": ((1544, 200, 4, 16, 512, 64, 8, 16), MLA),
+    "wide latent of the query": ((72, 1536, 3, 24, 40, 64, 8, 8), MLA),
+    "query of the hidden states": ((136, 0, 5, 40, 512, 64, 8, 8), ("w_dkv", "w_kr")),
+    "query alone": ((200, 72, 5, 24, 8, 8, 8, 8), LATENT),
+    "query of the hidden states alone": ((200, 0, 5, 24, 8, 8, 8, 8), ()),
+}
+MODELS: dict[str, tuple[Sizes, tuple[str, ...]]] = {
+    "deepseek v3": ((7168, 1536, 128, 192, 512, 64, 64, 128), MLA),
+    "deepseek v3.2": ((7168, 1536, 128, 192, 512, 64, 64, 128), ALL),
+    "deepseek v2": ((5120, 1536, 128, 192, 512, 64, 64, 128), MLA),
+    "deepseek v2 lite": ((2048, 0, 16, 192, 512, 64, 64, 128), ("w_dkv", "w_kr")),
+}
+
+
+def _inputs(
+    seed: int, tokens: int, sizes: Sizes, parts: tuple[str, ...] = ALL, dtype: str = "bf16"
+) -> dict[str, Array]:
+    rng = np.random.default_rng(seed)
+    letters = dict(zip(("T", "C", "Q", "H", "M", "R", "Dr", "Hi", "Di"), (tokens, *sizes), strict=True))
+    if "w_dq" not in parts:
+        letters["Q"] = letters["C"]
+    inputs = {}
+    for formal in OPS[OP].inputs:
+        if formal.optional and formal.name not in parts:
+            continue
+        shape = [letters[word] for word in str(formal.shape).split()]
+        values = rng.standard_normal(shape, np.float32)
+        if formal.name in ("query_norm_weight", "index_weights_factor"):
+            values = np.sign(values) * (0.5 + np.abs(values))
+        elif formal.name != "hidden":
+            values *= np.float32(max(shape[0], 1) ** -0.5)
+        inputs[formal.name] = values.astype(HALF_TYPES[dtype])
+    return inputs
+
+
+def _expected(inputs: dict[str, Array], epsilon: float = 1e-6) -> dict[str, Array]:
+    """As the op's reference, by BLAS."""
+    given = {name: values.astype(np.float32) for name, values in inputs.items()}
+    hidden = latent = given["hidden"]
+    if "w_dq" in given:
+        latent = hidden @ given["w_dq"]
+    if "query_norm_weight" in given:
+        mean = np.square(latent, dtype=np.float64).sum(1, keepdims=True) / max(latent.shape[1], 1)
+        latent = (latent / np.sqrt(mean + epsilon) * given["query_norm_weight"]).astype(np.float32)
+    results = {}
+    for name, output in {"w_uq": "query", **OUTPUT_OF}.items():
+        if name in given:
+            weight, source = given[name], latent if name in FROM_LATENT else hidden
+            product = source @ weight.reshape(len(weight), int(np.prod(weight.shape[1:])))
+            results[output] = product.reshape(len(source), *weight.shape[1:])
+    if "index_weights_factor" in given:
+        results["index_weights"] = results["index_weights"] * given["index_weights_factor"]
+    return results
+
+
+def _compare(
+    found: dict[str, Array], expected: dict[str, Array], inputs: dict[str, Array], *, by_row: bool = False
+) -> None:
+    """Relative to the largest value of each output, or of each of its rows."""
+    dtype = next(name for name, kind in HALF_TYPES.items() if inputs["hidden"].dtype == kind)
+    for name, values in expected.items():
+        tolerance = SUMS[dtype] if name == "index_weights" else TOLERANCE[dtype]
+        if "w_dq" in inputs and name in ("query", "index_query"):
+            tolerance += LATENT_ROUNDING[dtype]
+        units = None
+        if by_row:
+            largest = np.abs(values).max(axis=tuple(range(1, values.ndim)), keepdims=True, initial=0.0)
+            units = np.broadcast_to(largest, values.shape)
+        compare(name, found[name], values, tolerance, units=units)
+
+
+def _check(inputs: dict[str, Array], **options: int) -> None:
+    expected = _expected(inputs)
+    _compare(run_op(OP, inputs, list(expected), repeat=2, **options), expected, inputs)
+
+
+@pytest.mark.small
+@pytest.mark.parametrize("tokens", [0, 1, 63, 64, 65, 128, 129, 300])
+@pytest.mark.parametrize(("sizes", "parts"), SMALL.values(), ids=SMALL.keys())
+def test_sizes(sizes: Sizes, parts: tuple[str, ...], tokens: int) -> None:
+    _check(_inputs(1, tokens, sizes, parts))
+
+
+@pytest.mark.small
+@pytest.mark.multiprocessors(2)
+@pytest.mark.parametrize("tokens", [64, 200])
+@pytest.mark.parametrize("width", [78, 128, 133])
+def test_rounds_of_wide_blocks(width: int, tokens: int) -> None:
+    """On few multiprocessors blocks have as many outputs as those of large weights have on a GPU's."""
+    _check(_inputs(12, tokens, (136, 72, 8, width, 264, 64, 8, 16), MLA))
+
+
+@pytest.mark.small
+@pytest.mark.multiprocessors(24)
+@pytest.mark.parametrize("tokens", [5, 100])
+def test_many_columns_and_few_outputs(tokens: int) -> None:
+    """The emulated GPU has as many multiprocessors as eight blocks for each 192 outputs need."""
+    _check(_inputs(13, tokens, (7168, 192, 1, 264, 136, 8, 8, 8), (*LATENT, "w_dkv")))
+
+
+@pytest.mark.small
+@pytest.mark.parametrize("tokens", [5, 70])
+@pytest.mark.parametrize("left_out", [*ALL, "w_kr w_dkv", "w_index_query w_index_key w_kr", "w_dkv w_kr w_index_key"])
+def test_without_parts(left_out: str, tokens: int) -> None:
+    needed = {"w_dq": "query_norm_weight", "w_index_weights": "index_weights_factor"}
+    without = {*left_out.split(), needed.get(left_out, "")}
+    _check(_inputs(2, tokens, (136, 72, 3, 24, 40, 8, 16, 24), tuple(part for part in ALL if part not in without)))
+
+
+@pytest.mark.small
+@pytest.mark.parametrize("dtype", HALF_TYPES)
+@pytest.mark.parametrize("parts", [ALL, INDEXER], ids=["all", "query of the hidden states"])
+@pytest.mark.parametrize(
+    ("tokens", "sizes"),
+    [
+        (5, (64, 64, 2, 32, 64, 8, 8, 16)),
+        (70, (37, 19, 3, 15, 41, 6, 5, 7)),
+        (3, (0, 8, 2, 8, 8, 8, 8, 8)),
+        (3, (8, 0, 2, 8, 8, 8, 8, 8)),
+        (2, (8, 8, 1, 0, 0, 0, 0, 0)),
+        (2, (8, 8, 0, 8, 8, 0, 8, 0)),
+    ],
+)
+def test_any_type_and_size(dtype: str, parts: tuple[str, ...], tokens: int, sizes: Sizes) -> None:
+    _check(_inputs(3, tokens, sizes, parts, dtype))
+
+
+@pytest.mark.small
+@pytest.mark.parametrize("others", [("query_norm_weight", "index_weights_factor"), ("w_dq", "w_kr"), ("w_uq",)])
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
+def test_weights_of_another_type(dtype: str, others: tuple[str, ...]) -> None:
+    inputs = _inputs(5, 70, SMALL["not tiles"][0])
+    _check(inputs | {name: inputs[name].astype(HALF_TYPES[dtype]) for name in others})
+
+
+@pytest.mark.small
+@pytest.mark.parametrize(("shift", "parts"), [(2, MLA), (4, ALL)])  # index_weights are f32
+def test_outputs_that_are_not_aligned(shift: int, parts: tuple[str, ...]) -> None:
+    _check(_inputs(6, 5, SMALL["tiles"][0], parts), shift=shift)
+
+
+@pytest.mark.small
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("epsilon", [1e-6, 0.7])
+def test_rows_of_zeros_and_of_any_scale(epsilon: float, dtype: str) -> None:
+    """The norm is each row's own; where a row is small, epsilon decides."""
+    inputs = _inputs(7, 70, (136, 200, 5, 40, 64, 64, 32, 64), dtype=dtype)
+    scales = np.exp2(np.random.default_rng(7).integers(-24, 25, (70, 1))).astype(np.float32)
+    scales[::7] = 0
+    inputs["hidden"] = (inputs["hidden"] * scales).astype(HALF_TYPES[dtype])
+    expected = _expected(inputs, epsilon)
+    _compare(run_op(OP, inputs, list(expected), repeat=2, epsilon=epsilon), expected, inputs, by_row=True)
+
+
+@pytest.mark.small
+def test_what_is_not_a_number_stays_in_its_token() -> None:
+    inputs = _inputs(8, 70, SMALL["not tiles"][0])
+    inputs["hidden"][3, 5], inputs["hidden"][68, 100] = np.nan, np.inf
+    with np.errstate(invalid="ignore"):
+        expected = _expected(inputs)
+    found = run_op(OP, inputs, list(expected))
+    there = np.delete(np.arange(70), [3, 68])
+    _compare(*({name: values[there] for name, values in which.items()} for which in (found, expected)), inputs)
+    for name, values in found.items():
+        assert np.isnan(values[3]).all(), name
+        assert not np.isfinite(values[68]).any(), name
+
+
+@pytest.mark.small
+@pytest.mark.parametrize("tokens", [1, 100])
+@pytest.mark.parametrize("case", ["not tiles", "many columns", "query of the hidden states"])
+def test_calls_in_a_row(case: str, tokens: int) -> None:
+    """A call may begin beside the one before; where a block does not wait for it, the emulator says so."""
+    _check(_inputs(9, tokens, *SMALL[case]), in_a_row=3)
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 128, 300])
+def test_a_thousand_repeats(tokens: int) -> None:
+    inputs = _inputs(10, tokens, (7168, 1536, 16, 192, 512, 64, 64, 128))
+    expected = _expected(inputs)
+    _compare(run_op(OP, inputs, list(expected), repeat=1000, graph=True), expected, inputs)
+
+
+@functools.lru_cache(1)
+def _of_model(name: str) -> tuple[dict[str, Array], dict[str, Array]]:
+    inputs = _inputs(11, 2048, *MODELS[name])
+    return inputs, _expected(inputs)
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 64, 65, 128, 200, 256, 257, 2048])
+@pytest.mark.parametrize("model", MODELS)
+def test_sizes_of_models(model: str, tokens: int) -> None:
+    inputs, expected = _of_model(model)
+    first = {**inputs, "hidden": inputs["hidden"][:tokens]}
+    found = run_op(OP, first, list(expected), repeat=2)
+    _compare(found, {name: values[:tokens] for name, values in expected.items()}, first)
