@@ -205,7 +205,7 @@ int attend_all_absorbed(Call& call, Layer& layer, const Select& select) {
         rotated = contiguous(call.workspace.take<uint8_t>(tokens * heads * layout.rope * bytes), type, heads, layout.rope);
     }
     layer.append.query_out = rotated;
-    layer.append.beside = select || !windows;
+    layer.append.beside = select || (!windows && heads > 0);  // without heads it is the op's first kernel
     // Neither cache rows nor queries need the lists: they are made beside the scores, whose blocks leave room before the last one ends.
     auto const prepare = [&]() -> int {
         if (call.workspace.sizing()) return MLA_OK;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import Any
 
 from cuda_stand_in import HostRuntime, Status
@@ -15,7 +16,32 @@ ALIGNMENT = 256
 
 
 class EmulatedRuntime(HostRuntime):
-    """The stand-in for CUDA, whose addresses are aligned as a GPU's."""
+    """The stand-in for CUDA, whose addresses are aligned as a GPU's. Kernels run when they are waited for, or memory is touched: those of
+    calls in a row all together, as on a stream.
+
+    Args:
+        run: runs what is on the machine's stream.
+    """
+
+    def __init__(self, run: Callable[[], None]) -> None:
+        super().__init__()
+        self._run = run
+
+    def cudaMemset(self, address: int, byte: int, size: int) -> tuple[Status]:
+        self._run()
+        return super().cudaMemset(address, byte, size)
+
+    def cudaMemcpy(self, target: int, source: int, size: int, kind: int) -> tuple[Status]:
+        self._run()
+        return super().cudaMemcpy(target, source, size, kind)
+
+    def cudaDeviceSynchronize(self) -> tuple[Status]:
+        self._run()
+        return super().cudaDeviceSynchronize()
+
+    def cudaStreamSynchronize(self, stream: int) -> tuple[Status]:
+        self._run()
+        return super().cudaStreamSynchronize(stream)
 
     def cudaMalloc(self, size: int) -> tuple[Status, int]:
         status, address = super().cudaMalloc(size + ALIGNMENT)
@@ -48,7 +74,7 @@ class EmulatedGpu:
         self._machine = ctypes.CDLL(str(path))
         self._machine.emulator_synchronize.restype = ctypes.c_char_p
         self._early, self._hopper = early, hopper
-        self._runtime = EmulatedRuntime()
+        self._runtime = EmulatedRuntime(self._run)
         self._before: tuple[Any, Any] | None = None
 
     def install(self, multiprocessors: int = 16) -> None:
@@ -57,13 +83,8 @@ class EmulatedGpu:
         self._machine.emulator_set(multiprocessors, int(self._early), int(self._hopper))
         enqueue = Call.enqueue
 
-        def work(call: Call, *arguments: Any) -> None:
-            enqueue(call, *arguments)
-            if message := self._machine.emulator_synchronize():
-                raise EmulatorError(message.decode())
-
         def put(call: Call, *arguments: Any) -> None:
-            self._runtime.put(lambda: work(call, *arguments))
+            self._runtime.put(lambda: enqueue(call, *arguments))
 
         self._before = cuda._runtime, enqueue
         cuda._runtime = lambda: self._runtime
@@ -74,3 +95,7 @@ class EmulatedGpu:
         if self._before is not None:
             cuda._runtime, Call.enqueue = self._before  # type: ignore[method-assign]
         self._before = None
+
+    def _run(self) -> None:
+        if message := self._machine.emulator_synchronize():
+            raise EmulatorError(message.decode())

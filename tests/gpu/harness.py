@@ -138,6 +138,66 @@ def run_op(
         run.close()
 
 
+def run_chain(
+    arrays: Mapping[str, Array], links: Sequence[tuple[str, Sequence[str], Mapping[str, Any]]]
+) -> dict[str, Array]:
+    """Ops one behind the other on one stream without a pause, as an engine enqueues them: kernels of one may begin beside those of the one
+    before. All have one workspace.
+
+    Args:
+        arrays: inputs by formal name, which means the same in all ops that have it.
+        links: op type, outputs and attributes of each; what is no array comes from the last link before that makes it, and what several
+            make lies in one place.
+
+    Returns:
+        the outputs, by formal name.
+    """
+    kinds = {
+        name: TensorType(helper.np_dtype_to_tensor_dtype(array.dtype), array.shape) for name, array in arrays.items()
+    }
+    memory = {name: Guarded(name, array.nbytes, POISON) for name, array in arrays.items()}
+    for name, array in arrays.items():
+        memory[name].write(np.ascontiguousarray(array))
+    made: dict[str, TensorType] = {}
+    calls = []
+    stream = Stream()
+    try:
+        for op_type, outputs, attributes in links:
+            op = OPS[op_type]
+            given = [formal.name for formal in op.inputs if formal.name in kinds]
+            node = make_node(op_type, {name: name for name in given}, {name: name for name in outputs}, **attributes)
+            inferred = infer_shapes(node, [kinds[name] if name else None for name in node.input])
+            for name, kind in zip(node.output, inferred, strict=True):
+                if not name:
+                    continue
+                count = int(np.prod([int(dim or 0) for dim in kind.shape])) * _numpy_type(kind.dtype).itemsize
+                if name not in memory:
+                    memory[name] = memory[CACHES[name]] if name in CACHES else Guarded(name, count, GUARD)
+                made[name] = kinds[name] = kind
+            tensors = [
+                {name: _device_tensor(memory[name], kinds[name]) for name in names} for names in (given, outputs)
+            ]
+            calls.append(library().call(op_type, op.complete(attributes, op_type), *tensors))
+        workspace = memory["the workspace"] = Guarded("the workspace", max(c.workspace_bytes() for c in calls), GUARD)
+        for name in (*(name for name in made if name not in CACHES), "the workspace"):
+            memory[name].poison()
+        synchronize()
+        for call in calls:
+            call.enqueue(workspace.address, workspace.size, stream.handle)
+        stream.synchronize()
+        workspace.check()
+        return {name: _array(memory[name].read(), kind) for name, kind in made.items()}
+    finally:
+        for guarded in {*memory.values()}:
+            guarded.memory.close()
+        stream.close()
+
+
+def _array(content: npt.NDArray[np.uint8], kind: TensorType) -> Array:
+    values = content.view(_numpy_type(kind.dtype)).reshape([int(dim or 0) for dim in kind.shape])
+    return values.astype(np.float32) if kind.dtype == TensorProto.BFLOAT16 else values
+
+
 def _device_tensor(memory: Guarded, kind: TensorType) -> DeviceTensor:
     return DeviceTensor(memory.address, kind.dtype, tuple(int(dim or 0) for dim in kind.shape))
 
@@ -208,7 +268,7 @@ class _Run:
         if captured is not None:
             captured.close()
         self._check_inputs()
-        return {name: self._array(name, content) for name, content in first.items()}
+        return {name: _array(content, self.results[name]) for name, content in first.items()}
 
     def _prepare(self, restore: bool) -> None:
         for name, memory in self.outputs.items():
@@ -227,11 +287,6 @@ class _Run:
             expected = self.arrays[name].reshape(-1).view(np.uint8)
             changed = np.flatnonzero(memory.read() != expected)
             assert not changed.size, f"the input {name} was changed in {changed.size} bytes, first {int(changed[0])}"
-
-    def _array(self, name: str, content: npt.NDArray[np.uint8]) -> Array:
-        kind = self.results[name]
-        values = content.view(_numpy_type(kind.dtype)).reshape([int(dim or 0) for dim in kind.shape])
-        return values.astype(np.float32) if kind.dtype == TensorProto.BFLOAT16 else values
 
 
 @dataclass(frozen=True)
