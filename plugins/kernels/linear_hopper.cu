@@ -144,6 +144,8 @@ struct Unsplit {
     float mean, epsilon;
 };
 
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
 // What a token's x is multiplied by. The four lanes of a row call together.
 __device__ inline float inverse_root(const Unsplit& work, int token) {
     float sum = 0.0f;
@@ -154,6 +156,8 @@ __device__ inline float inverse_root(const Unsplit& work, int token) {
     sum += __shfl_xor_sync(~0u, sum, 2);
     return rsqrtf(sum * work.mean + work.epsilon);
 }
+
+#endif
 
 template <class B>
 __global__ void __launch_bounds__(B::threads, 1) linear_hopper_kernel(const __grid_constant__ Unsplit work) {
@@ -226,6 +230,8 @@ struct Split {
     } results[most_linear_parts];
 };
 
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
 // Two outputs of a token.
 __device__ inline void store_two(const Split::Result& result, int64_t place, float2 value) {
     if (result.type == MLA_FLOAT) {
@@ -234,6 +240,8 @@ __device__ inline void store_two(const Split::Result& result, int64_t place, flo
         *reinterpret_cast<uint32_t*>(static_cast<__nv_bfloat16*>(result.out) + place) = pack(value.x, value.y);
     }
 }
+
+#endif
 
 template <class B>
 __global__ void __launch_bounds__(B::threads, 1) linear_split_kernel(const __grid_constant__ Split work) {
