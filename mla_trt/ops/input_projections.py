@@ -24,7 +24,7 @@ import numpy as np
 
 from mla_trt.errors import UsageError
 from mla_trt.ops.body import FLOAT, Body, Value
-from mla_trt.ops.schema import F32, Array, Attribute, Attributes, F, Input, Op, Output
+from mla_trt.ops.schema import F32, Array, Attribute, Attributes, Dimensions, F, Input, Op, Output, TensorType
 
 OUTPUT_OF = {
     "w_dkv": "latent",
@@ -92,6 +92,13 @@ def check(attributes: Attributes, given: frozenset[str]) -> None:
             raise UsageError(f"the input {name} needs {needed}")
 
 
+def _bind(dims: Dimensions, types: Mapping[str, TensorType]) -> None:
+    """Without w_dq the queries are the hidden states' product: Q = C."""
+    hidden = types.get("hidden")
+    if "w_dq" not in types and hidden is not None and len(hidden.shape) == 2:
+        dims.bind("Q", hidden.shape[1], "hidden, as there is no w_dq,")
+
+
 OP = Op(
     name="MlaInputProjections",
     doc=__doc__,
@@ -119,4 +126,5 @@ OP = Op(
     emit=emit,
     reference=reference,
     check=check,
+    bind=_bind,
 )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from onnx import TensorProto
 from op_harness import Array, assert_close, reference, run_op
 
-from mla_trt.errors import UsageError
-from mla_trt.ops import OPS, make_node
+from mla_trt.errors import BadModelError, UsageError
+from mla_trt.ops import OPS, TensorType, infer_shapes, make_node
 from mla_trt.ops.input_projections import OUTPUT_OF
 
 OP = "MlaInputProjections"
@@ -117,3 +118,13 @@ def test_inputs_that_say_nothing_without_others_are_refused(parts: tuple[str, ..
     given = {name: name for name in ("hidden", "w_uq", *parts)}
     with pytest.raises(UsageError, match=message):
         make_node(OP, given, ["query"])
+
+
+def test_queries_of_the_hidden_states_have_their_width() -> None:
+    node = make_node(OP, {"hidden": "hidden", "w_uq": "w_uq"}, ["query"])
+    hidden, fits, narrow = (TensorType(TensorProto.FLOAT, shape) for shape in ((3, 8), (8, 2, 4), (6, 2, 4)))
+    kinds = {"hidden": hidden, "w_uq": fits}
+    assert infer_shapes(node, [kinds.get(name) for name in node.input])[0].shape == (3, 2, 4)
+    kinds["w_uq"] = narrow
+    with pytest.raises(BadModelError, match="w_uq gives Q = 6, but it is 8"):
+        infer_shapes(node, [kinds.get(name) for name in node.input])

@@ -75,7 +75,7 @@ LETTERS: dict[str, int] = {
     "Di": 64,
     "Dri": 10,
     "C": 12,
-    "Q": 13,
+    "Q": 12,  # C, where there is no w_dq
     "M": 14,
     "index_N": 78,
     "copies": 2,
