@@ -1,8 +1,9 @@
 // Products with weights on SM90: rows and weights in bf16, sums in f32.
 //
-// A block makes 64 to 256 outputs of up to 128 tokens: a group of four warps has 64 of the tokens and all of the outputs, another warp
-// orders both operands by the copy engine, 64 columns at a time, as many steps ahead as shared memory holds. With few tokens the memory
-// bounds it: weights are read once, by as many blocks as there are multiprocessors, and ordered before the kernel before has ended.
+// A block makes tiles of 64 to 256 outputs of up to 128 tokens: a group of four warps has 64 of the tokens and all of the outputs, another
+// warp orders both operands by the copy engine, 64 columns at a time, as many steps ahead as shared memory holds. With few tokens the memory
+// bounds it: weights are read once, by as many blocks as there are multiprocessors, and ordered before the kernel before has ended. With
+// many the products do: a block goes on from tile to tile, and the next one's operands are on their way while results leave.
 //
 // Where the outputs are too few for that, up to eight blocks, a cluster, share the columns of one product; each sums the parts of all for
 // some of the tokens.
@@ -30,18 +31,25 @@ constexpr int most_stages = 12;
 constexpr int most_cluster = 8;
 constexpr int64_t most_size = (int64_t{1} << 31) - 1;  // coordinates of a copy
 
-// Of a block: `groups` times 64 tokens, `columns` outputs.
-template <int groups_, int columns_>
+// Of a block: `groups` times 64 tokens, `columns` outputs. Stages leave room for `least_slots` tiles of 64 outputs that leave.
+template <int groups_, int columns_, int least_slots>
 struct Block {
     static constexpr int groups = groups_, columns = columns_;
     static constexpr int consumers = groups * group_threads, threads = consumers + warp_size;
     static constexpr int tiles = columns / 64;
     static constexpr int x_bytes = groups * tile_bytes, w_bytes = tiles * tile_bytes, stage_bytes = x_bytes + w_bytes;
-    static constexpr int stages = budget / stage_bytes < most_stages ? budget / stage_bytes : most_stages;
-    static constexpr int bytes = stages * stage_bytes;
-    static_assert(stages >= tiles, "outputs are staged where tokens were, 64 of them in each stage");
+    static constexpr int most = (budget - least_slots * x_bytes) / stage_bytes, stages = most < most_stages ? most : most_stages;
+    static constexpr int free_slots = (budget - stages * stage_bytes) / x_bytes, slots = free_slots < tiles ? free_slots : tiles;
+    static constexpr int bytes = stages * stage_bytes + (least_slots > 0 ? slots * x_bytes : 0);
+};
+
+template <int groups, int columns>
+using UnsplitBlock = Block<groups, columns, 1>;
+
+template <int groups, int columns>
+struct SplitBlock : Block<groups, columns, 0> {
     static constexpr int row = columns + 8;  // floats of a row of sums: the four rows that half a warp writes meet no bank twice
-    static_assert(groups * group_tokens * row * 4 <= bytes);
+    static_assert(groups * group_tokens * row * 4 <= SplitBlock::bytes);
 };
 
 // Parts of the outputs follow each other; each begins with a block of its own.
@@ -59,9 +67,23 @@ struct Operands {
     }
 };
 
+// What a block makes next: outputs of a part from `first_output` on, of tokens from `first_token` on, of columns from step `first` on.
+struct Tile {
+    int part, first_token, first_output, first;
+};
+
 // The barriers of a block's stages, and the stages.
 struct Ring {
     uint32_t there, used, base;
+};
+
+// The next stage, and how often all have been used before.
+template <class B>
+struct Turn {
+    int stage = 0, turn = 0;
+    __device__ void advance() {
+        if (++stage == B::stages) stage = 0, ++turn;
+    }
 };
 
 template <class B>
@@ -78,48 +100,51 @@ __device__ inline Ring make_ring(uint64_t* full, uint64_t* empty, const uint8_t*
     return ring;
 }
 
-// Orders `steps` steps of both operands, from `first` on. One thread.
-template <class B, int parts>
-__device__ inline void order_operands(const Ring& ring, const Operands<parts>& operands, int part, int first_token, int first_output, int first,
-                                      int steps) {
-    auto order_w = [&](int step, int stage) {
+// Orders `steps` steps of both operands for each of so many tiles. One thread.
+template <class B, int parts, class TileAt>
+__device__ inline void order_operands(const Ring& ring, const Operands<parts>& operands, int tiles, int steps, TileAt tile_at) {
+    auto order_w = [&](const Tile& tile, int step, int stage) {
         barrier_expect(ring.there + 8 * stage, operands.x_bytes + B::w_bytes);
 #pragma unroll
         for (int i = 0; i < B::tiles; ++i) {
-            copy_box(ring.base + stage * B::stage_bytes + B::x_bytes + i * tile_bytes, &operands.w[part], ring.there + 8 * stage,
-                     (first_output + i * 64) * 2, (first + step) * step_rows, 0, 0);
+            copy_box(ring.base + stage * B::stage_bytes + B::x_bytes + i * tile_bytes, &operands.w[tile.part], ring.there + 8 * stage,
+                     (tile.first_output + i * 64) * 2, (tile.first + step) * step_rows, 0, 0);
         }
     };
-    auto order_x = [&](int step, int stage) {
-        copy_box(ring.base + stage * B::stage_bytes, &operands.x, ring.there + 8 * stage, (first + step) * step_bytes, first_token, 0, 0);
+    auto order_x = [&](const Tile& tile, int step, int stage) {
+        copy_box(ring.base + stage * B::stage_bytes, &operands.x, ring.there + 8 * stage, (tile.first + step) * step_bytes, tile.first_token, 0,
+                 0);
     };
     // Weights need not wait for the kernel before.
     int const ahead = min(steps, B::stages);
-    for (int step = 0; step < ahead; ++step) order_w(step, step);
+    Tile tile = tile_at(0);
+    Turn<B> turn;
+    for (int step = 0; step < ahead; ++step) order_w(tile, step, step);
     wait_for_kernel_before();
-    for (int step = 0; step < ahead; ++step) order_x(step, step);
-    int stage = 0, turn = 0;
-    for (int step = ahead; step < steps; ++step) {
-        barrier_wait(ring.used + 8 * stage, turn & 1);
-        order_w(step, stage);
-        order_x(step, stage);
-        if (++stage == B::stages) stage = 0, ++turn;
+    for (int step = 0; step < ahead; ++step, turn.advance()) order_x(tile, step, step);
+    for (int i = 0; i < tiles; ++i) {
+        if (i > 0) tile = tile_at(i);
+        for (int step = i == 0 ? ahead : 0; step < steps; ++step, turn.advance()) {
+            barrier_wait(ring.used + 8 * turn.stage, turn.turn & 1 ^ 1);  // at once, where it has not been used
+            order_w(tile, step, turn.stage);
+            order_x(tile, step, turn.stage);
+        }
     }
 }
 
 // The sums of a group's 64 tokens.
 template <class B>
-__device__ inline void multiply(const Ring& ring, int group, int steps, float (&sums)[B::columns / 2]) {
+__device__ inline void multiply(const Ring& ring, int group, int steps, Turn<B>& turn, float (&sums)[B::columns / 2]) {
     int const lane = threadIdx.x % warp_size;
 #pragma unroll
     for (int i = 0; i < B::columns / 2; ++i) sums[i] = 0.0f;
     pin(sums);
-    int stage = 0, turn = 0, before = 0;
+    int before = 0;
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
-        uint32_t const place = ring.base + stage * B::stage_bytes;
+        uint32_t const place = ring.base + turn.stage * B::stage_bytes;
         uint32_t const x = tile_descriptor(place + group * tile_bytes), w = tile_descriptor(place + B::x_bytes);
-        barrier_wait(ring.there + 8 * stage, turn & 1);
+        barrier_wait(ring.there + 8 * turn.stage, turn.turn & 1);
         product_fence();
         product_bf16_wide<0, tile_bytes>(sums, x, w);
         product_bf16_wide<1, tile_bytes>(sums, x, w);
@@ -128,11 +153,12 @@ __device__ inline void multiply(const Ring& ring, int group, int steps, float (&
         product_commit();
         product_wait<1>();
         barrier_arrive_if(ring.used + 8 * before, step > 0 && lane == 0);
-        before = stage;
-        if (++stage == B::stages) stage = 0, ++turn;
+        before = turn.stage;
+        turn.advance();
     }
     product_wait();
     pin(sums);
+    barrier_arrive_if(ring.used + 8 * before, steps > 0 && lane == 0);
 }
 
 // ---- all columns in one block -----------------------------------------------------------------------------------------------
@@ -140,6 +166,7 @@ __device__ inline void multiply(const Ring& ring, int group, int steps, float (&
 struct Unsplit {
     Operands<most_unsplit_parts> operands;
     CUtensorMap out[most_unsplit_parts];
+    int token_tiles, tiles;
     const float* squares;
     float mean, epsilon;
 };
@@ -167,53 +194,63 @@ __global__ void __launch_bounds__(B::threads, 1) linear_hopper_kernel(const __gr
     __shared__ uint64_t full[B::stages], empty[B::stages];
     Ring const ring = make_ring<B>(full, empty, memory);
     auto const& operands = work.operands;
-    int const block = static_cast<int>(blockIdx.y), part = operands.part_of(block);
-    int const first_token = static_cast<int>(blockIdx.x) * B::groups * group_tokens;
-    int const first_output = (block - operands.first_block[part]) * B::columns;
+    int const first = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x), tiles = (work.tiles - first + blocks - 1) / blocks;
     int const warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
+    // Those of the same outputs follow each other: they share the weights in the L2 cache.
+    auto tile_at = [&](int i) {
+        int const tile = first + i * blocks, block = tile / work.token_tiles, part = operands.part_of(block);
+        return Tile{part, tile % work.token_tiles * B::groups * group_tokens, (block - operands.first_block[part]) * B::columns, 0};
+    };
     if (warp == B::consumers / warp_size) {
-        if (elect_lane()) order_operands<B>(ring, operands, part, first_token, first_output, 0, operands.steps);
-        return;
-    }
-
-    int const group = warp / 4;
-    float sums[B::columns / 2];
-    multiply<B>(ring, group, operands.steps, sums);
-    if (work.squares != nullptr) {
-        wait_for_kernel_before();
-        int const token = first_token + warp * 16 + lane / 4;
-        float const factor[2] = {inverse_root(work, token), inverse_root(work, token + 8)};
+        if (elect_lane()) order_operands<B>(ring, operands, tiles, operands.steps, tile_at);
+    } else {
+        int const group = warp / 4, line = warp % 4 * 16 + lane % 16;
+        bool const stores = threadIdx.x % group_threads == 0;
+        Turn<B> turn;
+        int slot = 0;
+        for (int i = 0; i < tiles; ++i) {
+            Tile const tile = tile_at(i);
+            bool const last = i + 1 == tiles;
+            float factor[2] = {1.0f, 1.0f};
+            if (work.squares != nullptr) {
+                if (i == 0) wait_for_kernel_before();
+                int const token = tile.first_token + warp * 16 + lane / 4;
+                factor[0] = inverse_root(work, token), factor[1] = inverse_root(work, token + 8);
+            }
+            float sums[B::columns / 2];
+            multiply<B>(ring, group, operands.steps, turn, sums);
 #pragma unroll
-        for (int i = 0; i < B::columns / 2; ++i) sums[i] *= factor[i / 2 % 2];
-    }
-    named_sync(1 + group, group_threads);  // all of its warps have used its tokens
-
-    int const line = warp % 4 * 16 + lane % 16;
+            for (int j = 0; j < B::tiles; ++j) {
+                // Behind the last one no operands are ordered: each 64 outputs have a place of their own.
+                uint32_t const place = last ? j * B::stage_bytes : B::stages * B::stage_bytes + slot * B::x_bytes;
+                uint32_t const staged = ring.base + place + group * tile_bytes;
+                uint32_t words[16];
 #pragma unroll
-    for (int i = 0; i < B::tiles; ++i) {
-        uint32_t const staged = ring.base + i * B::stage_bytes + group * tile_bytes;
-        uint32_t words[16];
+                for (int k = 0; k < 16; ++k) {
+                    words[k] = pack(sums[32 * j + 2 * k] * factor[k % 2], sums[32 * j + 2 * k + 1] * factor[k % 2]);
+                }
+                if (!last || j == 0) {
+                    if (stores) store_wait_read<B::slots - 1>();  // what lay there has left
+                    named_sync(1 + group, group_threads);
+                }
 #pragma unroll
-        for (int j = 0; j < 16; ++j) words[j] = pack(sums[32 * i + 2 * j], sums[32 * i + 2 * j + 1]);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            // lanes 0 to 15 name the rows of the first eight outputs, the others those of the next eight
-            store_matrices(staged + line * 128 + ((2 * j + lane / 16 ^ (line & 7)) << 4), words + 4 * j);
-        }
-    }
-    fence_async();
-    named_sync(1 + group, group_threads);
-    int const token = first_token + group * group_tokens;
-    if (threadIdx.x % group_threads == 0 && token < operands.tokens) {
-#pragma unroll
-        for (int i = 0; i < B::tiles; ++i) {
-            int const output = first_output + i * 64;
-            if (output < operands.outputs[part]) {
-                store_box(&work.out[part], ring.base + i * B::stage_bytes + group * tile_bytes, output * 2, token, 0, 0);
+                for (int k = 0; k < 4; ++k) {
+                    // lanes 0 to 15 name the rows of the first eight outputs, the others those of the next eight
+                    store_matrices(staged + line * 128 + ((2 * k + lane / 16 ^ (line & 7)) << 4), words + 4 * k);
+                }
+                fence_async();
+                named_sync(1 + group, group_threads);
+                int const token = tile.first_token + group * group_tokens, output = tile.first_output + j * 64;
+                if (stores) {
+                    if (token < operands.tokens && output < operands.outputs[tile.part]) {
+                        store_box(&work.out[tile.part], staged, output * 2, token, 0, 0);
+                    }
+                    store_commit();
+                }
+                slot = slot + 1 == B::slots ? 0 : slot + 1;
             }
         }
-        store_commit();
-        store_wait_read<0>();  // what else there is to wait for, who waits for the kernel does
+        if (stores) store_wait_read<0>();  // what else there is to wait for, who waits for the kernel does
     }
 #endif
 }
@@ -232,12 +269,68 @@ struct Split {
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// Two outputs of a token.
-__device__ inline void store_two(const Split::Result& result, int64_t place, float2 value) {
+// Four outputs of a token.
+__device__ inline void store_four(const Split::Result& result, int64_t place, float4 value) {
     if (result.type == MLA_FLOAT) {
-        *reinterpret_cast<float2*>(static_cast<float*>(result.out) + place) = value;
+        *reinterpret_cast<float4*>(static_cast<float*>(result.out) + place) = value;
     } else {
-        *reinterpret_cast<uint32_t*>(static_cast<__nv_bfloat16*>(result.out) + place) = pack(value.x, value.y);
+        *reinterpret_cast<uint2*>(static_cast<__nv_bfloat16*>(result.out) + place) = make_uint2(pack(value.x, value.y), pack(value.z, value.w));
+    }
+}
+
+// Adds up the parts of all `blocks` blocks for this one's share of the tokens. Half a warp has 64 outputs of a token, and asks for eight parts
+// before it waits: of several tokens, where few blocks have one. It begins with its own block's part, so that not all read one block at once.
+template <class B, int blocks>
+__device__ inline void sum_parts(const Split& work, int part, int first_token, int first_output, const float* tile) {
+    auto const& operands = work.operands;
+    Split::Result const& result = work.results[part];
+    constexpr int rows = B::groups * group_tokens / blocks, shares = rows * B::tiles, halves = B::consumers / 16, together = most_cluster / blocks;
+    int const lane = threadIdx.x % warp_size, rank = cluster_rank(), outputs = operands.outputs[part];
+#pragma unroll 1
+    for (int first = threadIdx.x / warp_size * 2; first < shares; first += halves * together) {
+        int tokens[together], columns[together];
+        bool there[together];
+        uint2 factors[together];
+        uint4 parts[together][blocks];
+#pragma unroll
+        for (int i = 0; i < together; ++i) {
+            int const share = first + i * halves + lane / 16, row = rank * rows + share / B::tiles;
+            columns[i] = share % B::tiles * 64 + lane % 16 * 4;
+            tokens[i] = first_token + row;
+            there[i] = share < shares && tokens[i] < operands.tokens && first_output + columns[i] < outputs;
+            factors[i] = make_uint2(0, 0);
+            if (there[i] && result.factors != nullptr) {
+                factors[i] = *reinterpret_cast<const uint2*>(result.factors + first_output + columns[i]);
+            }
+#pragma unroll
+            for (int j = 0; j < blocks; ++j) {
+                parts[i][j] = make_uint4(0, 0, 0, 0);
+                if (!there[i]) continue;
+                parts[i][j] = load_from_block(reinterpret_cast<const uint4*>(tile + row * B::row + columns[i]), rank + j & blocks - 1);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < together; ++i) {
+            float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+            for (int j = 0; j < blocks; ++j) {
+                sum.x += __uint_as_float(parts[i][j].x), sum.y += __uint_as_float(parts[i][j].y);
+                sum.z += __uint_as_float(parts[i][j].z), sum.w += __uint_as_float(parts[i][j].w);
+            }
+            int const output = first_output + columns[i];
+            if (result.squares != nullptr) {
+                float squares = sum.x * sum.x + sum.y * sum.y + sum.z * sum.z + sum.w * sum.w;  // of outputs that there are not: zero
+#pragma unroll
+                for (int other = 8; other > 0; other /= 2) squares += __shfl_xor_sync(~0u, squares, other);
+                if (lane % 16 == 0 && there[i]) result.squares[static_cast<int64_t>(output / 64) * operands.tokens + tokens[i]] = squares;
+            }
+            if (!there[i]) continue;
+            if (result.factors != nullptr) {
+                sum.x *= __uint_as_float(factors[i].x << 16), sum.y *= __uint_as_float(factors[i].x & 0xffff0000u);
+                sum.z *= __uint_as_float(factors[i].y << 16), sum.w *= __uint_as_float(factors[i].y & 0xffff0000u);
+            }
+            store_four(result, static_cast<int64_t>(tokens[i]) * outputs + output, sum);
+        }
     }
 }
 
@@ -259,12 +352,13 @@ __global__ void __launch_bounds__(B::threads, 1) linear_split_kernel(const __gri
     int const warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
     float* const tile = reinterpret_cast<float*>(memory);  // [tokens][B::row], where the operands were
     if (warp == B::consumers / warp_size) {
-        if (elect_lane()) order_operands<B>(ring, operands, part, first_token, first_output, first, steps);
+        if (elect_lane()) order_operands<B>(ring, operands, 1, steps, [&](int) { return Tile{part, first_token, first_output, first}; });
         __syncwarp();
         cluster_barrier();
     } else {
         float sums[B::columns / 2];
-        multiply<B>(ring, warp / 4, steps, sums);
+        Turn<B> turn;
+        multiply<B>(ring, warp / 4, steps, turn, sums);
         named_sync(1, B::consumers);  // all have used the operands
         float* const there = tile + (warp * 16 + lane / 4) * B::row + lane % 4 * 2;
 #pragma unroll
@@ -273,44 +367,19 @@ __global__ void __launch_bounds__(B::threads, 1) linear_split_kernel(const __gri
             *reinterpret_cast<float2*>(there + 8 * B::row + 8 * i) = make_float2(sums[4 * i + 2], sums[4 * i + 3]);
         }
         cluster_barrier();
-        Split::Result const& result = work.results[part];
-        int const outputs = operands.outputs[part], rows = B::groups * group_tokens / blocks;
-        for (int i = warp; i < rows; i += B::consumers / warp_size) {
-            int const row = rank * rows + i, token = first_token + row;
-            if (token >= operands.tokens) break;
-            uint64_t parts[B::tiles][most_cluster];  // asked for before anything is waited for
-#pragma unroll
-            for (int j = 0; j < B::tiles; ++j) {
-#pragma unroll
-                for (int k = 0; k < most_cluster; ++k) {
-                    if (k < blocks) parts[j][k] = load_from_block(reinterpret_cast<const uint64_t*>(tile + row * B::row + 64 * j + 2 * lane), k);
-                }
-            }
-#pragma unroll
-            for (int j = 0; j < B::tiles; ++j) {
-                float2 sum = make_float2(0.0f, 0.0f);
-#pragma unroll
-                for (int k = 0; k < most_cluster; ++k) {
-                    if (k >= blocks) break;
-                    sum.x += __uint_as_float(static_cast<uint32_t>(parts[j][k]));
-                    sum.y += __uint_as_float(static_cast<uint32_t>(parts[j][k] >> 32));
-                }
-                int const output = first_output + 64 * j + 2 * lane;
-                if (result.squares != nullptr) {
-                    float const squares = warp_sum(sum.x * sum.x + sum.y * sum.y);  // of outputs that there are not: zero
-                    if (lane == 0 && output < outputs) result.squares[static_cast<int64_t>(output / 64) * operands.tokens + token] = squares;
-                }
-                if (output >= outputs) continue;
-                if (result.factors != nullptr) {
-                    float2 const factors = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(result.factors + output));
-                    sum.x *= factors.x, sum.y *= factors.y;
-                }
-                store_two(result, static_cast<int64_t>(token) * outputs + output, sum);
-            }
+        if (blocks == 8) {
+            sum_parts<B, 8>(work, part, first_token, first_output, tile);
+        } else if (blocks == 4) {
+            sum_parts<B, 4>(work, part, first_token, first_output, tile);
+        } else if (blocks == 2) {
+            sum_parts<B, 2>(work, part, first_token, first_output, tile);
+        } else {
+            sum_parts<B, 1>(work, part, first_token, first_output, tile);
         }
     }
     __syncwarp();
-    cluster_barrier();  // a block's shared memory ends with it
+    cluster_arrive();
+    cluster_wait();  // a block's shared memory ends with it
 #endif
 }
 
@@ -349,50 +418,81 @@ int make_operands(const Linear& work, Operands<parts>* operands) {
 }
 
 template <class B, class Work>
-int launch(void (*kernel)(Work), const Work& argument, const Linear& work, int cluster, const Device& device, cudaStream_t stream) {
+int launch(void (*kernel)(Work), const Work& argument, dim3 grid, int cluster, const Device& device, cudaStream_t stream) {
     if (int status = check_cuda("product with weights",
                                 cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                      cudaFuncAttributeMaxDynamicSharedMemorySize, B::bytes))) {
         return status;
     }
-    // Blocks of the same outputs follow each other: they share the weights in the L2 cache.
-    dim3 const grid(static_cast<unsigned>(ceil_div<int64_t>(work.tokens, B::groups * group_tokens) * cluster),
-                    static_cast<unsigned>(blocks_of(work, B::columns)));
     return launch_clusters_early("product with weights", kernel, grid, cluster, B::threads, B::bytes, device, stream, argument);
 }
 
+// A tile of the product, and the blocks that share its columns.
+struct Shape {
+    int groups, columns, cluster;
+
+    int64_t token_tiles(const Linear& work) const { return ceil_div<int64_t>(work.tokens, groups * group_tokens); }
+    int64_t tiles(const Linear& work) const { return token_tiles(work) * blocks_of(work, columns); }
+    // About how many cycles it takes: rounds over the multiprocessors, each as many steps' products or copies, whichever are more, what results
+    // take on their way, and what the sums of a cluster's parts do. The numbers choose what was the fastest, or nearly, of all that were
+    // measured on an H200.
+    int64_t cost(const Linear& work, const Device& device) const {
+        // The blocks of a cluster of more than two are so near each other that not all multiprocessors have one.
+        int const places = std::max(1, (cluster <= 2 ? device.multiprocessors : device.multiprocessors * 15 / 16) / cluster);
+        int64_t const products = 2 * groups * columns, copies = (groups * tile_bytes + columns * step_bytes) / 36;
+        int64_t const results = 2000 + groups * columns * (5 + 64 * (cluster - 1) / cluster);
+        return ceil_div<int64_t>(tiles(work), places) * (ceil_div<int64_t>(steps_of(work), cluster) * std::max(products, copies) + results);
+    }
+    void take_if_better(Shape* best, const Linear& work, const Device& device) const {
+        if (best->groups == 0 || cost(work, device) < best->cost(work, device)) *best = *this;
+    }
+};
+
 template <int groups, int columns>
-int launch_unsplit(const Linear& work, const Device& device, cudaStream_t stream) {
-    using B = Block<groups, columns>;
+int launch_unsplit(const Linear& work, const Shape& shape, const Device& device, cudaStream_t stream) {
+    using B = UnsplitBlock<groups, columns>;
     Unsplit argument{};
     if (int status = make_operands<B>(work, &argument.operands)) return status;
     for (int i = 0; i < work.count; ++i) {
         LinearPart const& part = work.parts[i];
         if (int status = make_map(&argument.out[i], part.out, part.outputs, work.tokens, group_tokens)) return status;
     }
+    argument.token_tiles = static_cast<int>(shape.token_tiles(work));
+    argument.tiles = static_cast<int>(shape.tiles(work));
     argument.squares = work.squares;
     argument.mean = 1.0f / static_cast<float>(work.columns);
     argument.epsilon = work.epsilon;
-    return launch<B>(linear_hopper_kernel<B>, argument, work, 1, device, stream);
+    dim3 const grid(static_cast<unsigned>(std::min<int64_t>(argument.tiles, device.multiprocessors)));
+    return launch<B>(linear_hopper_kernel<B>, argument, grid, 1, device, stream);
 }
 
 template <int groups>
-int launch_unsplit(const Linear& work, int columns, const Device& device, cudaStream_t stream) {
-    if (columns == 64) return launch_unsplit<groups, 64>(work, device, stream);
-    if (columns == 128) return launch_unsplit<groups, 128>(work, device, stream);
-    return columns == 192 ? launch_unsplit<groups, 192>(work, device, stream) : launch_unsplit<groups, 256>(work, device, stream);
+int launch_unsplit(const Linear& work, const Shape& shape, const Device& device, cudaStream_t stream) {
+    if (shape.columns == 64) return launch_unsplit<groups, 64>(work, shape, device, stream);
+    if (shape.columns == 128) return launch_unsplit<groups, 128>(work, shape, device, stream);
+    if (shape.columns == 192) return launch_unsplit<groups, 192>(work, shape, device, stream);
+    return launch_unsplit<groups, 256>(work, shape, device, stream);
 }
 
 template <int groups, int columns>
-int launch_split(const Linear& work, int cluster, const Device& device, cudaStream_t stream) {
-    using B = Block<groups, columns>;
+int launch_split(const Linear& work, const Shape& shape, const Device& device, cudaStream_t stream) {
+    using B = SplitBlock<groups, columns>;
     Split argument{};
     if (int status = make_operands<B>(work, &argument.operands)) return status;
     for (int i = 0; i < work.count; ++i) {
         LinearPart const& part = work.parts[i];
         argument.results[i] = {part.out, static_cast<const __nv_bfloat16*>(part.factors), part.squares, part.out_type};
     }
-    return launch<B>(linear_split_kernel<B>, argument, work, cluster, device, stream);
+    // Blocks of the same outputs follow each other: they share the weights in the L2 cache.
+    dim3 const grid(static_cast<unsigned>(shape.token_tiles(work) * shape.cluster), static_cast<unsigned>(blocks_of(work, columns)));
+    return launch<B>(linear_split_kernel<B>, argument, grid, shape.cluster, device, stream);
+}
+
+template <int groups>
+int launch_split(const Linear& work, const Shape& shape, const Device& device, cudaStream_t stream) {
+    if (shape.columns == 64) return launch_split<groups, 64>(work, shape, device, stream);
+    if (shape.columns == 128) return launch_split<groups, 128>(work, shape, device, stream);
+    return launch_split<groups, 192>(work, shape, device, stream);
 }
 
 bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
@@ -407,7 +507,8 @@ bool takes(const LinearPart& part) {
 
 bool linear_takes_hopper(const Linear& work, const Device& device) {
     if (device.major != 9 || work.x_type != MLA_BFLOAT16 || work.columns == 0 || work.columns % 8 != 0 || !aligned(work.x) ||
-        work.columns * 2 > most_size || work.tokens > most_size / (2 * most_cluster) || blocks_of(work, 64) > 65535) {
+        work.columns * 2 > most_size || work.tokens > most_size / (2 * most_cluster) || blocks_of(work, 64) > 65535 ||
+        blocks_of(work, 64) * ceil_div<int64_t>(work.tokens, group_tokens) > most_size) {
         return false;
     }
     return has_hopper_code() && std::all_of(work.parts, work.parts + work.count, takes);
@@ -415,43 +516,22 @@ bool linear_takes_hopper(const Linear& work, const Device& device) {
 
 int linear_hopper(const Linear& work, const Device& device, cudaStream_t stream) {
     if (work.count == 0) return MLA_OK;
-    constexpr struct Shape {
-        int groups, columns;
-    } shapes[] = {{1, 256}, {1, 192}, {1, 128}, {1, 64}, {2, 256}, {2, 192}, {2, 128}, {2, 64}};
+    int const groups = work.tokens > group_tokens ? 2 : 1;  // more than one, or weights would be read for each 64 tokens
     Shape best{};
-    int64_t least = 0;
-    for (Shape const& shape : shapes) {
-        if (shape.groups == 1 && work.tokens > group_tokens) continue;  // weights would be read for each of them
-        // Rounds over the multiprocessors, each its products and about as much besides as those of 32 outputs take.
-        int64_t const blocks = ceil_div<int64_t>(work.tokens, shape.groups * group_tokens) * blocks_of(work, shape.columns);
-        int64_t const cost = ceil_div<int64_t>(blocks, device.multiprocessors) * shape.groups * (shape.columns + 32);
-        if (best.groups == 0 || cost < least) best = shape, least = cost;
-    }
-    return best.groups == 1 ? launch_unsplit<1>(work, best.columns, device, stream) : launch_unsplit<2>(work, best.columns, device, stream);
+    for (int columns : {256, 192, 128, 64}) Shape{groups, columns, 1}.take_if_better(&best, work, device);
+    return groups == 1 ? launch_unsplit<1>(work, best, device, stream) : launch_unsplit<2>(work, best, device, stream);
 }
 
 int linear_hopper_split(const Linear& work, const Device& device, cudaStream_t stream) {
     if (work.count == 0) return MLA_OK;
     int const groups = work.tokens > group_tokens ? 2 : 1;
-    int best_columns = 0, best_cluster = 0;
-    int64_t least = 0;
-    for (int columns : {64, 192}) {
-        for (int cluster = 1; cluster <= std::min<int64_t>(most_cluster, steps_of(work)); cluster *= 2) {
-            // The blocks of a cluster of more than two are so near each other that not all multiprocessors have one. A round is its blocks'
-            // bytes, and about as much besides as six steps' are.
-            int64_t const places = cluster <= 2 ? device.multiprocessors : std::max(device.multiprocessors * 15 / 16, cluster);
-            int64_t const blocks = ceil_div<int64_t>(work.tokens, groups * group_tokens) * blocks_of(work, columns) * cluster;
-            int64_t const cost =
-                ceil_div(blocks, places) * (ceil_div<int64_t>(steps_of(work), cluster) + 6) * (groups * group_tokens + columns);
-            if (best_columns == 0 || cost < least) best_columns = columns, best_cluster = cluster, least = cost;
+    Shape best{};
+    for (int columns : {64, 128, 192}) {
+        for (int cluster = 1; cluster <= std::min<int64_t>({most_cluster, device.multiprocessors, steps_of(work)}); cluster *= 2) {
+            Shape{groups, columns, cluster}.take_if_better(&best, work, device);
         }
     }
-    if (groups == 1) {
-        return best_columns == 64 ? launch_split<1, 64>(work, best_cluster, device, stream)
-                                  : launch_split<1, 192>(work, best_cluster, device, stream);
-    }
-    return best_columns == 64 ? launch_split<2, 64>(work, best_cluster, device, stream)
-                              : launch_split<2, 192>(work, best_cluster, device, stream);
+    return groups == 1 ? launch_split<1>(work, best, device, stream) : launch_split<2>(work, best, device, stream);
 }
 
 }  // namespace mla

@@ -56,6 +56,9 @@ class Variant:
         sparse_outliers: the same where there are indexers too, whose choices reach later tokens through the cache.
         cache: of `mla-trt build`.
         like: the variant whose results on ONNX Runtime are this one's too, where it is another.
+        streamed: weights stay in host memory.
+        refitted: the engine is built with other weights, and gets those of the model afterwards.
+        exports: the first export whose name begins with each of these; none: all exports.
     """
 
     name: str
@@ -68,19 +71,27 @@ class Variant:
     sparse_outliers: float
     cache: str = IO
     like: str | None = None
+    streamed: bool = False
+    refitted: bool = False
+    exports: tuple[str, ...] = ()
 
     def model(self, lowered: onnx.ModelProto) -> onnx.ModelProto:
         """The lowered model over this variant's pages."""
         return retarget(lowered, row_format=self.row_format, index_format=self.index_format, page_size=self.page_size)
 
 
+BF16 = ("bf16", "fp8", 32, "bf16", 5e-2, 0.1, 0.45)
+DEEPSEEK = ("deepseek_v3__", "deepseek_v32__")
+HOLDING = (*DEEPSEEK, "kimi_linear__", "packed2d_absorb_cat__")
 VARIANTS = {
     variant.name: variant
     for variant in (
         Variant("f32", "f32", "f32", 4, "keep", 2e-4, 0.0, 0.0),
         Variant("fp8", "fp8", "fp8", 16, "keep", 3e-2, 0.1, 0.4),
-        Variant("bf16", "bf16", "fp8", 32, "bf16", 5e-2, 0.1, 0.45),
-        Variant("resident", "f32", "f32", 4, "keep", 2e-4, 0.0, 0.0, RESIDENT, "f32"),
+        Variant("bf16", *BF16),
+        Variant("resident", "f32", "f32", 4, "keep", 2e-4, 0.0, 0.0, RESIDENT, "f32", exports=HOLDING),
+        Variant("streamed", *BF16, IO, "bf16", streamed=True, exports=DEEPSEEK),
+        Variant("refitted", *BF16, IO, "bf16", refitted=True, exports=DEEPSEEK),
     )
 }
 HALF_TOLERANCE, HALF_OUTLIERS = 1e-2, 0.1

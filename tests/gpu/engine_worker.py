@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import onnx
 from engine_sessions import VARIANTS, Record, errors, pages_needed, replay
+from engine_weights import other_weights, refit
 
 from mla_trt.engines import input_projections
 from mla_trt.engines.building import BuildOptions, build_file
@@ -43,7 +44,7 @@ def run_case(folder: Path, variant_name: str, level: int, scratch: Path) -> dict
         model = variant.model(record.model)
         source = scratch / f"{record.name}.{variant_name}"
         source.mkdir(exist_ok=True)
-        onnx.save(model, source / "model.onnx")
+        onnx.save(other_weights(model) if variant.refitted else model, source / "model.onnx")
         pages = pages_needed(record.scripts, variant.page_size)
         on_cpu = record.given[variant.like or variant_name]
         longest = LoweredMetadata.of(model).max_position or LONGEST
@@ -57,6 +58,8 @@ def run_case(folder: Path, variant_name: str, level: int, scratch: Path) -> dict
             optimization_level=level,
             timing_cache=scratch / "timing.cache",
             workspace=1 << 30,
+            weight_streaming=variant.streamed,
+            refit=variant.refitted,
         )
         result["stage"] = "build"
         path = scratch / f"{record.name}.{variant_name}.engine"
@@ -65,6 +68,8 @@ def run_case(folder: Path, variant_name: str, level: int, scratch: Path) -> dict
         engine = TensorRtEngine.open(path, pages=pages)
         if variant.cache == RESIDENT:
             beside = TensorRtEngine.open(path)
+        if variant.refitted:
+            result["refitted"] = refit(engine, model, scratch / f"{record.name}.{variant_name}.weights", options)
         result["stage"] = "run"
         given = []
         for script in record.scripts:

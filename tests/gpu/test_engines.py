@@ -36,8 +36,6 @@ import pytest
 from engine_results import Case, Result, Results, failure, interleaved, kernels_commit, table
 from engine_sessions import ROOT, VARIANTS, records_folder
 
-from mla_trt.engines.engine_file import RESIDENT
-
 pytestmark = pytest.mark.engines
 
 RECORDS = records_folder()
@@ -52,12 +50,15 @@ CASE_SECONDS = 400  # a Kimi Linear takes 140 s to build on a quiet machine
 RESULT = "RESULT "
 
 EXPORTS = sorted(path.parent.name for path in RECORDS.glob("*/sessions.json"))
-HOLDING = ("deepseek_v3__", "deepseek_v32__", "kimi_linear__", "packed2d_absorb_cat__")
-"""The first export of each of these is also built with its pages in the plugins."""
-FEW = [found[0] for start in HOLDING if (found := [name for name in EXPORTS if name.startswith(start)])]
-CASES = [
-    (export, variant) for variant in CHOSEN for export in (FEW if VARIANTS[variant].cache == RESIDENT else EXPORTS)
-]
+
+
+def _exports_of(variant: str) -> list[str]:
+    starts = VARIANTS[variant].exports
+    first = [next((name for name in EXPORTS if name.startswith(start)), None) for start in starts]
+    return [name for name in first if name is not None] if starts else EXPORTS
+
+
+CASES = [(export, variant) for variant in CHOSEN for export in _exports_of(variant)]
 
 
 def _reason() -> str | None:

@@ -117,11 +117,31 @@ def test_sizes(sizes: Sizes, parts: tuple[str, ...], tokens: int) -> None:
 
 @pytest.mark.small
 @pytest.mark.multiprocessors(2)
-@pytest.mark.parametrize("tokens", [64, 200])
-@pytest.mark.parametrize("width", [78, 128, 133])
+@pytest.mark.parametrize("tokens", [64, 200, 400])
+@pytest.mark.parametrize("width", [8, 78, 128, 133])
 def test_rounds_of_wide_blocks(width: int, tokens: int) -> None:
-    """On few multiprocessors blocks have as many outputs as those of large weights have on a GPU's."""
+    """On few multiprocessors blocks have as many outputs as those of large weights have on a GPU's, and go on from tile to tile."""
     _check(_inputs(12, tokens, (136, 72, 8, width, 264, 64, 8, 16), MLA))
+
+
+@pytest.mark.small
+@pytest.mark.parametrize("tokens", [5, 64, 70, 130])
+@pytest.mark.parametrize(
+    ("latent", "parts"),
+    [
+        pytest.param(*case, marks=pytest.mark.multiprocessors(count), id=f"{count} multiprocessors, {case[0]}")
+        for count, case in [
+            (4, (72, LATENT)),
+            (4, (136, (*LATENT, "w_dkv"))),
+            (16, (72, LATENT)),
+            (24, (72, LATENT)),
+            (24, (136, (*LATENT, "w_dkv"))),
+        ]
+    ],
+)
+def test_columns_of_few_outputs(latent: int, parts: tuple[str, ...], tokens: int) -> None:
+    """Of so many multiprocessors two, four or eight share the columns of one product."""
+    _check(_inputs(13, tokens, (1032, latent, 1, 24, 72, 8, 8, 8), parts))
 
 
 @pytest.mark.small
@@ -129,7 +149,7 @@ def test_rounds_of_wide_blocks(width: int, tokens: int) -> None:
 @pytest.mark.parametrize("tokens", [5, 100])
 def test_many_columns_and_few_outputs(tokens: int) -> None:
     """The emulated GPU has as many multiprocessors as eight blocks for each 192 outputs need."""
-    _check(_inputs(13, tokens, (7168, 192, 1, 264, 136, 8, 8, 8), (*LATENT, "w_dkv")))
+    _check(_inputs(14, tokens, (7168, 192, 1, 264, 136, 8, 8, 8), (*LATENT, "w_dkv")))
 
 
 @pytest.mark.small
@@ -208,7 +228,7 @@ def test_calls_in_a_row(case: str, tokens: int) -> None:
     _check(_inputs(9, tokens, *SMALL[case]), in_a_row=3)
 
 
-@pytest.mark.parametrize("tokens", [1, 64, 128, 300])
+@pytest.mark.parametrize("tokens", [1, 64, 128, 300, 600])
 def test_a_thousand_repeats(tokens: int) -> None:
     inputs = _inputs(10, tokens, (7168, 1536, 16, 192, 512, 64, 64, 128))
     expected = _expected(inputs)
