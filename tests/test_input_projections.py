@@ -305,6 +305,43 @@ def _one_factor(layer: Layer) -> None:
     layer.op("weighed", "Mul", "head_rows", np.array(0.375, ml_dtypes.bfloat16))
 
 
+def _turned(weight: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(weight.T)
+
+
+def _gemms(layer: Layer) -> None:
+    layer.op("tokens", "Reshape", "hidden", np.array([-1, C]))
+    layer.op("down", "Gemm", "tokens", _turned(layer.constants["q_a"]), transB=1)
+    layer.op("up", "Gemm", "normed", _turned(layer.constants["q_b"]), transB=1, beta=0.5)
+    layer.op("kv", "Gemm", "tokens", "kv_a")
+    layer.op("index_up", "Gemm", "normed", "index_q", alpha=1.0)
+    layer.op("keys", "Gemm", "tokens", _turned(layer.constants["index_k"]), transB=1)
+    layer.op("heads", "Gemm", "tokens", "index_w")
+
+
+def _transposed(layer: Layer) -> None:
+    for output, rows, weight in (("down", "hidden", "q_a"), ("up", "normed", "q_b"), ("kv", "hidden", "kv_a")):
+        layer.op(f"{weight}.turned", "Transpose", _turned(layer.constants[weight]), perm=[1, 0])
+        layer.op(output, "MatMul", rows, f"{weight}.turned")
+
+
+def _dequantised(layer: Layer) -> None:
+    """As DeepSeek's own weights: codes, and a scale for each block of eight by eight."""
+    random = np.random.default_rng(1)
+    kinds = {"q_b": ml_dtypes.float8_e4m3fn, "kv_a": np.int8}
+    for (weight, kind), output, rows in zip(kinds.items(), ("up", "kv"), ("normed", "hidden"), strict=True):
+        columns, count = layer.constants[weight].shape[::-1]
+        codes = random.integers(-7, 8, (columns, count)).astype(kind)
+        scales = np.exp2(random.integers(-4, -1, (columns // 8, count // 8))).astype(np.float32)
+        layer.op(f"{weight}.codes", "DequantizeLinear", codes, np.array(1, np.float32))
+        layer.op(f"{weight}.tall", "Expand", scales.reshape(columns // 8, 1, count // 8, 1), np.array([1, 8, 1, 8]))
+        layer.op(f"{weight}.scales", "Reshape", f"{weight}.tall", np.array([columns, count]))
+        layer.op(f"{weight}.scaled", "Mul", f"{weight}.codes", f"{weight}.scales")
+        layer.op(f"{weight}.turned", "Transpose", f"{weight}.scaled", perm=[1, 0])
+        layer.op(f"{weight}.rounded", "Cast", f"{weight}.turned", to=BFLOAT16)
+        layer.op(output, "MatMul", rows, f"{weight}.rounded")
+
+
 SPELLINGS = {
     "split": _split,
     "split before the rows": _split_before_the_rows,
@@ -315,6 +352,9 @@ SPELLINGS = {
     "cast first": _cast_first,
     "norm op": _norm_op,
     "one factor": _one_factor,
+    "gemms": _gemms,
+    "transposed": _transposed,
+    "dequantised": _dequantised,
 }
 
 
@@ -474,8 +514,24 @@ def _not_by_heads(layer: Layer) -> None:
 
 
 def _weight_of_the_step(layer: Layer) -> None:
-    layer.op("q_b.step", "Neg", "q_b")
+    layer.op("largest", "ReduceMax", "hidden", keepdims=0)
+    layer.op("q_b.step", "Mul", "q_b", "largest")
     layer.op("up", "MatMul", "normed", "q_b.step")
+
+
+def _random_weight(layer: Layer) -> None:
+    layer.op("q_b.other", "RandomNormalLike", "q_b", seed=1.0)
+    layer.op("up", "MatMul", "normed", "q_b.other")
+
+
+def _gemm(*more: np.ndarray, **attributes: Any) -> Callable[[Layer], None]:
+    def change(layer: Layer) -> None:
+        layer.op("rows", "Reshape", "normed", np.array([-1, Q]))
+        if attributes.get("transA"):
+            layer.op("columns", "Transpose", "rows")
+        layer.op("up", "Gemm", "columns" if attributes.get("transA") else "rows", "q_b", *more, **attributes)
+
+    return change
 
 
 def _float32(layer: Layer) -> None:
@@ -504,6 +560,10 @@ QUERIES = {
     "another number of heads": _heads(-1, H, M // 2),
     "changed before it has heads": _not_by_heads,
     "no constant": _weight_of_the_step,
+    "another one each time": _random_weight,
+    "a bias": _gemm(np.ones(H * M, ml_dtypes.bfloat16)),
+    "twice the product": _gemm(alpha=2.0),
+    "rows that are columns": _gemm(transA=1),
     "float32": _float32,
     "a batch of weights": _batched,
     "rows no multiple of 8": _rows_not_of_8,
@@ -558,6 +618,25 @@ def test_columns_of_weights_on_disk(to_file: bool, tmp_path: Path) -> None:
         assert external_file(tensor) == ("new.data" if to_file else None)
         np.testing.assert_array_equal(numpy_helper.to_array(tensor, str(tmp_path)), wanted)
     np.testing.assert_array_equal(numpy_helper.to_array(found["query/norm_weight"]), values["q_norm"])
+
+
+def test_weights_that_are_computed_go_to_the_file(tmp_path: Path) -> None:
+    layer = Layer()
+    _dequantised(layer)
+    model = layer.model()
+    (codes,) = (tensor for tensor in model.graph.initializer if tensor.name == "q_b.codes.0")
+    values = numpy_helper.to_array(codes).astype(np.float32)
+    WeightFile(tmp_path / "codes").move_out(codes)
+    tall = layer.constants["q_b.tall.0"]
+    assert take_input_projections(ModelOnDisk(model, tmp_path), WeightFile(tmp_path / "new.data")) == 1
+    found = {tensor.name: tensor for tensor in model.graph.initializer}
+    assert external_file(found["query/weight"]) == external_file(found["latent/weight"]) == "new.data"
+    scales = np.broadcast_to(tall, (tall.shape[0], 8, tall.shape[2], 8)).reshape(values.shape)
+    np.testing.assert_array_equal(
+        numpy_helper.to_array(found["query/weight"], str(tmp_path)).astype(np.float32).reshape(Q, H * M),
+        (values * scales).T,
+    )
+    assert not any(name.startswith(("q_b", "kv_a")) for name in found)
 
 
 def test_columns_of_weights_in_the_model_stay_in_it(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ class _Changes:
     def take(self, inputs: Mapping[str, str]) -> bool:
         """Replaces the products that give these inputs of a layer; returns whether it did."""
         query = self._match("query", inputs["query"])
-        if query is None or 2 * query.weight.dims[0] * query.columns < LEAST_BYTES:
+        if query is None or 2 * query.weight.rows * query.columns < LEAST_BYTES:
             return False
         latent = self._found.source(query)
         for down in (self._found.normed(latent), None):  # without, where others read the latent
@@ -145,7 +145,7 @@ class _Changes:
         rows = hidden
         if len(self._found.probe.dims(hidden) or ()) != 2:
             rows, shape = f"{query}/rows", f"{query}/rows.shape"
-            columns = (down or products["query"]).weight.dims[0]
+            columns = (down or products["query"]).weight.rows
             self._graph.initializer.append(numpy_helper.from_array(np.array([-1, columns]), shape))
             added.append(helper.make_node("Reshape", [hidden, shape], [rows], f"{query}/to_rows"))
         outputs = {name: inputs[name] for name in products}
@@ -158,26 +158,19 @@ class _Changes:
 
     def _weight(self, product: Product, name: str) -> str:
         """The product's weight, with the axes of its result: the model's own, where that changes it for no other."""
-        weight = product.weight
-        rows, columns = weight.dims
-        whole = product.columns == columns
-        if whole and (len(product.sizes) == 1 or self._found.uses[weight.name] == 1):
-            weight.dims[:] = [rows, *product.sizes]  # under its name: a refitter knows it by that
+        weight, tensor = product.weight, product.weight.tensor
+        whole = product.columns == weight.columns
+        if tensor is not None and whole and (len(product.sizes) == 1 or self._found.uses[weight.name] == 1):
+            tensor.dims[:] = [weight.rows, *product.sizes]  # under its name: a refitter knows it by that
             return weight.name
-        made = TensorProto()
-        if whole:
-            made.CopyFrom(weight)
+        if tensor is not None and whole:
+            made = TensorProto()
+            made.CopyFrom(tensor)
             made.name = name
+        elif self._file is not None and (tensor is None or tensor.data_location == TensorProto.EXTERNAL):
+            made = self._file.add_array(name, self._found.values(product))
         else:
-            made = self._columns(product, name)
-        made.dims[:] = [rows, *product.sizes]
+            made = numpy_helper.from_array(self._found.values(product), name)
+        made.dims[:] = [weight.rows, *product.sizes]
         self._graph.initializer.append(made)
         return name
-
-    def _columns(self, product: Product, name: str) -> TensorProto:
-        values = self._found.probe.array(product.weight.name)
-        assert values is not None
-        values = values[:, product.start : product.start + product.columns]
-        if self._file is not None and product.weight.data_location == TensorProto.EXTERNAL:
-            return self._file.add_array(name, values)
-        return numpy_helper.from_array(values, name)

@@ -1,4 +1,5 @@
-"""Finds the products with bf16 weights that make the tensors of a lowered model, through what only moves their results."""
+"""Finds the products with bf16 weights that make the tensors of a lowered model, through what only moves their results. Weights may be
+computed from constants."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from mla_trt.engines.constant_values import ConstantValues
 from mla_trt.engines.static_probe import StaticProbe
 from mla_trt.loading import ModelOnDisk
 from mla_trt.passes.norms import RmsNorm, recognise_rms_norm
@@ -22,12 +24,30 @@ RESHAPES = ("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity")
 
 
 @dataclass(frozen=True)
+class Weight:
+    """A matrix in bf16 that a product reads.
+
+    Attributes:
+        name: of the tensor.
+        rows, columns: as the product reads it.
+        tensor: the model's own where it lies so; None: it is computed from constants, or lies the other way round.
+        transposed: whether the product reads its columns as rows.
+    """
+
+    name: str
+    rows: int
+    columns: int
+    tensor: TensorProto | None = None
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
 class Product:
     """A product with columns of a weight.
 
     Attributes:
-        node: the MatMul.
-        weight: [rows, n].
+        node: the MatMul or Gemm.
+        weight: of which it reads columns.
         start: the first of the columns.
         sizes: (columns,), or (heads, width).
         factor: what the result is multiplied by, float64, one number or one for each column; None: nothing.
@@ -35,7 +55,7 @@ class Product:
     """
 
     node: onnx.NodeProto
-    weight: TensorProto
+    weight: Weight
     start: int
     sizes: tuple[int, ...]
     factor: np.ndarray | None = None
@@ -60,16 +80,15 @@ class WeightProducts:
         self.makers = {name: node for node in graph.node for name in node.output if name}
         self.uses = Counter(reads(graph))
         self._weights = {tensor.name: tensor for tensor in graph.initializer}
+        self._constants = ConstantValues(model, self.makers)
 
     def of_rows(self, tensor: str) -> Product | None:
         """The product of which a tensor has columns, in rows as they come."""
         start, columns = 0, self.width(tensor)
         while columns is not None and (node := self.makers.get(tensor)) is not None:
-            if node.op_type == "MatMul":
-                weight = self._weights.get(node.input[1])
-                return (
-                    Product(node, weight, start, (columns,)) if weight is not None and _fits(weight, columns) else None
-                )
+            if node.op_type in ("MatMul", "Gemm"):
+                weight = self._weight(node)
+                return Product(node, weight, start, (columns,)) if weight and columns % MULTIPLE == 0 else None
             first = self._first_column(node, tensor)
             if first is None:
                 break
@@ -132,6 +151,17 @@ class WeightProducts:
         dims = self.probe.dims(tensor)
         return dims[-1] if dims else None
 
+    def values(self, product: Product) -> np.ndarray:
+        """The columns of its weight, bf16 [rows, columns]."""
+        weight, end = product.weight, product.start + product.columns
+        if weight.tensor is None:
+            whole = self._constants.array(weight.name)
+            columns = whole.T[:, product.start : end] if weight.transposed else whole[:, product.start : end]
+            return columns.astype(ml_dtypes.bfloat16)
+        values = self.probe.array(weight.name)
+        assert values is not None
+        return values[:, product.start : end]
+
     def without(self, outputs: Iterable[str]) -> set[int]:
         """The ids of the nodes that make nothing any more once the outputs come from nowhere."""
         left = dict.fromkeys(outputs, 0)
@@ -145,6 +175,24 @@ class WeightProducts:
                 left[name] = left.get(name, self.uses[name]) - 1
                 waiting.append(name)
         return gone
+
+    def _weight(self, node: onnx.NodeProto) -> Weight | None:
+        """What a MatMul or Gemm multiplies with, and nothing else; None where the kernel for Hopper does not take it."""
+        name, transposed = node.input[1], False
+        if node.op_type == "Gemm":
+            given = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+            if given.get("transA", 0) or given.get("alpha", 1.0) != 1.0 or any(node.input[2:]):
+                return None
+            transposed = bool(given.get("transB", 0))
+        tensor = self._weights.get(name)
+        dims = self.probe.dims(name) if tensor is None else tuple(tensor.dims)
+        kind = self.probe.element_type(name) if tensor is None else tensor.data_type
+        if kind != TensorProto.BFLOAT16 or dims is None or len(dims) != 2 or name not in self._constants:
+            return None
+        rows, columns = reversed(dims) if transposed else dims
+        if rows is None or columns is None or rows % MULTIPLE:
+            return None
+        return Weight(name, rows, columns, None if transposed else tensor, transposed)
 
     def _first_column(self, node: onnx.NodeProto, result: str) -> int | None:
         """Where in the last axis of its input the result of a node begins; None for other nodes than Slice, Split and what only changes the
@@ -176,13 +224,3 @@ def reads(graph: onnx.GraphProto) -> Iterator[str]:
             for inner in (attribute.g, *attribute.graphs):
                 yield from reads(inner)
     yield from (value.name for value in graph.output)
-
-
-def _fits(weight: TensorProto, columns: int) -> bool:
-    """Whether the kernel for Hopper takes columns of a weight."""
-    return (
-        weight.data_type == TensorProto.BFLOAT16
-        and len(weight.dims) == 2
-        and weight.dims[0] % MULTIPLE == 0
-        and columns % MULTIPLE == 0
-    )
