@@ -240,6 +240,12 @@ def _parser() -> argparse.ArgumentParser:
         help="keep weights in host memory (default: where they would fill the GPU's)",
     )
     build.add_argument("--refit", action="store_true", help="let weights be replaced in the engine")
+    build.add_argument(
+        "--keep-codes",
+        action="store_true",
+        help="leave quantised weights as codes: a smaller engine, which may decode them in every step (default: those of products in "
+        "bfloat16 or float16 are decoded now)",
+    )
     build.add_argument("--tf32", action="store_true", help="let products in float32 round their factors to 10 bits")
     build.add_argument("--json", action="store_true", help="print the engine's description as JSON")
 
@@ -509,6 +515,7 @@ def _build(options: argparse.Namespace) -> int:
         keep_times=options.timing_cache is None,
         weight_streaming=options.weight_streaming,
         refit=options.refit,
+        keep_codes=options.keep_codes,
         tf32=options.tf32,
         plugins=options.plugins,
     )

@@ -90,7 +90,7 @@ def load_model(path: Path) -> LoadedModel:
     model = LoadedModel(proto, path)
     _check_external(model)
     for tensor in _tensors(proto):
-        if external_file(tensor) is not None and _is_small(tensor):
+        if external_file(tensor) is not None and is_small(tensor):
             load_tensor(tensor, model.base_dir)
     _check_names(proto)
     _check_domains(proto)
@@ -110,7 +110,7 @@ def _tensors(proto: onnx.ModelProto) -> list[TensorProto]:
     ]
 
 
-def _is_small(tensor: TensorProto) -> bool:
+def is_small(tensor: TensorProto) -> bool:
     """Whether a tensor may be an axis, a shape or another parameter, which whoever reads the graph needs."""
     return int(np.prod(tensor.dims, dtype=np.int64)) <= SMALL_TENSOR
 

@@ -18,8 +18,9 @@ from test_plugin_model import EXAMPLES, expand, logits_of
 
 from mla_trt.cli import main
 from mla_trt.cuda import Gpu
-from mla_trt.engines import input_projections
+from mla_trt.engines import decoded_weights, input_projections
 from mla_trt.engines.bfloat16 import to_bfloat16
+from mla_trt.engines.decoded_weights import decode_weights
 from mla_trt.engines.input_projections import is_faster, take_input_projections
 from mla_trt.engines.plugin_model import compact, write_plugin_model
 from mla_trt.float32 import to_float32
@@ -191,10 +192,11 @@ def _layer_inputs(model: onnx.ModelProto) -> dict[str, np.ndarray]:
     return dict(zip(NAMES, session.run(None, {"x": x}), strict=True))
 
 
-def _check(layer: Layer, wanted: set[str], **options: Any) -> onnx.ModelProto:
-    """Takes what is wanted, no more, and the layer reads what it did."""
+def _check(layer: Layer, wanted: set[str], *, decoded: int = 0, **options: Any) -> onnx.ModelProto:
+    """Takes what is wanted, no more, and the layer reads what it did; so many weights are decoded first."""
     model = layer.model(**options)
     before = _layer_inputs(model)
+    assert decode_weights(ModelOnDisk(model, None)) == decoded
     assert _take(model) == 1
     assert set(_given(model)) == wanted
     made = {*_dims(model), *(value.name for value in model.graph.input)}
@@ -319,6 +321,28 @@ def _gemms(layer: Layer) -> None:
     layer.op("heads", "Gemm", "tokens", "index_w")
 
 
+SPELLINGS = {
+    "split": _split,
+    "split before the rows": _split_before_the_rows,
+    "products of their own": _products_of_their_own,
+    "packed latents": _packed_latents,
+    "rows before": _rows_before,
+    "heads twice": _heads_twice,
+    "cast first": _cast_first,
+    "norm op": _norm_op,
+    "one factor": _one_factor,
+    "gemms": _gemms,
+}
+
+
+@pytest.mark.parametrize("change", SPELLINGS.values(), ids=SPELLINGS.keys())
+def test_spellings_that_are_taken_whole(change: Callable[[Layer], None]) -> None:
+    layer = Layer()
+    change(layer)
+    model = _check(layer, ALL)
+    assert _dims(model)[_given(model)["index_weights_factor"]] == [HI]
+
+
 def _transposed(layer: Layer) -> None:
     for output, rows, weight in (("down", "hidden", "q_a"), ("up", "normed", "q_b"), ("kv", "hidden", "kv_a")):
         layer.op(f"{weight}.turned", "Transpose", _turned(layer.constants[weight]), perm=[1, 0])
@@ -342,28 +366,14 @@ def _dequantised(layer: Layer) -> None:
         layer.op(output, "MatMul", rows, f"{weight}.rounded")
 
 
-SPELLINGS = {
-    "split": _split,
-    "split before the rows": _split_before_the_rows,
-    "products of their own": _products_of_their_own,
-    "packed latents": _packed_latents,
-    "rows before": _rows_before,
-    "heads twice": _heads_twice,
-    "cast first": _cast_first,
-    "norm op": _norm_op,
-    "one factor": _one_factor,
-    "gemms": _gemms,
-    "transposed": _transposed,
-    "dequantised": _dequantised,
-}
-
-
-@pytest.mark.parametrize("change", SPELLINGS.values(), ids=SPELLINGS.keys())
-def test_spellings_that_are_taken_whole(change: Callable[[Layer], None]) -> None:
+@pytest.mark.parametrize(("change", "decoded"), [(_transposed, 3), (_dequantised, 2)])
+def test_weights_that_are_decoded_before(
+    change: Callable[[Layer], None], decoded: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoded_weights, "SMALL_TENSOR", 0)
     layer = Layer()
     change(layer)
-    model = _check(layer, ALL)
-    assert _dims(model)[_given(model)["index_weights_factor"]] == [HI]
+    _check(layer, ALL, decoded=decoded)
 
 
 def test_no_factor() -> None:
@@ -618,25 +628,6 @@ def test_columns_of_weights_on_disk(to_file: bool, tmp_path: Path) -> None:
         assert external_file(tensor) == ("new.data" if to_file else None)
         np.testing.assert_array_equal(numpy_helper.to_array(tensor, str(tmp_path)), wanted)
     np.testing.assert_array_equal(numpy_helper.to_array(found["query/norm_weight"]), values["q_norm"])
-
-
-def test_weights_that_are_computed_go_to_the_file(tmp_path: Path) -> None:
-    layer = Layer()
-    _dequantised(layer)
-    model = layer.model()
-    (codes,) = (tensor for tensor in model.graph.initializer if tensor.name == "q_b.codes.0")
-    values = numpy_helper.to_array(codes).astype(np.float32)
-    WeightFile(tmp_path / "codes").move_out(codes)
-    tall = layer.constants["q_b.tall.0"]
-    assert take_input_projections(ModelOnDisk(model, tmp_path), WeightFile(tmp_path / "new.data")) == 1
-    found = {tensor.name: tensor for tensor in model.graph.initializer}
-    assert external_file(found["query/weight"]) == external_file(found["latent/weight"]) == "new.data"
-    scales = np.broadcast_to(tall, (tall.shape[0], 8, tall.shape[2], 8)).reshape(values.shape)
-    np.testing.assert_array_equal(
-        numpy_helper.to_array(found["query/weight"], str(tmp_path)).astype(np.float32).reshape(Q, H * M),
-        (values * scales).T,
-    )
-    assert not any(name.startswith(("q_b", "kv_a")) for name in found)
 
 
 def test_columns_of_weights_in_the_model_stay_in_it(tmp_path: Path) -> None:

@@ -79,6 +79,7 @@ class BuildOptions:
         keep_times: without such a file, keep them in one of the user's cache folder.
         weight_streaming: keep weights in host memory; None: where they would fill the GPU's.
         refit: weights can be replaced in the engine.
+        keep_codes: leave quantised weights as codes, which the engine decodes in every step, instead of decoding them now.
         tf32: let products in float32 round their factors to 10 bits.
         plugins: the plugin library; None: the one that is found.
     """
@@ -96,6 +97,7 @@ class BuildOptions:
     keep_times: bool = False
     weight_streaming: bool | None = None
     refit: bool = False
+    keep_codes: bool = False
     tf32: bool = False
     plugins: Path | None = None
 
@@ -167,6 +169,7 @@ def build_file(
             query_terms=options.query_terms,
             pages=options.pages,
             resident=options.cache == RESIDENT,
+            keep_codes=options.keep_codes,
             input_projections=is_faster(gpu, build),
         )
         weights = _weight_bytes(folder)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import numpy as np
 import onnx
@@ -10,7 +11,7 @@ from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
 from mla_trt.float32 import to_float32
-from mla_trt.loading import ModelOnDisk, external_file, load_tensor
+from mla_trt.loading import ModelOnDisk, external_file, is_small, load_tensor
 
 DECODES = {
     *("Add", "Cast", "Concat", "Constant", "ConstantOfShape", "DequantizeLinear", "Div", "Expand", "Flatten", "Gather"),
@@ -66,6 +67,22 @@ class ConstantValues:
             waiting.pop()
         return self._constant[name]
 
+    @cached_property
+    def types(self) -> dict[str, int]:
+        """The element types of those that nodes make, where ONNX can tell."""
+        graph = self._model.proto.graph
+        nodes = [node for node in graph.node if all(name in self for name in node.output)]
+        read = {name for node in nodes for name in node.input}
+        small, large = [], []
+        for tensor in graph.initializer:
+            if tensor.name in read and is_small(tensor):
+                small.append(self._loaded(tensor))
+            elif tensor.name in read:
+                large.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
+        part = self._part(nodes, large, [], small)
+        inferred = onnx.shape_inference.infer_shapes(part).graph
+        return {value.name: value.type.tensor_type.elem_type for value in inferred.value_info}
+
     def array(self, name: str) -> np.ndarray:
         """A constant's values, half precision as float32: not rounded where the graph only rounds in between. The last one is kept."""
         if self._last is None or self._last[0] != name:
@@ -83,12 +100,20 @@ class ConstantValues:
         nodes = [node for node in graph.node if needed.intersection(node.output)]
         given = [self._loaded(tensor) for tensor in graph.initializer if tensor.name in needed]
         result = helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
-        part = helper.make_model(
-            helper.make_graph(nodes, "constants", [], [result], given),
-            opset_imports=[entry for entry in self._model.proto.opset_import if entry.domain in ("", "ai.onnx")],
-        )
-        (values,) = ReferenceEvaluator(to_float32(part)).run(None, {})
+        (values,) = ReferenceEvaluator(to_float32(self._part(nodes, [], [result], given))).run(None, {})
         return np.asarray(values, np.float32)
+
+    def _part(
+        self,
+        nodes: Sequence[onnx.NodeProto],
+        inputs: Sequence[onnx.ValueInfoProto],
+        outputs: Sequence[onnx.ValueInfoProto],
+        initializers: Sequence[TensorProto],
+    ) -> onnx.ModelProto:
+        opsets = [entry for entry in self._model.proto.opset_import if entry.domain in ("", "ai.onnx")]
+        return helper.make_model(
+            helper.make_graph(nodes, "constants", inputs, outputs, initializers), opset_imports=opsets
+        )
 
     def _loaded(self, tensor: TensorProto) -> TensorProto:
         copy = TensorProto()

@@ -6,7 +6,6 @@ speed at best. TensorRT 10.6's kernels miss that by more than ours do where many
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 
 import ml_dtypes
@@ -15,7 +14,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from mla_trt.cuda import Gpu
-from mla_trt.engines.weight_products import Product, WeightProducts, reads
+from mla_trt.engines.unused import remove_unused
+from mla_trt.engines.weight_products import Product, WeightProducts
 from mla_trt.loading import ModelOnDisk
 from mla_trt.ops import OPS, make_node, mla_nodes
 from mla_trt.ops.input_projections import FROM_LATENT, OUTPUT_OF
@@ -88,22 +88,15 @@ class _Changes:
 
     def write(self) -> None:
         """Puts the new nodes into the graph; what makes nothing any more goes."""
-        added = [node for nodes in self._added.values() for node in nodes]
-        made = {name for node in added for name in node.output}
-        uses = Counter([*reads(self._graph), *(name for node in added for name in node.input)])
-        nodes: list[onnx.NodeProto] = []  # from the last
-        for node in reversed(self._graph.node):
-            nodes += reversed(self._added.get(id(node), []))
-            if any(uses[name] and name not in made for name in node.output):
+        made = {name for nodes in self._added.values() for node in nodes for name in node.output}
+        nodes = list(self._added.get(0, []))
+        for node in self._graph.node:
+            if not made.issuperset(node.output):
                 nodes.append(node)
-            else:
-                uses.subtract(node.input)
-        nodes += reversed(self._added.get(0, []))
+            nodes += self._added.get(id(node), [])
         del self._graph.node[:]
-        self._graph.node.extend(reversed(nodes))
-        for index in reversed(range(len(self._graph.initializer))):
-            if not uses[self._graph.initializer[index].name]:
-                del self._graph.initializer[index]
+        self._graph.node.extend(nodes)
+        remove_unused(self._graph)
 
     def _match(self, name: str, tensor: str) -> Product | None:
         """The product that makes an input of a layer, which only the layer reads."""
@@ -158,19 +151,19 @@ class _Changes:
 
     def _weight(self, product: Product, name: str) -> str:
         """The product's weight, with the axes of its result: the model's own, where that changes it for no other."""
-        weight, tensor = product.weight, product.weight.tensor
-        whole = product.columns == weight.columns
-        if tensor is not None and whole and (len(product.sizes) == 1 or self._found.uses[weight.name] == 1):
-            tensor.dims[:] = [weight.rows, *product.sizes]  # under its name: a refitter knows it by that
-            return weight.name
-        if tensor is not None and whole:
+        tensor, rows = product.weight.tensor, product.weight.rows
+        as_it_lies = not product.weight.transposed and product.columns == product.weight.columns
+        if as_it_lies and (len(product.sizes) == 1 or self._found.uses[tensor.name] == 1):
+            tensor.dims[:] = [rows, *product.sizes]  # under its name: a refitter knows it by that
+            return tensor.name
+        if as_it_lies:
             made = TensorProto()
             made.CopyFrom(tensor)
             made.name = name
-        elif self._file is not None and (tensor is None or tensor.data_location == TensorProto.EXTERNAL):
+        elif self._file is not None and tensor.data_location == TensorProto.EXTERNAL:
             made = self._file.add_array(name, self._found.values(product))
         else:
             made = numpy_helper.from_array(self._found.values(product), name)
-        made.dims[:] = [weight.rows, *product.sizes]
+        made.dims[:] = [rows, *product.sizes]
         self._graph.initializer.append(made)
         return name

@@ -15,6 +15,7 @@ import onnx
 from onnx import helper
 
 from mla_trt.engines.bfloat16 import to_bfloat16
+from mla_trt.engines.decoded_weights import decode_weights
 from mla_trt.engines.engine import PAGE_COPIES
 from mla_trt.engines.engine_file import COPIES, EngineTensor
 from mla_trt.engines.input_projections import take_input_projections
@@ -128,6 +129,7 @@ def write_plugin_model(
     query_terms: int | None = None,
     pages: int | None = None,
     resident: bool = False,
+    keep_codes: bool = False,
     input_projections: bool = False,
 ) -> onnx.ModelProto:
     """Writes `model.onnx` for the parser into a folder. Weights that stay as they are stay where they are: links lead to
@@ -141,6 +143,7 @@ def write_plugin_model(
         query_terms: see `set_query_terms`; None: as the model has it.
         pages: fixed number of pages of the pools; None: dynamic.
         resident: the plugins hold the pools, of that number of pages.
+        keep_codes: leave weights as codes where the model does, instead of `mla_trt.engines.decoded_weights`.
         input_projections: see `mla_trt.engines.input_projections`.
 
     Returns:
@@ -160,11 +163,14 @@ def write_plugin_model(
     weight_file = WeightFile(folder / name)
     if dtype == "bf16":
         to_bfloat16(model, source.parent, weight_file)
+    on_disk = ModelOnDisk(model, source.parent, {name: folder})
+    if not keep_codes:
+        decode_weights(on_disk, weight_file)
     name_axes(model, inputs)
     if query_terms is not None:
         set_query_terms(model, query_terms)
     if input_projections:
-        take_input_projections(ModelOnDisk(model, source.parent, {name: folder}), weight_file)
+        take_input_projections(on_disk, weight_file)
     compact(model)
     if pages is not None:
         if resident:

@@ -28,13 +28,11 @@ class StaticProbe:
         self._model = model
         self._constants = {tensor.name: tensor for tensor in model.proto.graph.initializer}
         graph = onnx.shape_inference.infer_shapes(_told(model.proto)).graph
-        values = (*graph.input, *graph.value_info, *graph.output)
-        self._types = {value.name: value.type.tensor_type.elem_type for value in values}
         self._dims = {
             value.name: tuple(
                 dim.dim_value if dim.HasField("dim_value") else None for dim in value.type.tensor_type.shape.dim
             )
-            for value in values
+            for value in (*graph.input, *graph.value_info, *graph.output)
             if value.type.tensor_type.HasField("shape")
         }
 
@@ -46,10 +44,6 @@ class StaticProbe:
     def dims(self, name: str) -> tuple[int | None, ...] | None:
         """The sizes of a tensor, None where one is not fixed; None where not even their number is known."""
         return self._dims.get(name)
-
-    def element_type(self, name: str) -> int:
-        """The type of what a node of ONNX's own makes; 0 where it is not known."""
-        return self._types.get(name, TensorProto.UNDEFINED)
 
     def array(self, name: str) -> np.ndarray | None:
         """A constant's values, read anew each time; None for what is none."""
@@ -83,8 +77,8 @@ class StaticProbe:
 
 
 def _told(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy that says which shapes the results of the op set have, which ONNX does not know. Their types are as they come: nothing here
-    needs them."""
+    """A copy that says which shapes the results of the op set have, which ONNX does not know. Their types are as they come: nothing here needs
+    them."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     del copy.functions[:]

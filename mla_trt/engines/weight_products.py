@@ -1,11 +1,10 @@
-"""Finds the products with bf16 weights that make the tensors of a lowered model, through what only moves their results. Weights may be
-computed from constants."""
+"""Finds the products with bf16 weights that make the tensors of a lowered model, through what only moves their results."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import ml_dtypes
@@ -13,8 +12,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from mla_trt.engines.constant_values import ConstantValues
 from mla_trt.engines.static_probe import StaticProbe
+from mla_trt.engines.unused import reads
 from mla_trt.loading import ModelOnDisk
 from mla_trt.passes.norms import RmsNorm, recognise_rms_norm
 
@@ -28,17 +27,22 @@ class Weight:
     """A matrix in bf16 that a product reads.
 
     Attributes:
-        name: of the tensor.
-        rows, columns: as the product reads it.
-        tensor: the model's own where it lies so; None: it is computed from constants, or lies the other way round.
+        tensor: the model's.
         transposed: whether the product reads its columns as rows.
     """
 
-    name: str
-    rows: int
-    columns: int
-    tensor: TensorProto | None = None
-    transposed: bool = False
+    tensor: TensorProto
+    transposed: bool
+
+    @property
+    def rows(self) -> int:
+        """Of what the product reads."""
+        return int(self.tensor.dims[1 if self.transposed else 0])
+
+    @property
+    def columns(self) -> int:
+        """Of what the product reads."""
+        return int(self.tensor.dims[0 if self.transposed else 1])
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,6 @@ class WeightProducts:
         self.makers = {name: node for node in graph.node for name in node.output if name}
         self.uses = Counter(reads(graph))
         self._weights = {tensor.name: tensor for tensor in graph.initializer}
-        self._constants = ConstantValues(model, self.makers)
 
     def of_rows(self, tensor: str) -> Product | None:
         """The product of which a tensor has columns, in rows as they come."""
@@ -153,14 +156,9 @@ class WeightProducts:
 
     def values(self, product: Product) -> np.ndarray:
         """The columns of its weight, bf16 [rows, columns]."""
-        weight, end = product.weight, product.start + product.columns
-        if weight.tensor is None:
-            whole = self._constants.array(weight.name)
-            columns = whole.T[:, product.start : end] if weight.transposed else whole[:, product.start : end]
-            return columns.astype(ml_dtypes.bfloat16)
-        values = self.probe.array(weight.name)
+        values = self.probe.array(product.weight.tensor.name)
         assert values is not None
-        return values[:, product.start : end]
+        return (values.T if product.weight.transposed else values)[:, product.start : product.start + product.columns]
 
     def without(self, outputs: Iterable[str]) -> set[int]:
         """The ids of the nodes that make nothing any more once the outputs come from nowhere."""
@@ -178,21 +176,17 @@ class WeightProducts:
 
     def _weight(self, node: onnx.NodeProto) -> Weight | None:
         """What a MatMul or Gemm multiplies with, and nothing else; None where the kernel for Hopper does not take it."""
-        name, transposed = node.input[1], False
+        transposed = False
         if node.op_type == "Gemm":
             given = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
             if given.get("transA", 0) or given.get("alpha", 1.0) != 1.0 or any(node.input[2:]):
                 return None
             transposed = bool(given.get("transB", 0))
-        tensor = self._weights.get(name)
-        dims = self.probe.dims(name) if tensor is None else tuple(tensor.dims)
-        kind = self.probe.element_type(name) if tensor is None else tensor.data_type
-        if kind != TensorProto.BFLOAT16 or dims is None or len(dims) != 2 or name not in self._constants:
+        tensor = self._weights.get(node.input[1])
+        if tensor is None or tensor.data_type != TensorProto.BFLOAT16 or len(tensor.dims) != 2:
             return None
-        rows, columns = reversed(dims) if transposed else dims
-        if rows is None or columns is None or rows % MULTIPLE:
-            return None
-        return Weight(name, rows, columns, None if transposed else tensor, transposed)
+        weight = Weight(tensor, transposed)
+        return weight if weight.rows % MULTIPLE == 0 else None
 
     def _first_column(self, node: onnx.NodeProto, result: str) -> int | None:
         """Where in the last axis of its input the result of a node begins; None for other nodes than Slice, Split and what only changes the
@@ -214,13 +208,3 @@ class WeightProducts:
                 return None
             return given[0] if given[0] >= 0 else max(given[0] + whole, 0)
         return None
-
-
-def reads(graph: onnx.GraphProto) -> Iterator[str]:
-    """Names that are read in a graph and those in it, or are its results, once for each time."""
-    for node in graph.node:
-        yield from node.input
-        for attribute in node.attribute:
-            for inner in (attribute.g, *attribute.graphs):
-                yield from reads(inner)
-    yield from (value.name for value in graph.output)
