@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,13 @@ class WeightFile:
 
     Args:
         path: the file; it is made with the first tensor. Tensors name it without its folder.
+        told: after each tensor, how many there are.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, told: Callable[[int], None] | None = None) -> None:
         self.path = path
-        self._end = 0
+        self._told = told
+        self._end = self._count = 0
 
     def add(self, name: str, data: bytes | memoryview, element: int, shape: tuple[int, ...]) -> TensorProto:
         """Appends a tensor's bytes; returns a tensor that refers to them."""
@@ -30,6 +33,9 @@ class WeightFile:
             file.write(data)
         size = memoryview(data).nbytes
         self._end = offset + size
+        self._count += 1
+        if self._told is not None:
+            self._told(self._count)
         tensor = TensorProto(name=name, data_type=element, dims=shape, data_location=TensorProto.EXTERNAL)
         for key, value in (("location", self.path.name), ("offset", offset), ("length", size)):
             entry = tensor.external_data.add()

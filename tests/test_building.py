@@ -7,6 +7,7 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import onnx
 import pytest
@@ -23,6 +24,7 @@ from mla_trt.engines.building import (
     default_timing_cache,
     make_monitor,
     parser_error,
+    weights_phase,
     write_times,
 )
 from mla_trt.errors import BadModelError, UsageError
@@ -156,6 +158,23 @@ def test_phases_are_shown_within_each_other_and_can_be_cancelled() -> None:
         monitor.phase_finish("Building Engine")
         monitor.phase_finish("never begun")
     assert "Building Engine" in text.getvalue()
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_a_phase_of_weights_begins_with_the_first(count: int) -> None:
+    said: list[tuple[Any, ...]] = []
+    phases = SimpleNamespace(
+        start=lambda *given: said.append(("start", *given)),
+        step=lambda *given: said.append(("step", *given)),
+        finish=lambda *given: said.append(("finish", *given)),
+    )
+    with weights_phase(phases) as progress:
+        for done in range(1, count + 1):
+            progress(done, 5)
+    begun = [("start", "weights", None, 5), *(("step", "weights", done) for done in range(1, 4))]
+    assert said == [*(begun if count else []), ("finish", "weights")]
+    with weights_phase(None) as progress:
+        assert progress is None
 
 
 def test_times_are_kept_for_each_gpu_and_version(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -177,7 +177,11 @@ def test_a_model_for_the_parser(keep: bool, tmp_path: Path) -> None:
     graph.op("y", "MatMul", "x", graph.blocks())
     onnx.save(graph.model(), tmp_path / "model.onnx")
     (tmp_path / "plugins").mkdir()
-    write_plugin_model(tmp_path / "model.onnx", tmp_path / "plugins", keep_codes=keep)
+    told: list[tuple[int, int]] = []
+    write_plugin_model(
+        tmp_path / "model.onnx", tmp_path / "plugins", keep_codes=keep, progress=lambda *counts: told.append(counts)
+    )
+    assert told == ([] if keep else [(1, 1)])
     written = onnx.load(tmp_path / "plugins" / "model.onnx")
     assert ("DequantizeLinear" in {node.op_type for node in written.graph.node}) is keep
     assert [path.name for path in (tmp_path / "plugins").iterdir() if path.name != "model.onnx"] == (

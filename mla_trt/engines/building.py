@@ -9,7 +9,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -161,17 +161,19 @@ def build_file(
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as place:
         folder = Path(place)
-        write_plugin_model(
-            path,
-            folder,
-            inputs,
-            dtype=options.dtype,
-            query_terms=options.query_terms,
-            pages=options.pages,
-            resident=options.cache == RESIDENT,
-            keep_codes=options.keep_codes,
-            input_projections=is_faster(gpu, build),
-        )
+        with weights_phase(phases) as progress:
+            write_plugin_model(
+                path,
+                folder,
+                inputs,
+                dtype=options.dtype,
+                query_terms=options.query_terms,
+                pages=options.pages,
+                resident=options.cache == RESIDENT,
+                keep_codes=options.keep_codes,
+                input_projections=is_faster(gpu, build),
+                progress=progress,
+            )
         weights = _weight_bytes(folder)
         if options.timing_cache is None and options.keep_times:
             options = replace(options, timing_cache=default_timing_cache(gpu, trt.__version__))
@@ -202,6 +204,28 @@ def build_file(
         os.replace(draft, output)
         os.replace(described, description_path(output))
     return description, time.monotonic() - started
+
+
+@contextmanager
+def weights_phase(phases: Phases | None) -> Iterator[Callable[[int, int], None] | None]:
+    """The phase in which weights are written anew, of which there may be none; gives who is told of each, how many there are."""
+    if phases is None:
+        yield None
+        return
+    name = "weights"
+    begun = False
+
+    def progress(done: int, steps: int) -> None:
+        nonlocal begun
+        if not begun:
+            phases.start(name, None, steps)
+        begun = True
+        phases.step(name, done)
+
+    try:
+        yield progress
+    finally:
+        phases.finish(name)
 
 
 def default_timing_cache(gpu: Gpu, version: str) -> Path:

@@ -8,7 +8,7 @@ hold the pools that the attribute `resident` names, of `resident_pages` pages ea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import onnx
@@ -20,7 +20,7 @@ from mla_trt.engines.engine import PAGE_COPIES
 from mla_trt.engines.engine_file import COPIES, EngineTensor
 from mla_trt.engines.input_projections import take_input_projections
 from mla_trt.errors import BadModelError, UsageError
-from mla_trt.loading import ModelOnDisk, load_model
+from mla_trt.loading import ModelOnDisk, is_small, load_model
 from mla_trt.ops import OPS, mla_nodes, strip_functions
 from mla_trt.ops.common import QUERY_TERMS
 from mla_trt.weight_file import WeightFile
@@ -131,6 +131,7 @@ def write_plugin_model(
     resident: bool = False,
     keep_codes: bool = False,
     input_projections: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> onnx.ModelProto:
     """Writes `model.onnx` for the parser into a folder. Weights that stay as they are stay where they are: links lead to
     their files.
@@ -145,6 +146,7 @@ def write_plugin_model(
         resident: the plugins hold the pools, of that number of pages.
         keep_codes: leave weights as codes where the model does, instead of `mla_trt.engines.decoded_weights`.
         input_projections: see `mla_trt.engines.input_projections`.
+        progress: told how many weights are written anew, and how many there are in all, after each.
 
     Returns:
         the lowered model as it was, without its external data.
@@ -160,7 +162,9 @@ def write_plugin_model(
     model.CopyFrom(lowered)
     before = external_locations(model)
     name = next(name for count in range(len(before) + 1) if (name := f"bf16.{count}.data") not in before)
-    weight_file = WeightFile(folder / name)
+    weights = sum(not is_small(tensor) for tensor in model.graph.initializer)
+    told = None if progress is None else lambda done: progress(done, max(done, weights))
+    weight_file = WeightFile(folder / name, told)
     if dtype == "bf16":
         to_bfloat16(model, source.parent, weight_file)
     on_disk = ModelOnDisk(model, source.parent, {name: folder})
