@@ -173,15 +173,35 @@ struct Unsplit {
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// What a token's x is multiplied by. The four lanes of a row call together.
-__device__ inline float inverse_root(const Unsplit& work, int token) {
-    float sum = 0.0f;
-    if (token < work.operands.tokens) {
-        for (int i = threadIdx.x % 4; i < work.operands.steps; i += 4) sum += work.squares[static_cast<int64_t>(i) * work.operands.tokens + token];
+// What x of a token and of the one eight behind it is multiplied by. The four lanes of a row call together. All squares are asked for before
+// any is waited for, up to 32 steps of them: a block's tile waits for this.
+__device__ inline void inverse_roots(const Unsplit& work, int token, float (&roots)[2]) {
+    constexpr int together = 8;
+    int const tokens = work.operands.tokens, steps = work.operands.steps;
+    float sums[2] = {0.0f, 0.0f};
+#pragma unroll 1
+    for (int first = threadIdx.x % 4; first < steps; first += 4 * together) {
+        float squares[2][together];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+#pragma unroll
+            for (int i = 0; i < together; ++i) {
+                int const step = first + 4 * i, row = token + 8 * r;
+                squares[r][i] = step < steps && row < tokens ? work.squares[static_cast<int64_t>(step) * tokens + row] : 0.0f;
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+#pragma unroll
+            for (int i = 0; i < together; ++i) sums[r] += squares[r][i];
+        }
     }
-    sum += __shfl_xor_sync(~0u, sum, 1);
-    sum += __shfl_xor_sync(~0u, sum, 2);
-    return rsqrtf(sum * work.mean + work.epsilon);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        sums[r] += __shfl_xor_sync(~0u, sums[r], 1);
+        sums[r] += __shfl_xor_sync(~0u, sums[r], 2);
+        roots[r] = rsqrtf(sums[r] * work.mean + work.epsilon);
+    }
 }
 
 #endif
@@ -214,8 +234,7 @@ __global__ void __launch_bounds__(B::threads, 1) linear_hopper_kernel(const __gr
             float factor[2] = {1.0f, 1.0f};
             if (work.squares != nullptr) {
                 if (i == 0) wait_for_kernel_before();
-                int const token = tile.first_token + warp * 16 + lane / 4;
-                factor[0] = inverse_root(work, token), factor[1] = inverse_root(work, token + 8);
+                inverse_roots(work, tile.first_token + warp * 16 + lane / 4, factor);
             }
             float sums[B::columns / 2];
             multiply<B>(ring, group, operands.steps, turn, sums);
