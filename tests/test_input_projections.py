@@ -260,6 +260,15 @@ def _split(layer: Layer) -> None:
     del layer.nodes["rope_key"]
 
 
+def _split_with_a_rest(layer: Layer) -> None:
+    layer.constants["wider"] = np.concatenate([layer.constants["kv_a"], layer.constants["kv_a"][:, :8]], axis=1)
+    layer.constants["sizes"] = np.array([R, DR, 8])
+    layer.op("kv", "MatMul", "hidden", "wider")
+    layer.op("kv_rows", "Reshape", "kv", np.array([-1, R + DR + 8]))
+    layer.nodes["latent"] = helper.make_node("Split", ["kv_rows", "sizes"], ["latent", "rope_key", "rest"], axis=-1)
+    del layer.nodes["rope_key"]
+
+
 def _split_before_the_rows(layer: Layer) -> None:
     layer.constants["sizes"] = np.array([R, DR])
     layer.nodes["kv_rows"] = helper.make_node("Split", ["kv", "sizes"], ["kv_rows", "rest"], axis=2)
@@ -323,6 +332,7 @@ def _gemms(layer: Layer) -> None:
 
 SPELLINGS = {
     "split": _split,
+    "split with a rest that nothing reads": _split_with_a_rest,
     "split before the rows": _split_before_the_rows,
     "products of their own": _products_of_their_own,
     "packed latents": _packed_latents,

@@ -91,9 +91,10 @@ class _Changes:
         made = {name for nodes in self._added.values() for node in nodes for name in node.output}
         nodes = list(self._added.get(0, []))
         for node in self._graph.node:
-            if not made.issuperset(node.output):
-                nodes.append(node)
-            nodes += self._added.get(id(node), [])
+            for place, name in enumerate(node.output):
+                if name in made:
+                    node.output[place] = f"{name}/before"
+            nodes += [node, *self._added.get(id(node), [])]
         del self._graph.node[:]
         self._graph.node.extend(nodes)
         remove_unused(self._graph)
