@@ -44,7 +44,9 @@ struct Block {
 };
 
 template <int groups, int columns>
-using UnsplitBlock = Block<groups, columns, 1>;
+struct UnsplitBlock : Block<groups, columns, 1> {
+    static_assert(UnsplitBlock::stages >= UnsplitBlock::tiles, "outputs of the last tile are staged where tokens were, 64 of them in each stage");
+};
 
 template <int groups, int columns>
 struct SplitBlock : Block<groups, columns, 0> {
