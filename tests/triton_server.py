@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -183,8 +184,14 @@ class TritonServer:
 
     def values(self, model: str = "") -> dict[str, float]:
         """Our metrics, by name, as the metrics endpoint has them; of one model where several are served."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics}/metrics", timeout=10) as answer:
-            text = answer.read().decode()
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics}/metrics", timeout=10) as answer:
+                text = answer.read().decode()
+        except urllib.error.URLError as error:
+            ended, said = self.process.poll(), self.log.read_text()[-3000:]
+            raise AssertionError(
+                f"no metrics ({error}); tritonserver's exit status: {ended}; it said:\n{said}"
+            ) from error
         found = re.findall(r"^(mla_trt_\w+)\{(.*)\} (\S+)$", text, re.MULTILINE)
         return {name: float(value) for name, labels, value in found if not model or f'"{model}"' in labels}
 
