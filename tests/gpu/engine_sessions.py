@@ -13,7 +13,7 @@ import os
 import sys
 import tarfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +56,7 @@ class Variant:
         sparse_outliers: the same where there are indexers too, whose choices reach later tokens through the cache.
         cache: of `mla-trt build`.
         like: the variant whose results on ONNX Runtime are this one's too, where it is another.
-        streamed: weights stay in host memory.
+        streamed: built so that weights can stay in host memory; TensorRT decides how much of them does.
         refitted: the engine is built with other weights, and gets those of the model afterwards.
         exports: the first export whose name begins with each of these; none: all exports.
     """
@@ -80,18 +80,19 @@ class Variant:
         return retarget(lowered, row_format=self.row_format, index_format=self.index_format, page_size=self.page_size)
 
 
-BF16 = ("bf16", "fp8", 32, "bf16", 5e-2, 0.1, 0.45)
-DEEPSEEK = ("deepseek_v3__", "deepseek_v32__")
-HOLDING = (*DEEPSEEK, "kimi_linear__", "packed2d_absorb_cat__")
+_F32 = Variant("f32", "f32", "f32", 4, "keep", 2e-4, 0.0, 0.0)
+_BF16 = Variant("bf16", "bf16", "fp8", 32, "bf16", 5e-2, 0.1, 0.45)
+_DEEPSEEK = ("deepseek_v3__", "deepseek_v32__")
+_SEVERAL_CACHES = (*_DEEPSEEK, "kimi_linear__", "packed2d_absorb_cat__")
 VARIANTS = {
     variant.name: variant
     for variant in (
-        Variant("f32", "f32", "f32", 4, "keep", 2e-4, 0.0, 0.0),
+        _F32,
         Variant("fp8", "fp8", "fp8", 16, "keep", 3e-2, 0.1, 0.4),
-        Variant("bf16", *BF16),
-        Variant("resident", "f32", "f32", 4, "keep", 2e-4, 0.0, 0.0, RESIDENT, "f32", exports=HOLDING),
-        Variant("streamed", *BF16, IO, "bf16", streamed=True, exports=DEEPSEEK),
-        Variant("refitted", *BF16, IO, "bf16", refitted=True, exports=DEEPSEEK),
+        _BF16,
+        replace(_F32, name="resident", like="f32", cache=RESIDENT, exports=_SEVERAL_CACHES),
+        replace(_BF16, name="streamed", like="bf16", streamed=True, exports=_DEEPSEEK),
+        replace(_BF16, name="refitted", like="bf16", refitted=True, exports=_DEEPSEEK),
     )
 }
 HALF_TOLERANCE, HALF_OUTLIERS = 1e-2, 0.1

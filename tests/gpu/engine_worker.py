@@ -68,6 +68,8 @@ def run_case(folder: Path, variant_name: str, level: int, scratch: Path) -> dict
         engine = TensorRtEngine.open(path, pages=pages)
         if variant.cache == RESIDENT:
             beside = TensorRtEngine.open(path)
+        if variant.streamed and engine._runner._engine.streamable_weights_size == 0:
+            raise ValueError("no weight of the engine can be streamed")
         if variant.refitted:
             result["refitted"] = refit(engine, model, scratch / f"{record.name}.{variant_name}.weights", options)
         result["stage"] = "run"
