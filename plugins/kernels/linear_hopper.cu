@@ -11,14 +11,9 @@ namespace {
 
 using namespace linear_tiles;
 
-template <int groups, int columns>
-struct UnsplitBlock : Block<groups, columns, 1> {
-    static_assert(UnsplitBlock::stages >= UnsplitBlock::tiles, "outputs of the last tile are staged where tokens were, 64 of them in each stage");
-};
-
 struct Unsplit {
     Operands<most_unsplit_parts> operands;
-    CUtensorMap out[most_unsplit_parts];
+    __nv_bfloat16* out[most_unsplit_parts];
     int token_tiles, tiles;
     const float* squares;
     float mean, epsilon;
@@ -27,7 +22,7 @@ struct Unsplit {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 // What x of a token and of the one eight behind it is multiplied by. The four lanes of a row call together. All squares are asked for before
-// any is waited for, up to 32 steps of them: a block's tile waits for this.
+// any is waited for, up to 32 steps of them.
 __device__ inline void inverse_roots(const Unsplit& work, int token, float (&roots)[2]) {
     constexpr int together = 8;
     int const tokens = work.operands.tokens, steps = work.operands.steps;
@@ -57,6 +52,44 @@ __device__ inline void inverse_roots(const Unsplit& work, int token, float (&roo
     }
 }
 
+// The words of four lanes that follow each other, turned: of lane i each gets the word that has its own number among the four.
+__device__ inline void turn_words(uint32_t (&words)[4]) {
+#pragma unroll
+    for (int bit = 1; bit < 4; bit *= 2) {
+        bool const high = threadIdx.x & bit;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            if (i & bit) continue;
+            uint32_t const got = __shfl_xor_sync(~0u, high ? words[i] : words[i + bit], bit);
+            (high ? words[i] : words[i + bit]) = got;
+        }
+    }
+}
+
+// A group's 64 tokens leave from the registers, 32 outputs of a token by its four lanes: so no thread waits for another, and the next tile's
+// products begin at once.
+template <class B>
+__device__ inline void store_outputs(const Unsplit& work, const Tile& tile, const float (&sums)[B::columns / 2], const float (&factors)[2]) {
+    int const outputs = work.operands.outputs[tile.part], token = tile.first_token + threadIdx.x / warp_size * 16 + threadIdx.x % warp_size / 4;
+    int const output = tile.first_output + threadIdx.x % 4 * 8;
+    __nv_bfloat16* const out = work.out[tile.part] + static_cast<int64_t>(token) * outputs + output;
+#pragma unroll
+    for (int first = 0; first < B::columns; first += 32) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            uint32_t words[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                float const* const pair = sums + first / 2 + 4 * i + 2 * r;
+                words[i] = pack(pair[0] * factors[r], pair[1] * factors[r]);
+            }
+            turn_words(words);
+            if (token + 8 * r >= work.operands.tokens || output + first >= outputs) continue;
+            *reinterpret_cast<uint4*>(out + static_cast<int64_t>(8 * r) * outputs + first) = make_uint4(words[0], words[1], words[2], words[3]);
+        }
+    }
+}
+
 #endif
 
 template <class B>
@@ -77,65 +110,27 @@ __global__ void __launch_bounds__(B::threads, 1) linear_hopper_kernel(const __gr
     if (warp == B::consumers / warp_size) {
         if (elect_lane()) order_operands<B>(ring, operands, tiles, operands.steps, tile_at);
     } else {
-        int const group = warp / 4, line = warp % 4 * 16 + lane % 16;
-        bool const stores = threadIdx.x % group_threads == 0;
         Turn<B> turn;
-        int slot = 0;
         for (int i = 0; i < tiles; ++i) {
             Tile const tile = tile_at(i);
-            bool const last = i + 1 == tiles;
-            float factor[2] = {1.0f, 1.0f};
-            if (work.squares != nullptr) {
+            float sums[B::columns / 2], factors[2] = {1.0f, 1.0f};
+            multiply<B>(ring, warp / 4, operands.steps, turn, sums, [&] {
+                if (work.squares == nullptr) return;
                 if (i == 0) wait_for_kernel_before();
-                inverse_roots(work, tile.first_token + warp * 16 + lane / 4, factor);
-            }
-            float sums[B::columns / 2];
-            multiply<B>(ring, group, operands.steps, turn, sums);
-#pragma unroll
-            for (int j = 0; j < B::tiles; ++j) {
-                // Behind the last one no operands are ordered: each 64 outputs have a place of their own.
-                uint32_t const place = last ? j * B::stage_bytes : B::stages * B::stage_bytes + slot * B::x_bytes;
-                uint32_t const staged = ring.base + place + group * tile_bytes;
-                uint32_t words[16];
-#pragma unroll
-                for (int k = 0; k < 16; ++k) {
-                    words[k] = pack(sums[32 * j + 2 * k] * factor[k % 2], sums[32 * j + 2 * k + 1] * factor[k % 2]);
-                }
-                if (!last || j == 0) {
-                    if (stores) store_wait_read<B::slots - 1>();  // what lay there has left
-                    named_sync(1 + group, group_threads);
-                }
-#pragma unroll
-                for (int k = 0; k < 4; ++k) {
-                    // lanes 0 to 15 name the rows of the first eight outputs, the others those of the next eight
-                    store_matrices(staged + line * 128 + ((2 * k + lane / 16 ^ (line & 7)) << 4), words + 4 * k);
-                }
-                fence_async();
-                named_sync(1 + group, group_threads);
-                int const token = tile.first_token + group * group_tokens, output = tile.first_output + j * 64;
-                if (stores) {
-                    if (token < operands.tokens && output < operands.outputs[tile.part]) {
-                        store_box(&work.out[tile.part], staged, output * 2, token, 0, 0);
-                    }
-                    store_commit();
-                }
-                slot = slot + 1 == B::slots ? 0 : slot + 1;
-            }
+                inverse_roots(work, tile.first_token + warp * 16 + lane / 4, factors);
+            });
+            store_outputs<B>(work, tile, sums, factors);
         }
-        if (stores) store_wait_read<0>();  // what else there is to wait for, who waits for the kernel does
     }
 #endif
 }
 
 template <int groups, int columns>
 int launch_unsplit(const Linear& work, const Shape& shape, const Device& device, cudaStream_t stream) {
-    using B = UnsplitBlock<groups, columns>;
+    using B = Block<groups, columns>;
     Unsplit argument{};
     if (int status = make_operands<B>(work, &argument.operands)) return status;
-    for (int i = 0; i < work.count; ++i) {
-        LinearPart const& part = work.parts[i];
-        if (int status = make_map(&argument.out[i], part.out, part.outputs, work.tokens, group_tokens)) return status;
-    }
+    for (int i = 0; i < work.count; ++i) argument.out[i] = static_cast<__nv_bfloat16*>(work.parts[i].out);
     argument.token_tiles = static_cast<int>(shape.token_tiles(work));
     argument.tiles = static_cast<int>(shape.tiles(work));
     argument.squares = work.squares;

@@ -27,16 +27,14 @@ constexpr int most_stages = 12;
 constexpr int most_cluster = 8;
 constexpr int64_t most_size = (int64_t{1} << 31) - 1;  // coordinates of a copy
 
-// Of a block: `groups` times 64 tokens, `columns` outputs. Stages leave room for `least_slots` tiles of 64 outputs that leave.
-template <int groups_, int columns_, int least_slots>
+// Of a block: `groups` times 64 tokens, `columns` outputs.
+template <int groups_, int columns_>
 struct Block {
     static constexpr int groups = groups_, columns = columns_;
     static constexpr int consumers = groups * group_threads, threads = consumers + warp_size;
     static constexpr int tiles = columns / 64;
     static constexpr int x_bytes = groups * tile_bytes, w_bytes = tiles * tile_bytes, stage_bytes = x_bytes + w_bytes;
-    static constexpr int most = (budget - least_slots * x_bytes) / stage_bytes, stages = most < most_stages ? most : most_stages;
-    static constexpr int free_slots = (budget - stages * stage_bytes) / x_bytes, slots = free_slots < tiles ? free_slots : tiles;
-    static constexpr int bytes = stages * stage_bytes + (least_slots > 0 ? slots * x_bytes : 0);
+    static constexpr int most = budget / stage_bytes, stages = most < most_stages ? most : most_stages, bytes = stages * stage_bytes;
 };
 
 // Parts of the outputs follow each other; each begins with a block of its own.
@@ -119,9 +117,9 @@ __device__ inline void order_operands(const Ring& ring, const Operands<parts>& o
     }
 }
 
-// The sums of a group's 64 tokens.
-template <class B>
-__device__ inline void multiply(const Ring& ring, int group, int steps, Turn<B>& turn, float (&sums)[B::columns / 2]) {
+// The sums of a group's 64 tokens. `meanwhile()` is done while the last step's products are under way.
+template <class B, class Meanwhile>
+__device__ inline void multiply(const Ring& ring, int group, int steps, Turn<B>& turn, float (&sums)[B::columns / 2], Meanwhile meanwhile) {
     int const lane = threadIdx.x % warp_size;
 #pragma unroll
     for (int i = 0; i < B::columns / 2; ++i) sums[i] = 0.0f;
@@ -143,6 +141,7 @@ __device__ inline void multiply(const Ring& ring, int group, int steps, Turn<B>&
         before = turn.stage;
         turn.advance();
     }
+    meanwhile();
     product_wait();
     pin(sums);
     barrier_arrive_if(ring.used + 8 * before, steps > 0 && lane == 0);

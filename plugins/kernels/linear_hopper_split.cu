@@ -10,7 +10,7 @@ namespace {
 using namespace linear_tiles;
 
 template <int groups, int columns>
-struct SplitBlock : Block<groups, columns, 0> {
+struct SplitBlock : Block<groups, columns> {
     static constexpr int row = columns + 8;  // floats of a row of sums: the four rows that half a warp writes meet no bank twice
     static_assert(groups * group_tokens * row * 4 <= SplitBlock::bytes);
 };
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(B::threads, 1) linear_split_kernel(const __gri
     } else {
         float sums[B::columns / 2];
         Turn<B> turn;
-        multiply<B>(ring, warp / 4, steps, turn, sums);
+        multiply<B>(ring, warp / 4, steps, turn, sums, [] {});
         named_sync(1, B::consumers);  // all have used the operands
         float* const there = tile + (warp * 16 + lane / 4) * B::row + lane % 4 * 2;
 #pragma unroll
