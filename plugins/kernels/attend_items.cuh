@@ -88,8 +88,8 @@ __device__ inline void take_item(const Attend& work, const Partials& partials, I
     int const lane = threadIdx.x % warp_size;
     auto const block = static_cast<int32_t>(blockIdx.x);
     if (partials.plan.items != nullptr) {
-        let_next_kernel_begin();
         wait_for_kernel_before();
+        let_next_kernel_begin();  // only now: the merge reads of the plan before it waits for this kernel
         constexpr int words = sizeof(Item) / 4;
         if (lane < words) {  // where there is none, there is room: both are read at once
             int32_t const word = reinterpret_cast<const int32_t*>(partials.plan.items + block)[lane];

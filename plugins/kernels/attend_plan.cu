@@ -1,7 +1,8 @@
 // How the keys of a step of several sequences are shared out among an attention kernel's blocks. Their lengths are in device memory.
 //
 // 1. An item whose tiles are more than a fair share of all work is cut into equal parts that are not, unless the step ends later so.
-// 2. Parts are ranked, long ones first: blocks begin in the order of their numbers, and short parts fill what is left at the end.
+// 2. Parts are ranked, long ones first: blocks begin in the order of their numbers, and short parts fill what is left at the end. Where all begin
+//    at once, or are as long, any order does.
 // 3. Where the last wave leaves multiprocessors idle, each of its parts, from rank `head` on, is cut again into `pieces`.
 //
 // Where lengths differ and items are few, 1 and 3 are not done: fair shares are cut off, and what is left of an item is a part by itself, a
@@ -24,7 +25,7 @@ constexpr int32_t least_share = 4 * block_tiles;  // that leaves rests: much bes
 constexpr unsigned all_lanes = 0xffffffffu;
 
 struct Sequence {
-    int32_t first_token, rows, items, tiles;
+    int32_t first_token, rows, items, tiles, cached;
 };
 
 // A sequence's items, the parts that the keys of each are cut into, and the tiles of a part; or the rests of these items. `rank` is that of
@@ -54,7 +55,7 @@ struct Board {
     Entry entries[threads];
     alignas(16) int2 order[threads];  // what ranks a sequence, and its parts
     // of warps; those of `tail` are of the last wave
-    int32_t all[warps], tail_tiles[warps], tail_parts[warps], slots[warps], merges[warps], longest[warps], items[warps], pairs[warps];
+    int32_t all[warps], tail_tiles[warps], tail_parts[warps], slots[warps], merges[warps], longest[warps], shortest[warps], items[warps], pairs[warps];
     float work[warps];
 };
 
@@ -110,11 +111,16 @@ struct Planner {
 
     __device__ Sequence look_at(int32_t sequence) const {
         int32_t const start = work.step.query_offsets[sequence], fresh = new_tokens(work, start, work.step.query_offsets[sequence + 1]);
-        int32_t const rows = fresh * work.heads, limit = work.step.key_limit(work.layout.page_size);
-        int64_t const keys = static_cast<int64_t>(work.step.cache_lengths[sequence]) + fresh;
-        auto const there = static_cast<uint32_t>(keys < 0 ? 0 : keys < limit ? keys : limit);
-        int32_t const items = results.items_of(rows);
-        return {start, rows, items, items == 0 ? 0 : static_cast<int32_t>((there + (1u << tile_shift) - 1) >> tile_shift)};
+        int32_t const rows = fresh * work.heads;
+        int32_t const cached = work.step.cache_lengths[sequence], items = results.items_of(rows);
+        int32_t const tiles = static_cast<int32_t>((keys_with(cached, fresh) + (1u << tile_shift) - 1) >> tile_shift);
+        return {start, rows, items, items == 0 ? 0 : tiles, cached};
+    }
+
+    // Keys of a sequence, its first `fresh` new tokens among them.
+    __device__ int32_t keys_with(int32_t cached, int64_t fresh) const {
+        int64_t const keys = cached + fresh, limit = work.step.key_limit(work.layout.page_size);
+        return static_cast<int32_t>(keys < 0 ? 0 : keys < limit ? keys : limit);
     }
 
     template <typename F>
@@ -131,8 +137,9 @@ struct Planner {
     struct Ranked {
         int32_t all, slots, merges;
     };
-    // Entries in the order of their ranks, their items cut where they have more than `most_tiles`: into equal parts, or `rests` are left.
-    __device__ Ranked rank(int32_t most_tiles, bool rests) {
+    // Entries in the order of their ranks, their items cut where they have more than `most_tiles`: into equal parts, or `rests` are left. `uneven`:
+    // items differ in tiles.
+    __device__ Ranked rank(int32_t most_tiles, bool rests, bool uneven) {
         int32_t parts = 0, own_slots = 0, own_merges = 0;
         auto put = [&](int32_t place, const Entry& entry) {
             entries()[place] = entry;
@@ -174,7 +181,7 @@ struct Planner {
             });
             __syncthreads();
         }
-        if constexpr (many) {
+        if (many || (!rests && (!uneven || ranked.all <= results.multiprocessors))) {
             int32_t rank = sum_of_lanes_before(parts) + get_sum(board.all, warp_of_thread());
             for_own([&](int32_t sequence) {
                 entries()[sequence].rank = rank;
@@ -342,12 +349,13 @@ struct Planner {
             Sequence const from = held()[entry.sequence];
             Item item = rows_of_sequence(work, results.item_rows, entry.sequence, from.first_token, from.rows, number);
             int32_t const begin = part * pieces + piece;
+            int32_t const keys = keys_with(from.cached, last_token_of(work, item) + 1 - from.first_token);
             if (share > 0) {
-                take_keys(work, results, item, 0, 1, 1);
+                take_keys_of(keys, results, item, 0, 1, 1);
                 item.first_tile = min(entry.begin * share + part * entry.tiles, item.last_tile);
                 item.last_tile = min(item.first_tile + entry.tiles, item.last_tile);
             } else {
-                take_keys(work, results, item, begin, again ? 1 : pieces, entry.parts * pieces);
+                take_keys_of(keys, results, item, begin, again ? 1 : pieces, entry.parts * pieces);
             }
             item.slot = again ? tail_slots + block - head : entry.of_item > 1 ? entry.slot + rank - entry.rank : -1;
             results.plan.items[block] = item;
@@ -370,18 +378,21 @@ struct Planner {
 
     __device__ void run() {
         float own_work = 0.0f;
-        int32_t own_longest = 0, own_items = 0;
+        int32_t own_longest = 0, own_missing = 0, own_items = 0;
         for_own([&](int32_t sequence) {
             Sequence const own = look_at(sequence);
             held()[sequence] = own;
             own_work += static_cast<float>(own.items) * static_cast<float>(own.tiles + block_tiles);
             own_longest = max(own_longest, own.tiles);
+            if (own.items > 0) own_missing = max(own_missing, endless - own.tiles);
             own_items += own.items;
         });
         put_max(board.longest, own_longest);
+        put_max(board.shortest, own_missing);
         put_sum(board.items, own_items);
         float const all_work = sum_work(own_work);
-        int32_t const fair = fair_share(all_work), longest = get_max(board.longest), items = get_sum(board.items);
+        int32_t const fair = fair_share(all_work), longest = get_max(board.longest), shortest = endless - get_max(board.shortest);
+        int32_t const items = get_sum(board.items);
         int32_t const processors = results.multiprocessors;
 
         int32_t most_tiles = longest > fair ? fair : endless, head = 0;
@@ -395,7 +406,7 @@ struct Planner {
         Cut cut{1, 0};
 #pragma unroll 1
         for (;;) {  // one place for what is done several times: each instruction is waited for
-            ranked = rank(most_tiles, rests);
+            ranked = rank(most_tiles, rests, shortest < longest);
             // Offsets that overlap, as a builder's may, can give more than there is room for: then nothing is done.
             fits = ranked.slots <= 2 * processors && ranked.all <= most;
             if (rests) {
@@ -420,9 +431,13 @@ template <bool many>
 __global__ void __launch_bounds__(threads) plan_attention_kernel(Attend work, Partials results, bool beside, int32_t most) {
     __shared__ Board board;
     let_next_kernel_begin();
-    if (!beside) wait_for_kernel_before();
     auto const sequences = static_cast<int32_t>(work.step.sequences), run = many ? divide_up(sequences, threads) : 1;
     int32_t const first = min(static_cast<int32_t>(threadIdx.x) * run, sequences);
+    if (first < sequences) {
+        prefetch(work.step.query_offsets + first);
+        prefetch(work.step.cache_lengths + first);
+    }
+    if (!beside) wait_for_kernel_before();
     Planner<many>{work, results, sequences, 31 - __clz(results.tile), first, min(first + run, sequences), most, board,
                   static_cast<Entry*>(results.plan.scratch), sequences}
         .run();

@@ -182,16 +182,19 @@ auto choose_merge(int splits) {
                                        : merge_kernel<type, 16, known_rank>;
 }
 
-// What the plan says. Warps take whole rows in turn; those that follow each other are of different blocks.
+// What the plan says, which is there before attention lets this kernel begin. Warps take whole rows in turn; those that follow each other are of
+// different blocks.
 template <int type, int known_rank>
 __global__ void __launch_bounds__(merge_warps* warp_size, merge_blocks) merge_planned_kernel(Attend work, Partials partials) {
     let_next_kernel_begin();
-    wait_for_kernel_before();
     int32_t const items = partials.plan.counts->merges, row_mask = partials.rows - 1, row_shift = __popc(row_mask);
     int const slices = ceil_div(work.layout.rank, merge_columns);
     auto const warp = static_cast<int32_t>(threadIdx.x / warp_size * gridDim.x + blockIdx.x);
+    Merge merge{};
+    if (warp >> row_shift < items) merge = partials.plan.merges[warp >> row_shift];
+    wait_for_kernel_before();
     for (int32_t i = warp; i >> row_shift < items; i += static_cast<int32_t>(merge_warps * gridDim.x)) {
-        Merge const merge = partials.plan.merges[i >> row_shift];
+        if (i != warp) merge = partials.plan.merges[i >> row_shift];
         if ((i & row_mask) >= merge.rows) continue;
         if constexpr (known_rank > 0) {
             merge_row<type, 1, merge_batch, known_rank / merge_columns, known_rank>(work, partials, merge, i & row_mask, 0, 0);
