@@ -378,7 +378,7 @@ struct Planner {
 
     __device__ void run() {
         float own_work = 0.0f;
-        int32_t own_longest = 0, own_missing = 0, own_items = 0;
+        int32_t own_longest = 0, own_missing = 0, own_items = 0;  // the shortest by what it has less than the most
         for_own([&](int32_t sequence) {
             Sequence const own = look_at(sequence);
             held()[sequence] = own;
