@@ -19,6 +19,7 @@ from mla_trt.bench import cases as bench_cases
 from mla_trt.bench import kernels as bench
 from mla_trt.bench.check import Checker
 from mla_trt.bench.kernels_report import Ceilings, Result, markdown, write_results
+from mla_trt.bench.options import command_line
 from mla_trt.cli import main
 from mla_trt.ops import OPS
 from mla_trt.ops.schema import Attributes
@@ -177,6 +178,7 @@ def test_content_repeats_through_large_tensors() -> None:
 
 
 BUILD = "0.1.0 sm_90a"
+COMMAND = "mla-trt bench kernels --cases decode"
 CEILINGS = Ceilings("NVIDIA H200", 4.29e12, 7.5e14, None)
 RESULTS = [
     Result("decode-a", 1e-3, 100.0, 0.01, 650.0, 2.7, 0.9, "FlashMLA", 110.0, 1.1),
@@ -186,20 +188,36 @@ RESULTS = [
 
 
 def test_a_wrong_kernel_has_no_figure() -> None:
-    rows = markdown(BUILD, CEILINGS, RESULTS).splitlines()
-    assert rows[0].startswith("NVIDIA H200: copy 4.29 TB/s, matrix product bf16 750 TFLOP/s, fp8 not measured.")
-    assert rows[4] == "| decode-a | 100.0 | 1.0% | 650 | 2.70 | 90% | 1.0e-03 | FlashMLA | 110.0 | 1.10 |"
-    assert rows[5].endswith("| flash_mla: No module named 'flash_mla' |  |  |")
-    assert rows[6].startswith("| decode-c | wrong: error 5.0e-01 > 1e-02 |")
-    assert len({row.count("|") for row in rows[2:]}) == 1
+    rows = markdown(COMMAND, BUILD, CEILINGS, RESULTS).splitlines()
+    assert rows[0] == f"    {COMMAND}"
+    assert rows[2].startswith("NVIDIA H200: copy 4.29 TB/s, matrix product bf16 750 TFLOP/s, fp8 not measured.")
+    assert rows[6] == "| decode-a | 100.0 | 1.0% | 650 | 2.70 | 90% | 1.0e-03 | FlashMLA | 110.0 | 1.10 |"
+    assert rows[7].endswith("| flash_mla: No module named 'flash_mla' |  |  |")
+    assert rows[8].startswith("| decode-c | wrong: error 5.0e-01 > 1e-02 |")
+    assert len({row.count("|") for row in rows[4:]}) == 1
 
 
 def test_results_are_written(tmp_path: Any) -> None:
-    write_results(tmp_path / "results", BUILD, CEILINGS, RESULTS)
+    write_results(tmp_path / "results", COMMAND, BUILD, CEILINGS, RESULTS)
     content = json.loads((tmp_path / "results" / "bench.json").read_text())
+    assert content["command"] == COMMAND
     assert content["build"] == BUILD
     assert [result["ratio"] for result in content["results"]] == [1.1, None, None]
-    assert (tmp_path / "results" / "bench.md").read_text() == markdown(BUILD, CEILINGS, RESULTS)
+    assert (tmp_path / "results" / "bench.md").read_text() == markdown(COMMAND, BUILD, CEILINGS, RESULTS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command"),
+    [
+        (["bench", "kernels", "--cases", "^(a|b)"], "mla-trt bench kernels --cases '^(a|b)'"),
+        (["kernels", "-o", "results"], "python -m mla_trt.bench kernels -o results"),
+    ],
+)
+def test_figures_have_the_command_that_made_them(
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], command: str
+) -> None:
+    monkeypatch.setattr("sys.argv", ["program", *arguments])
+    assert command_line() == command
 
 
 def test_the_ratio_and_the_ceiling() -> None:

@@ -25,7 +25,7 @@ from mla_trt.bench.cases import CASES, Case
 from mla_trt.bench.ceilings import measure_ceilings
 from mla_trt.bench.check import largest_error
 from mla_trt.bench.kernels_report import Ceilings, Result, markdown, write_results
-from mla_trt.bench.options import add_bench_arguments, choose_cases
+from mla_trt.bench.options import add_bench_arguments, choose_cases, command_line
 from mla_trt.cuda import CudaError, Stream, check_usable, milliseconds, properties, synchronize
 from mla_trt.errors import MlaTrtError, UsageError
 from mla_trt.plugins.kernel_library import KernelLibrary
@@ -288,9 +288,9 @@ def run(options: argparse.Namespace) -> int:
         print(f"{name}: {shown}{versus}", file=sys.stderr, flush=True)
         if result.note.endswith("was not run"):
             break
-    print(markdown(library.build, ceilings, results), end="")
+    print(markdown(command_line(), library.build, ceilings, results), end="")
     if options.output is not None:
-        write_results(options.output, library.build, ceilings, results)
+        write_results(options.output, command_line(), library.build, ceilings, results)
     return status or (WRONG if any(result.note for result in results) else 0)
 
 

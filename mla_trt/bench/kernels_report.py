@@ -47,13 +47,15 @@ class Result:
     note: str = ""
 
 
-def markdown(build: str, ceilings: Ceilings, results: Sequence[Result]) -> str:
-    """The results as a Markdown table under a line about the machine and the library: `build` is what it says of itself."""
+def markdown(command: str, build: str, ceilings: Ceilings, results: Sequence[Result]) -> str:
+    """The results as a Markdown table under the command and a line about the machine and the library: `build` is what it says of itself."""
 
     def rate(value: float | None) -> str:
         return "not measured" if value is None else f"{value / 1e12:.0f} TFLOP/s"
 
     lines = [
+        f"    {command}",
+        "",
         f"{ceilings.gpu}: copy {ceilings.copy / 1e12:.2f} TB/s, matrix product bf16 {rate(ceilings.bf16)}, fp8 {rate(ceilings.fp8)}. "
         f"Kernels: {build}. Times are medians of a launch in a CUDA graph; spread is slowest minus fastest round. Of the ceiling: the time that "
         "the least bytes or operations take at these rates, over the time taken. The peer of an uneven case is a case of ours of an even "
@@ -82,12 +84,17 @@ def markdown(build: str, ceilings: Ceilings, results: Sequence[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_results(folder: Path, build: str, ceilings: Ceilings, results: Sequence[Result]) -> None:
+def write_results(folder: Path, command: str, build: str, ceilings: Ceilings, results: Sequence[Result]) -> None:
     """``bench.json`` and ``bench.md``, and ``bench.png`` where matplotlib is installed."""
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"build": build, "ceilings": asdict(ceilings), "results": [asdict(result) for result in results]}
+    content = {
+        "command": command,
+        "build": build,
+        "ceilings": asdict(ceilings),
+        "results": [asdict(result) for result in results],
+    }
     (folder / "bench.json").write_text(json.dumps(content, indent=1) + "\n")
-    (folder / "bench.md").write_text(markdown(build, ceilings, results))
+    (folder / "bench.md").write_text(markdown(command, build, ceilings, results))
     try:
         pyplot = importlib.import_module("matplotlib.pyplot")
     except ImportError:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import shlex
 import sys
 import tempfile
 import time
@@ -45,7 +44,7 @@ from mla_trt.bench.layer_step import (
     row_format_of,
     sparse_errors,
 )
-from mla_trt.bench.options import choose_cases
+from mla_trt.bench.options import choose_cases, command_line
 from mla_trt.engines.profiles import TENSOR_LIMIT
 from mla_trt.errors import MlaTrtError, UsageError
 from mla_trt.formats import ROW_FORMATS
@@ -455,7 +454,7 @@ def _measure(options: argparse.Namespace, names: Sequence[str], formats: Sequenc
         print(f"{time.monotonic() - started:6.1f} s  {text}", file=sys.stderr, flush=True)
 
     with tempfile.TemporaryDirectory(prefix="mla-trt-layer-") as place:
-        machine = Machine(*measure_copy(), trt.__version__, shlex.join(["mla-trt", *sys.argv[1:]]))
+        machine = Machine(*measure_copy(), trt.__version__, command_line())
         say(f"{machine.gpu}, copy {machine.copy / 1e12:.2f} TB/s; weights")
         folder = Path(place)
         weights = random_weights(dimensions, dtype, folder / "layer.data")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -42,6 +44,12 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     )
     layer.add_argument("--optimization-level", type=int, default=3, metavar="0-5", help="of TensorRT (default 3)")
     layer.add_argument("--plugins", type=Path, metavar="FILE.so", help="the plugin library (default: found by itself)")
+
+
+def command_line() -> str:
+    """What was given to the shell, for files of figures: with `mla-trt`, or where only the source tree is."""
+    program = ["mla-trt"] if sys.argv[1:2] == ["bench"] else ["python", "-m", "mla_trt.bench"]
+    return shlex.join([*program, *sys.argv[1:]])
 
 
 def choose_cases(options: argparse.Namespace, cases: Iterable[str]) -> list[str]:
