@@ -10,6 +10,8 @@ Inputs, C the width of the hidden states, Q that of the query's latent, M = Dn +
 - ``w_dkv`` F ``[C, R]``, ``w_kr`` F ``[C, Dr]`` (optional): to the latent, as its norm gets it, and to the rope key
 - ``w_index_query`` F ``[Q, Hi, Di]``, ``w_index_key`` F ``[C, Di]``, ``w_index_weights`` F ``[C, Hi]`` (optional): to what an indexer gets;
   ``index_weights_factor`` F ``[Hi]`` (optional): what its head weights are multiplied by
+- these weights may be e4m3, but for ``w_index_weights``. ``w_dq_scale`` to ``w_index_key_scale`` f32 (optional) are of blocks of 128 rows x
+  128 columns (of all heads). Codes that are not numbers may count as any.
 
 Outputs: ``query`` F ``[T, H, M]``, ``latent`` F ``[T, R]``, ``rope_key`` F ``[T, Dr]``, ``index_query`` F ``[T, Hi, Di]``, ``index_key`` F
 ``[T, Di]``, ``index_weights`` f32 ``[T, Hi]``; all but the first where there is the weight. Products are summed in f32. (The weights are
@@ -24,7 +26,8 @@ import numpy as np
 
 from mla_trt.errors import UsageError
 from mla_trt.ops.body import FLOAT, Body, Value
-from mla_trt.ops.schema import F32, Array, Attribute, Attributes, Dimensions, F, Input, Op, Output, TensorType
+from mla_trt.ops.projection_weights import check_scales, matrix, matrix_reference
+from mla_trt.ops.schema import F32, WEIGHT, Array, Attribute, Attributes, Dimensions, F, Input, Op, Output, TensorType
 
 OUTPUT_OF = {
     "w_dkv": "latent",
@@ -36,22 +39,24 @@ OUTPUT_OF = {
 """Optional weights, and what each makes."""
 FROM_LATENT = ("w_uq", "w_index_query")
 """Weights of the query's latent; the others are the hidden states'."""
+CODED = ("w_dq", "w_uq", "w_dkv", "w_kr", "w_index_query", "w_index_key")
+"""Weights that may be e4m3."""
 
 
 def emit(body: Body, attributes: Attributes, inputs: dict[str, Value]) -> dict[str, Value]:
     """Append the op's nodes."""
     hidden = latent = inputs["hidden"]
     if "w_dq" in inputs:
-        latent = hidden @ inputs["w_dq"]
+        latent = hidden @ matrix(inputs, "w_dq", 2)
     if "query_norm_weight" in inputs:
         mean = (latent * latent).mean(1)
         latent = latent / (mean + attributes.number("epsilon")).unary("Sqrt") * inputs["query_norm_weight"]
-    results = {"query": _by_head(latent, inputs["w_uq"])}
+    results = {"query": _by_head(latent, inputs, "w_uq")}
     for name, output in OUTPUT_OF.items():
-        if name in inputs:
-            source = latent if name in FROM_LATENT else hidden
-            by_head = name == "w_index_query"
-            results[output] = _by_head(source, inputs[name]) if by_head else source @ inputs[name]
+        if name == "w_index_query" and name in inputs:
+            results[output] = _by_head(latent, inputs, name)
+        elif name in inputs:
+            results[output] = hidden @ matrix(inputs, name, 2)
     if "index_weights_factor" in inputs:
         results["index_weights"] = results["index_weights"] * inputs["index_weights_factor"]
     for output in OUTPUT_OF.values():  # a function has all of its outputs
@@ -61,14 +66,20 @@ def emit(body: Body, attributes: Attributes, inputs: dict[str, Value]) -> dict[s
     return results
 
 
-def _by_head(x: Value, weight: Value) -> Value:
-    columns, heads, width = (weight.dim(axis) for axis in range(3))
-    return (x @ weight.reshape(columns, heads * width)).reshape(x.dim(0), heads, width)
+def _by_head(x: Value, inputs: Mapping[str, Value], name: str) -> Value:
+    weight = inputs[name]
+    return (x @ matrix(inputs, name, 3)).reshape(x.dim(0), weight.dim(1), weight.dim(2))
 
 
 def reference(attributes: Attributes, inputs: Mapping[str, Array]) -> dict[str, Array]:
     """In float64."""
-    given = {name: values.astype(np.float64) for name, values in inputs.items()}
+    given = {
+        name: matrix_reference(inputs, name).reshape(values.shape)
+        if name.startswith("w_")
+        else values.astype(np.float64)
+        for name, values in inputs.items()
+        if not name.endswith("_scale")
+    }
     hidden = latent = given["hidden"]
     if "w_dq" in given:
         latent = hidden @ given["w_dq"]
@@ -90,6 +101,7 @@ def check(attributes: Attributes, given: frozenset[str]) -> None:
     for name, needed in (("query_norm_weight", "w_dq"), ("index_weights_factor", "w_index_weights")):
         if name in given and needed not in given:
             raise UsageError(f"the input {name} needs {needed}")
+    check_scales(given, CODED)
 
 
 def _bind(dims: Dimensions, types: Mapping[str, TensorType]) -> None:
@@ -104,15 +116,21 @@ OP = Op(
     doc=__doc__,
     inputs=(
         Input("hidden", F, "T C"),
-        Input("w_dq", F, "C Q", optional=True),
+        Input("w_dq", WEIGHT, "C Q", optional=True),
         Input("query_norm_weight", F, "Q", optional=True),
-        Input("w_uq", F, "Q H M"),
-        Input("w_dkv", F, "C R", optional=True),
-        Input("w_kr", F, "C Dr", optional=True),
-        Input("w_index_query", F, "Q Hi Di", optional=True),
-        Input("w_index_key", F, "C Di", optional=True),
+        Input("w_uq", WEIGHT, "Q H M"),
+        Input("w_dkv", WEIGHT, "C R", optional=True),
+        Input("w_kr", WEIGHT, "C Dr", optional=True),
+        Input("w_index_query", WEIGHT, "Q Hi Di", optional=True),
+        Input("w_index_key", WEIGHT, "C Di", optional=True),
         Input("w_index_weights", F, "C Hi", optional=True),
         Input("index_weights_factor", F, "Hi", optional=True),
+        Input("w_dq_scale", F32, "ceil(C/128) ceil(Q/128)", optional=True),
+        Input("w_uq_scale", F32, "ceil(Q/128) ceil(H*M/128)", optional=True),
+        Input("w_dkv_scale", F32, "ceil(C/128) ceil(R/128)", optional=True),
+        Input("w_kr_scale", F32, "ceil(C/128) ceil(Dr/128)", optional=True),
+        Input("w_index_query_scale", F32, "ceil(Q/128) ceil(Hi*Di/128)", optional=True),
+        Input("w_index_key_scale", F32, "ceil(C/128) ceil(Di/128)", optional=True),
     ),
     outputs=(
         Output("query", F, "T H M"),

@@ -17,6 +17,7 @@ from mla_trt.ops import (
     fused_rope_rms_norm_quantization,
     indexer,
     input_projections,
+    output_projection,
     plan,
     prefill,
     prefill_sparse,
@@ -36,6 +37,7 @@ _MODULES = (
     attention,
     sparse_attention,
     input_projections,
+    output_projection,
 )
 OPS: dict[str, Op] = {module.OP.name: module.OP for module in _MODULES}
 

@@ -1,7 +1,7 @@
 """What an op of the domain ``mla_trt`` is: its contract, type inference, function body and reference in one object.
 
-Shapes are written as words: ``"T H Dn+Dr"``. A word is a sum of numbers, dimension letters and ``ceil(X/128)``. Letters
-are bound by attributes, then by the input shapes, and give the output shapes.
+Shapes are written as words: ``"T H Dn+Dr"``. A word is a sum of numbers, dimension letters and ``ceil(X/128)``, where X may be a
+product of two letters, ``H*M``. Letters are bound by attributes, then by the input shapes, and give the output shapes.
 """
 
 from __future__ import annotations
@@ -160,11 +160,12 @@ class Dimensions:
         """The size that ``word`` stands for, a name when it is a single unbound-by-number letter, None when unknown."""
         total = 0
         for term in word.split("+"):
-            ceiling = re.fullmatch(r"ceil\((\w+)/(\d+)\)", term)
+            ceiling = re.fullmatch(r"ceil\((\w+)(?:\*(\w+))?/(\d+)\)", term)
             dim: Dim = int(term) if term.isdigit() else self.bound.get(ceiling.group(1) if ceiling else term)
-            if not isinstance(dim, int):
-                return dim if term == word else None
-            total += ceil_div(dim, int(ceiling.group(2))) if ceiling else dim
+            factor = self.bound.get(ceiling.group(2)) if ceiling and ceiling.group(2) else 1
+            if not isinstance(dim, int) or not isinstance(factor, int):
+                return dim if term == word and not ceiling else None
+            total += ceil_div(dim * factor, int(ceiling.group(3))) if ceiling else dim
         return total
 
     def unify(self, shape: str, dims: Sequence[Dim], source: str) -> None:

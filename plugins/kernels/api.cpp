@@ -50,13 +50,17 @@ constexpr Letter letters[] = {
     {"num_partitions", &Dims::num_partitions},
 };
 
-// One term of a shape word: a number, a letter or ceil(letter/number). Unknown: -1.
+// One term of a shape word: a number, a letter, ceil(letter/number) or ceil(letter*letter/number). Unknown: -1.
 int64_t term_value(Dims& dims, const char* term, size_t length) {
     if (term[0] >= '0' && term[0] <= '9') return strtoll(term, nullptr, 10);
     if (length > 5 && strncmp(term, "ceil(", 5) == 0) {
         const char* slash = static_cast<const char*>(memchr(term, '/', length));
-        int64_t const* value = dims.find(term + 5, static_cast<size_t>(slash - term - 5));
-        return value == nullptr || *value < 0 ? -1 : ceil_div<int64_t>(*value, strtoll(slash + 1, nullptr, 10));
+        auto const inner = static_cast<size_t>(slash - term - 5);
+        const char* star = static_cast<const char*>(memchr(term + 5, '*', inner));
+        int64_t const* value = dims.find(term + 5, star == nullptr ? inner : static_cast<size_t>(star - term - 5));
+        int64_t const one = 1, *factor = star == nullptr ? &one : dims.find(star + 1, static_cast<size_t>(slash - star - 1));
+        if (value == nullptr || factor == nullptr || *value < 0 || *factor < 0) return -1;
+        return ceil_div<int64_t>(*value * *factor, strtoll(slash + 1, nullptr, 10));
     }
     int64_t const* value = dims.find(term, length);
     return value == nullptr ? -1 : *value;
@@ -189,7 +193,7 @@ using Run = int (*)(Call&);
 constexpr Run runs[op::count] = {
     run_plan,    run_fused_rope_rms_norm_quantization, run_decoding,  run_prefill,          run_prefill_sparse,
     run_decode_branch_fp8, run_indexer,                run_attention, run_sparse_attention,
-    run_input_projections,
+    run_input_projections, run_output_projection,
 };
 
 int call_op(int32_t number, const MlaAttributes* attributes, const MlaTensor* in, const MlaTensor* out,

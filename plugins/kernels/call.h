@@ -14,7 +14,7 @@ namespace mla {
 // The dimension letters of the op set (docs/op-set.md). -1: the op's tensors do not say.
 struct Dims {
     int64_t T = -1, H = -1, B = -1, R = -1, Dr = -1, Dn = -1, Dv = -1, K = -1, N = -1, P = -1;
-    int64_t C = -1, Q = -1, M = -1;  // of MlaInputProjections
+    int64_t C = -1, Q = -1, M = -1;  // of the ops of projections
     int64_t Hi = -1, Di = -1, Dri = -1, index_N = -1, copies = -1;
     int64_t max_pages = -1, pages = -1, page_words = -1, index_pages = -1, index_page_words = -1;
     int64_t units = -1, num_partitions = -1;
@@ -111,5 +111,6 @@ int run_indexer(Call& call);
 int run_attention(Call& call);
 int run_sparse_attention(Call& call);
 int run_input_projections(Call& call);
+int run_output_projection(Call& call);
 
 }  // namespace mla

@@ -237,6 +237,22 @@ __device__ inline void product_bf16(float (&d)[32], const uint32_t (&a)[4], uint
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(2 * step), "n"(clear ? 0 : 1));
 }
 
+// The same with 16 rows of B, and with 128.
+template <int step, bool clear = false>
+__device__ inline void product_bf16(float (&d)[8], const uint32_t (&a)[4], uint32_t b) {
+    asm volatile("{\n.reg .b64 y;\n.reg .b32 low;\nadd.u32 low, %12, %13;\nmov.b64 y, {low, 0x40000040};\n"
+                 "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {" MLA_R8 "}, {%8, %9, %10, %11}, y, %14, 1, 1, 0;\n}"
+                 : MLA_D8(d)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(2 * step), "n"(clear ? 0 : 1));
+}
+template <int step, bool clear = false>
+__device__ inline void product_bf16(float (&d)[64], const uint32_t (&a)[4], uint32_t b) {
+    asm volatile("{\n.reg .b64 y;\n.reg .b32 low;\nadd.u32 low, %68, %69;\nmov.b64 y, {low, 0x40000040};\n"
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" MLA_R64 "}, {%64, %65, %66, %67}, y, %70, 1, 1, 0;\n}"
+                 : MLA_D64(d)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(2 * step), "n"(clear ? 0 : 1));
+}
+
 // D [64][128] (+)= A [64][16] B [128][16]^T, bf16, at step `step` of K; `clear`: D is overwritten.
 template <int step, bool clear>
 __device__ inline void product_bf16(float (&d)[64], uint32_t a, uint32_t b) {

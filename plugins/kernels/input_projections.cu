@@ -36,23 +36,22 @@ int run_input_projections(Call& call) {
     }
     auto* const latent = latent_query ? call.workspace.take<float>(dims.T * dims.Q) : nullptr;  // or bf16
     auto* const squares = normed ? call.workspace.take<float>(dims.T * square_tiles(dims.Q)) : nullptr;
-    if (call.workspace.sizing() || dims.T == 0) return MLA_OK;
-
     const MlaTensor& hidden = call.in[in::hidden];
-    Linear first{hidden.data, hidden.type, dims.T, dims.C, {}, 0, nullptr, 0.0f}, second = first;
-    // The product with an input, times the factors that another one may be.
-    auto add = [&](Linear* work, int weight, int factors, const MlaTensor& result) {
+    Linear first{hidden.data, hidden.type, dims.T, dims.C, {}, 0, nullptr, 0.0f, false}, second = first;
+    // The product with an input whose scales, and factors of what it makes, other inputs may be.
+    auto add = [&](Linear* work, int weight, int scales, int factors, const MlaTensor& result) {
         const MlaTensor& given = call.in[weight];
         if (given.rank < 0) return;
         int64_t const outputs = given.shape[1] * (given.rank == 3 ? given.shape[2] : 1);
         if (outputs == 0) return;
         bool const scaled = factors >= 0 && call.given(factors);
-        work->add({given.data, given.type, scaled ? call.in[factors].data : nullptr, scaled ? call.in[factors].type : 0, result.data,
+        const float* const of_blocks = scales >= 0 ? call.input<float>(scales) : nullptr;
+        work->add({given.data, given.type, of_blocks, scaled ? call.in[factors].data : nullptr, scaled ? call.in[factors].type : 0, result.data,
                    result.type, outputs, nullptr});
     };
     constexpr int none = -1;
     if (latent_query) {
-        add(&first, in::w_dq, in::query_norm_weight, {latent, MLA_BFLOAT16, 2, {dims.T, dims.Q}});
+        add(&first, in::w_dq, in::w_dq_scale, in::query_norm_weight, {latent, MLA_BFLOAT16, 2, {dims.T, dims.Q}});
         first.parts[0].squares = squares;
         second.x = latent;
         second.x_type = MLA_BFLOAT16;
@@ -60,18 +59,28 @@ int run_input_projections(Call& call) {
         second.squares = squares;
         second.epsilon = call.attributes.epsilon;
     }
-    add(&first, in::w_dkv, none, call.out[out::latent]);
-    add(&first, in::w_kr, none, call.out[out::rope_key]);
-    add(&first, in::w_index_key, none, call.out[out::index_key]);
-    add(&first, in::w_index_weights, in::index_weights_factor, call.out[out::index_weights]);
-    add(&second, in::w_uq, none, call.out[out::query]);
-    add(&second, in::w_index_query, none, call.out[out::index_query]);
+    add(&first, in::w_dkv, in::w_dkv_scale, none, call.out[out::latent]);
+    add(&first, in::w_kr, in::w_kr_scale, none, call.out[out::rope_key]);
+    add(&first, in::w_index_key, in::w_index_key_scale, none, call.out[out::index_key]);
+    add(&first, in::w_index_weights, none, in::index_weights_factor, call.out[out::index_weights]);
+    add(&second, in::w_uq, in::w_uq_scale, none, call.out[out::query]);
+    add(&second, in::w_index_query, in::w_index_query_scale, none, call.out[out::index_query]);
 
+    bool const many = dims.T > most_coded_tokens;
+    auto* const first_weights = many ? call.workspace.take<__nv_bfloat16>(coded_values(first)) : nullptr;
+    auto* const second_weights = many ? call.workspace.take<__nv_bfloat16>(coded_values(second)) : nullptr;
+    if (call.workspace.sizing() || dims.T == 0) return MLA_OK;
     Device device;
     if (int status = current_device(&device)) return status;
     if (linear_takes_hopper(first, device) && linear_takes_hopper(second, device)) {
-        if (int status = linear_hopper_split(first, device, call.stream)) return status;
-        return linear_hopper(second, device, call.stream);
+        if (many) {
+            if (int status = decode_weights(first, first_weights, &first, call.stream)) return status;
+            if (int status = decode_weights(second, second_weights, &second, call.stream)) return status;
+        }
+        if (int status = linear_hopper_split(first.of_codes(false), device, call.stream)) return status;
+        if (int status = linear_hopper_codes(first.of_codes(true), device, call.stream)) return status;
+        if (int status = linear_hopper(second.of_codes(false), device, call.stream)) return status;
+        return linear_hopper_codes(second.of_codes(true), device, call.stream);
     }
     if (latent_query && dims.Q > 0) {  // in f32, its norm by a kernel of its own
         first.parts[0].factors = nullptr;

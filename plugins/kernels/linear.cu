@@ -18,7 +18,9 @@ __global__ void __launch_bounds__(threads)
         int64_t const token = i / part.outputs, output = i % part.outputs;
         float sum = 0.0f;
         for (int64_t column = 0; column < columns; ++column) {
-            sum += load_float(x, x_type, token * columns + column) * load_float(part.weight, part.weight_type, column * part.outputs + output);
+            float weight = load_float(part.weight, part.weight_type, column * part.outputs + output);
+            if (part.scales != nullptr) weight *= part.scales[column / 128 * ceil_div<int64_t>(part.outputs, 128) + output / 128];
+            sum += load_float(x, x_type, token * columns + column) * weight;
         }
         if (part.factors != nullptr) sum *= load_float(part.factors, part.factors_type, output);
         store_float(part.out, part.out_type, i, sum);

@@ -1,6 +1,8 @@
 // Products of the same rows with several weights.
 #pragma once
 
+#include <cuda_bf16.h>
+
 #include "call.h"
 
 namespace mla {
@@ -9,12 +11,13 @@ namespace mla {
 struct LinearPart {
     const void* weight;  // [columns, outputs]
     int32_t weight_type;
+    const float* scales;  // of e4m3 weights' blocks of 128 x 128, [ceil(columns / 128), ceil(outputs / 128)]; null: 1
     const void* factors;  // [outputs]: what each output is multiplied by; may be null
     int32_t factors_type;
     void* out;  // [tokens, outputs]
     int32_t out_type;
     int64_t outputs;
-    float* squares;  // [square_tiles(outputs), tokens]: sums of a row's outputs squared, before the factors; SM90 split alone; may be null
+    float* squares;  // [square_tiles(outputs), tokens]: sums of a row's outputs squared, before the factors; where blocks share columns; may be null
 };
 
 // Sums of squares of a row of so many outputs.
@@ -28,20 +31,44 @@ struct Linear {
     int64_t tokens, columns;
     LinearPart parts[most_linear_parts];
     int count;
-    // SM90, not split: the squares of x's rows, each of which is to be divided by the root of its mean square and `epsilon`; may be null.
+    // On SM90, not of linear_hopper_split: the squares of x's rows, each of which is to be divided by the root of its mean square and `epsilon`; may be null.
     const float* squares;
     float epsilon;
+    bool weights_made;  // by a kernel before, which those of SM90 wait for
 
     void add(const LinearPart& part) { parts[count++] = part; }
+    // The parts whose weights are e4m3, or the others.
+    Linear of_codes(bool codes) const {
+        Linear found = *this;
+        found.count = 0;
+        for (int i = 0; i < count; ++i) {
+            if ((parts[i].weight_type == MLA_FLOAT8E4M3FN) == codes) found.add(parts[i]);
+        }
+        return found;
+    }
 };
 
 // Any type and size, a thread for each output.
 int linear_plain(const Linear& work, cudaStream_t stream);
 
-// SM90's own kernels: all of bf16, but for what `split` gives, which may be f32. `split` is for few outputs, and takes most_linear_parts of
-// them, the other most_unsplit_parts.
+// SM90's own kernels: all in bf16, but for weights that are e4m3, and for what is made of columns that blocks share, which may be f32.
+// `linear_hopper` has all columns in one block, and takes most_unsplit_parts; the other two share them, and take most_linear_parts:
+// `linear_hopper_split` where outputs are few, `linear_hopper_codes` weights in e4m3.
 bool linear_takes_hopper(const Linear& work, const Device& device);
 int linear_hopper(const Linear& work, const Device& device, cudaStream_t stream);
 int linear_hopper_split(const Linear& work, const Device& device, cudaStream_t stream);
+int linear_hopper_codes(const Linear& work, const Device& device, cudaStream_t stream);
+
+// Of more tokens weights in e4m3 are decoded first: to memory for `coded_values` of them.
+constexpr int64_t most_coded_tokens = 256;
+inline int64_t coded_values(const Linear& work) {
+    int64_t values = 0;
+    for (int i = 0; i < work.count; ++i) {
+        if (work.parts[i].weight_type == MLA_FLOAT8E4M3FN) values += work.columns * work.parts[i].outputs;
+    }
+    return values;
+}
+// `work` with weights in bf16, for the kernels of SM90.
+int decode_weights(const Linear& work, __nv_bfloat16* memory, Linear* decoded, cudaStream_t stream);
 
 }  // namespace mla

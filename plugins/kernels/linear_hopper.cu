@@ -151,16 +151,17 @@ int launch_unsplit(const Linear& work, const Shape& shape, const Device& device,
 bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 
 bool takes(const LinearPart& part) {
-    return part.weight_type == MLA_BFLOAT16 && (part.factors == nullptr || part.factors_type == MLA_BFLOAT16) &&
-           (part.out_type == MLA_BFLOAT16 || part.out_type == MLA_FLOAT) && part.outputs % 8 == 0 && part.outputs * 2 <= most_size &&
-           aligned(part.weight) && aligned(part.factors) && aligned(part.out);
+    bool const codes = part.weight_type == MLA_FLOAT8E4M3FN;
+    return (codes || part.weight_type == MLA_BFLOAT16) && (part.factors == nullptr || part.factors_type == MLA_BFLOAT16) &&
+           (part.out_type == MLA_BFLOAT16 || part.out_type == MLA_FLOAT) && part.outputs % (codes ? 16 : 8) == 0 &&
+           part.outputs * 2 <= most_size && aligned(part.weight) && aligned(part.factors) && aligned(part.out);
 }
 
 }  // namespace
 
 bool linear_takes_hopper(const Linear& work, const Device& device) {
     if (device.major != 9 || work.x_type != MLA_BFLOAT16 || work.columns == 0 || work.columns % 8 != 0 || !aligned(work.x) ||
-        work.columns * 2 > most_size || work.tokens > most_size / (2 * most_cluster) || blocks_of(work, 64) > 65535 ||
+        work.columns * 2 > most_size || work.tokens > most_size / (4 * most_cluster) || blocks_of(work, 64) > 65535 ||
         blocks_of(work, 64) * ceil_div<int64_t>(work.tokens, group_tokens) > most_size) {
         return false;
     }

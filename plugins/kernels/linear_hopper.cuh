@@ -27,22 +27,13 @@ constexpr int most_stages = 12;
 constexpr int most_cluster = 8;
 constexpr int64_t most_size = (int64_t{1} << 31) - 1;  // coordinates of a copy
 
-// Of a block: `groups` times 64 tokens, `columns` outputs.
-template <int groups_, int columns_>
-struct Block {
-    static constexpr int groups = groups_, columns = columns_;
-    static constexpr int consumers = groups * group_threads, threads = consumers + warp_size;
-    static constexpr int tiles = columns / 64;
-    static constexpr int x_bytes = groups * tile_bytes, w_bytes = tiles * tile_bytes, stage_bytes = x_bytes + w_bytes;
-    static constexpr int most = budget / stage_bytes, stages = most < most_stages ? most : most_stages, bytes = stages * stage_bytes;
-};
-
 // Parts of the outputs follow each other; each begins with a block of its own.
 template <int parts>
 struct Operands {
     CUtensorMap x, w[parts];
     int first_block[parts], outputs[parts];
     int count, tokens, steps;
+    bool weights_made;  // by a kernel before
     int x_bytes;  // of a step: rows that there are not are not copied, for that takes the copy engine as long as others
 
     __device__ int part_of(int block) const {
@@ -55,6 +46,28 @@ struct Operands {
 // What a block makes next: outputs of a part from `first_output` on, of tokens from `first_token` on, of columns from step `first` on.
 struct Tile {
     int part, first_token, first_output, first;
+};
+
+// Of a block: `groups` times 64 tokens, `columns` outputs.
+template <int groups_, int columns_>
+struct Block {
+    static constexpr int groups = groups_, columns = columns_;
+    static constexpr int consumers = groups * group_threads, threads = consumers + warp_size;
+    static constexpr int tiles = columns / 64;
+    static constexpr int x_bytes = groups * tile_bytes, w_bytes = tiles * tile_bytes, stage_bytes = x_bytes + w_bytes;
+    static constexpr int most = budget / stage_bytes, stages = most < most_stages ? most : most_stages, bytes = stages * stage_bytes;
+
+    template <int parts>
+    __device__ static void order_w(const Operands<parts>& operands, const Tile& tile, int step, uint32_t stage, uint32_t there) {
+#pragma unroll
+        for (int i = 0; i < tiles; ++i) {
+            copy_box(stage + x_bytes + i * tile_bytes, &operands.w[tile.part], there, (tile.first_output + i * 64) * 2, step * step_rows, 0, 0);
+        }
+    }
+    template <int parts>
+    __device__ static void order_x(const Operands<parts>& operands, const Tile& tile, int step, uint32_t stage, uint32_t there) {
+        copy_box(stage, &operands.x, there, step * step_bytes, tile.first_token, 0, 0);
+    }
 };
 
 // The barriers of a block's stages, and the stages.
@@ -90,17 +103,13 @@ template <class B, int parts, class TileAt>
 __device__ inline void order_operands(const Ring& ring, const Operands<parts>& operands, int tiles, int steps, TileAt tile_at) {
     auto order_w = [&](const Tile& tile, int step, int stage) {
         barrier_expect(ring.there + 8 * stage, operands.x_bytes + B::w_bytes);
-#pragma unroll
-        for (int i = 0; i < B::tiles; ++i) {
-            copy_box(ring.base + stage * B::stage_bytes + B::x_bytes + i * tile_bytes, &operands.w[tile.part], ring.there + 8 * stage,
-                     (tile.first_output + i * 64) * 2, (tile.first + step) * step_rows, 0, 0);
-        }
+        B::order_w(operands, tile, tile.first + step, ring.base + stage * B::stage_bytes, ring.there + 8 * stage);
     };
     auto order_x = [&](const Tile& tile, int step, int stage) {
-        copy_box(ring.base + stage * B::stage_bytes, &operands.x, ring.there + 8 * stage, (tile.first + step) * step_bytes, tile.first_token, 0,
-                 0);
+        B::order_x(operands, tile, tile.first + step, ring.base + stage * B::stage_bytes, ring.there + 8 * stage);
     };
-    // Weights need not wait for the kernel before.
+    // Weights need not wait for the kernel before, unless it makes them.
+    if (operands.weights_made) wait_for_kernel_before();
     int const ahead = min(steps, B::stages);
     Tile tile = tile_at(0);
     Turn<B> turn;
@@ -165,6 +174,7 @@ template <class B, int parts>
 int make_operands(const Linear& work, Operands<parts>* operands) {
     operands->count = work.count;
     operands->tokens = static_cast<int>(work.tokens);
+    operands->weights_made = work.weights_made;
     operands->steps = static_cast<int>(steps_of(work));
     int64_t blocks = 0;
     for (int i = 0; i < work.count; ++i) {

@@ -36,7 +36,7 @@ namespace row_format { enum : int32_t { f32, bf16, fp8, fp8_ds_mla, fp8_flat }; 
 namespace index_format { enum : int32_t { f32, fp8 }; }
 
 namespace op {
-enum : int32_t { plan, fused_rope_rms_norm_quantization, decoding, prefill, prefill_sparse, decode_branch_fp8, indexer, attention, sparse_attention, input_projections, count };
+enum : int32_t { plan, fused_rope_rms_norm_quantization, decoding, prefill, prefill_sparse, decode_branch_fp8, indexer, attention, sparse_attention, input_projections, output_projection, count };
 }  // namespace op
 
 namespace plan {
@@ -85,8 +85,13 @@ namespace out { enum : int { output, kv_cache_out, indices, indexer_cache_out, c
 }
 
 namespace input_projections {
-namespace in { enum : int { hidden, w_dq, query_norm_weight, w_uq, w_dkv, w_kr, w_index_query, w_index_key, w_index_weights, index_weights_factor, count }; }
+namespace in { enum : int { hidden, w_dq, query_norm_weight, w_uq, w_dkv, w_kr, w_index_query, w_index_key, w_index_weights, index_weights_factor, w_dq_scale, w_uq_scale, w_dkv_scale, w_kr_scale, w_index_query_scale, w_index_key_scale, count }; }
 namespace out { enum : int { query, latent, rope_key, index_query, index_key, index_weights, count }; }
+}
+
+namespace output_projection {
+namespace in { enum : int { attended, w_o, w_o_scale, count }; }
+namespace out { enum : int { hidden, count }; }
 }
 
 enum class Kind { any_float, f32, i32, weight, e4m3, any };
@@ -407,15 +412,21 @@ constexpr AttributeSpec sparse_attention_attributes[] = {
 };
 constexpr TensorSpec input_projections_inputs[] = {
     {"hidden", Kind::any_float, "T C", false},
-    {"w_dq", Kind::any_float, "C Q", true},
+    {"w_dq", Kind::weight, "C Q", true},
     {"query_norm_weight", Kind::any_float, "Q", true},
-    {"w_uq", Kind::any_float, "Q H M", false},
-    {"w_dkv", Kind::any_float, "C R", true},
-    {"w_kr", Kind::any_float, "C Dr", true},
-    {"w_index_query", Kind::any_float, "Q Hi Di", true},
-    {"w_index_key", Kind::any_float, "C Di", true},
+    {"w_uq", Kind::weight, "Q H M", false},
+    {"w_dkv", Kind::weight, "C R", true},
+    {"w_kr", Kind::weight, "C Dr", true},
+    {"w_index_query", Kind::weight, "Q Hi Di", true},
+    {"w_index_key", Kind::weight, "C Di", true},
     {"w_index_weights", Kind::any_float, "C Hi", true},
     {"index_weights_factor", Kind::any_float, "Hi", true},
+    {"w_dq_scale", Kind::f32, "ceil(C/128) ceil(Q/128)", true},
+    {"w_uq_scale", Kind::f32, "ceil(Q/128) ceil(H*M/128)", true},
+    {"w_dkv_scale", Kind::f32, "ceil(C/128) ceil(R/128)", true},
+    {"w_kr_scale", Kind::f32, "ceil(C/128) ceil(Dr/128)", true},
+    {"w_index_query_scale", Kind::f32, "ceil(Q/128) ceil(Hi*Di/128)", true},
+    {"w_index_key_scale", Kind::f32, "ceil(C/128) ceil(Di/128)", true},
 };
 constexpr TensorSpec input_projections_outputs[] = {
     {"query", Kind::any_float, "T H M", false},
@@ -428,6 +439,15 @@ constexpr TensorSpec input_projections_outputs[] = {
 constexpr AttributeSpec input_projections_attributes[] = {
     {"epsilon", AttributeSpec::number, 24, nullptr, nullptr, 1e-06, false},
 };
+constexpr TensorSpec output_projection_inputs[] = {
+    {"attended", Kind::any_float, "T H Dv", false},
+    {"w_o", Kind::weight, "H Dv C", false},
+    {"w_o_scale", Kind::f32, "ceil(H*Dv/128) ceil(C/128)", true},
+};
+constexpr TensorSpec output_projection_outputs[] = {
+    {"hidden", Kind::any_float, "T C", false},
+};
+constexpr const AttributeSpec* output_projection_attributes = nullptr;
 }  // namespace table
 
 constexpr OpSpec ops[] = {
@@ -440,7 +460,8 @@ constexpr OpSpec ops[] = {
     {"MlaIndexer", 15, 2, 9, table::indexer_inputs, table::indexer_outputs, table::indexer_attributes},
     {"MlaAttention", 20, 2, 12, table::attention_inputs, table::attention_outputs, table::attention_attributes},
     {"MlaSparseAttention", 29, 4, 20, table::sparse_attention_inputs, table::sparse_attention_outputs, table::sparse_attention_attributes},
-    {"MlaInputProjections", 10, 6, 1, table::input_projections_inputs, table::input_projections_outputs, table::input_projections_attributes},
+    {"MlaInputProjections", 16, 6, 1, table::input_projections_inputs, table::input_projections_outputs, table::input_projections_attributes},
+    {"MlaOutputProjection", 3, 1, 0, table::output_projection_inputs, table::output_projection_outputs, table::output_projection_attributes},
 };
 
 }  // namespace mla

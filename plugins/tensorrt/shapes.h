@@ -1,4 +1,4 @@
-// The shape words of the op table ("T", "R+Dr", "ceil(Dr/2)", "num_partitions+1") over any kind of value: numbers, or
+// The shape words of the op table ("T", "R+Dr", "ceil(Dr/2)", "ceil(H*M/128)", "num_partitions+1") over any kind of value: numbers, or
 // the expressions from which TensorRT computes shapes at run time.
 #pragma once
 
@@ -34,7 +34,7 @@ inline bool is_letter(std::string_view word) {
 
 inline int64_t number_of(std::string_view digits) { return strtoll(std::string(digits).c_str(), nullptr, 10); }
 
-// `Algebra` has a type Value and makes values: constant(n), sum(a, b), ceil_div(a, n).
+// `Algebra` has a type Value and makes values: constant(n), sum(a, b), product(a, b), ceil_div(a, n).
 template <typename Algebra>
 typename Algebra::Value evaluate(std::string_view word, const Letters<typename Algebra::Value>& letters,
                                  Algebra& algebra) {
@@ -54,13 +54,18 @@ typename Algebra::Value evaluate(std::string_view word, const Letters<typename A
     constexpr std::string_view ceil = "ceil(";
     if (word.substr(0, ceil.size()) != ceil) return algebra.constant(number_of(word));
     size_t const slash = word.find('/');
-    return algebra.ceil_div(letter(word.substr(ceil.size(), slash - ceil.size())), number_of(word.substr(slash + 1)));
+    std::string_view const inner = word.substr(ceil.size(), slash - ceil.size());
+    size_t const star = std::min(inner.find('*'), inner.size());
+    typename Algebra::Value value = letter(inner.substr(0, star));
+    if (star < inner.size()) value = algebra.product(value, letter(inner.substr(star + 1)));
+    return algebra.ceil_div(value, number_of(word.substr(slash + 1)));
 }
 
 struct Numbers {
     using Value = int64_t;
     Value constant(int64_t value) const { return value; }
     Value sum(Value first, Value second) const { return first + second; }
+    Value product(Value first, Value second) const { return first * second; }
     Value ceil_div(Value value, int64_t divisor) const { return (value + divisor - 1) / divisor; }
 };
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
+import math
 
+import ml_dtypes
 import numpy as np
 import pytest
 from cases import HALF_TYPES
 from harness import Array, compare, run_op
 
 from mla_trt.ops import OPS
-from mla_trt.ops.input_projections import FROM_LATENT, OUTPUT_OF
+from mla_trt.ops.input_projections import CODED, FROM_LATENT, OUTPUT_OF
+from mla_trt.ops.projection_weights import matrix_reference, scale_of
 
 OP = "MlaInputProjections"
 # Sums are in f32, so that of a product of the hidden states the output's type is what is left.
@@ -20,6 +23,8 @@ TOLERANCE = {"f32": 1e-5, "f16": 2**-10, "bf16": 2**-8}
 LATENT_ROUNDING = {"f32": 0.0, "f16": 0.0, "bf16": 2**-8}
 # index_weights are f32. Tensor cores drop bits of what they add.
 SUMS = {"f32": 1e-5, "f16": 1e-5, "bf16": 1e-4}
+# Weights that are codes become bf16 where the hidden states are, if the GPU has a kernel for it.
+CODE_ROUNDING = 2**-9
 
 LATENT = ("w_dq", "query_norm_weight")
 MLA = (*LATENT, "w_dkv", "w_kr")
@@ -67,9 +72,25 @@ def _inputs(
     return inputs
 
 
+def _coded(inputs: dict[str, Array], seed: int, names: tuple[str, ...] = CODED) -> dict[str, Array]:
+    """The same with weights as codes, of as large values: all codes but those that are no numbers."""
+    rng = np.random.default_rng(seed)
+    coded = dict(inputs)
+    for name in set(names) & set(inputs):
+        shape = inputs[name].shape
+        codes = rng.integers(0, 256, shape, np.uint8)
+        coded[name] = np.where(codes & 0x7F == 0x7F, 0, codes).astype(np.uint8).view(ml_dtypes.float8_e4m3fn)
+        blocks = math.ceil(shape[0] / 128), math.ceil(math.prod(shape[1:]) / 128)
+        coded[scale_of(name)] = (rng.uniform(0.25, 2.0, blocks) / 150 * max(shape[0], 1) ** -0.5).astype(np.float32)
+    return coded
+
+
 def _expected(inputs: dict[str, Array], epsilon: float = 1e-6) -> dict[str, Array]:
     """As the op's reference, by BLAS."""
     given = {name: values.astype(np.float32) for name, values in inputs.items()}
+    for name in CODED:
+        if scale_of(name) in inputs:
+            given[name] = matrix_reference(inputs, name).reshape(inputs[name].shape).astype(np.float32)
     hidden = latent = given["hidden"]
     if "w_dq" in given:
         latent = hidden @ given["w_dq"]
@@ -94,6 +115,8 @@ def _compare(
     dtype = next(name for name, kind in HALF_TYPES.items() if inputs["hidden"].dtype == kind)
     for name, values in expected.items():
         tolerance = SUMS[dtype] if name == "index_weights" else TOLERANCE[dtype]
+        if dtype == "bf16" and any(weight.dtype == ml_dtypes.float8_e4m3fn for weight in inputs.values()):
+            tolerance += CODE_ROUNDING
         if "w_dq" in inputs and name in ("query", "index_query"):
             tolerance += LATENT_ROUNDING[dtype]
         units = None
@@ -225,26 +248,73 @@ def test_what_is_not_a_number_stays_in_its_token() -> None:
 @pytest.mark.parametrize("case", ["not tiles", "many columns", "query of the hidden states"])
 def test_calls_in_a_row(case: str, tokens: int) -> None:
     """A call may begin beside the one before; where a block does not wait for it, the emulator says so."""
-    _check(_inputs(9, tokens, *SMALL[case]), in_a_row=3)
+    inputs = _inputs(9, tokens, *SMALL[case])
+    for given in (inputs, _coded(inputs, 9)):
+        _check(given, in_a_row=3)
+
+
+@pytest.mark.small
+@pytest.mark.parametrize("tokens", [0, 1, 15, 16, 17, 63, 64, 65, 128, 129, 300])
+@pytest.mark.parametrize("case", ["tiles", "many columns", "wide latent of the query", "not tiles"])
+def test_codes(case: str, tokens: int) -> None:
+    _check(_coded(_inputs(15, tokens, *SMALL[case]), 15))
+
+
+@pytest.mark.small
+@pytest.mark.parametrize("tokens", [5, 70])
+@pytest.mark.parametrize("names", [*CODED, "w_dq w_uq", "w_dkv w_index_query"])
+def test_some_weights_as_codes(names: str, tokens: int) -> None:
+    _check(_coded(_inputs(16, tokens, SMALL["tiles"][0]), 16, tuple(names.split())))
+
+
+@pytest.mark.small
+@pytest.mark.parametrize("tokens", [5, 70])
+@pytest.mark.parametrize("columns", [8, 72, 128, 136, 200, 1032, 2056])
+def test_codes_of_any_number_of_columns(columns: int, tokens: int) -> None:
+    """Steps have 128 columns, and a cluster shares them."""
+    _check(_coded(_inputs(17, tokens, (columns, 144, 3, 48, 272, 16, 8, 16), MLA), 17))
+
+
+@pytest.mark.small
+@pytest.mark.parametrize("dtype", HALF_TYPES)
+def test_codes_without_scales_and_beside_any_type(dtype: str) -> None:
+    inputs = _coded(_inputs(18, 70, SMALL["tiles"][0], dtype=dtype), 18)
+    _check({name: values for name, values in inputs.items() if name not in ("w_dkv_scale", "w_kr_scale")})
+
+
+@pytest.mark.small
+@pytest.mark.parametrize("power", [-100, -20, 20, 100])
+def test_codes_of_any_scale(power: int) -> None:
+    """Codes become bf16 times 2^-120 first; neither that nor the scale may leave the range of bf16 where their product does not."""
+    inputs = _coded(_inputs(19, 5, SMALL["tiles"][0], ()), 19)
+    inputs["w_uq_scale"] *= np.float32(2.0**power)
+    inputs["hidden"] = (inputs["hidden"].astype(np.float32) * np.float32(2.0 ** (-power * 0.9))).astype(
+        HALF_TYPES["bf16"]
+    )
+    _check(inputs)
 
 
 @pytest.mark.parametrize("tokens", [1, 64, 128, 300, 600])
 def test_a_thousand_repeats(tokens: int) -> None:
     inputs = _inputs(10, tokens, (7168, 1536, 16, 192, 512, 64, 64, 128))
-    expected = _expected(inputs)
-    _compare(run_op(OP, inputs, list(expected), repeat=1000, graph=True), expected, inputs)
+    for given in (inputs, _coded(inputs, 10)):
+        expected = _expected(given)
+        _compare(run_op(OP, given, list(expected), repeat=1000, graph=True), expected, given)
 
 
 @functools.lru_cache(1)
-def _of_model(name: str) -> tuple[dict[str, Array], dict[str, Array]]:
+def _of_model(name: str, codes: bool) -> tuple[dict[str, Array], dict[str, Array]]:
     inputs = _inputs(11, 2048, *MODELS[name])
+    if codes:
+        inputs = _coded(inputs, 11)
     return inputs, _expected(inputs)
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 64, 65, 128, 200, 256, 257, 2048])
+@pytest.mark.parametrize("codes", [False, True], ids=["bf16", "codes"])
 @pytest.mark.parametrize("model", MODELS)
-def test_sizes_of_models(model: str, tokens: int) -> None:
-    inputs, expected = _of_model(model)
+def test_sizes_of_models(model: str, codes: bool, tokens: int) -> None:
+    inputs, expected = _of_model(model, codes)
     first = {**inputs, "hidden": inputs["hidden"][:tokens]}
     found = run_op(OP, first, list(expected), repeat=2)
     _compare(found, {name: values[:tokens] for name, values in expected.items()}, first)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -227,3 +228,20 @@ def e4m3_weight(rng: np.random.Generator, *shape: int) -> tuple[Array, Array]:
     weight = rng.uniform(-448, 448, shape).astype(ml_dtypes.float8_e4m3fn)
     blocks = (shape[0], -(-shape[1] // 128), -(-shape[2] // 128))
     return weight, (rng.uniform(0.5, 2.0, blocks) / 2000).astype(np.float32)
+
+
+def e4m3_matrix(rng: np.random.Generator, *shape: int, row_axes: int = 1) -> tuple[Array, Array]:
+    """A random e4m3 weight that is a matrix, with the first axes as its rows, and the scale of each 128 x 128 block of that."""
+    weight = rng.uniform(-448, 448, shape).astype(ml_dtypes.float8_e4m3fn)
+    sizes = math.prod(shape[:row_axes]), math.prod(shape[row_axes:])
+    return weight, (rng.uniform(0.5, 2.0, [-(-size // 128) for size in sizes]) / 2000).astype(np.float32)
+
+
+def decoded_by_hand(weight: Array, scale: Array | None, row_axes: int = 1) -> Array:
+    """Each value of such a weight times the scale of its block, one after the other, in float64."""
+    columns = math.prod(weight.shape[row_axes:])
+    values = weight.astype(np.float64)
+    for place, index in enumerate(np.ndindex(weight.shape)):
+        if scale is not None:
+            values[index] *= float(scale[place // columns // 128, place % columns // 128])
+    return values

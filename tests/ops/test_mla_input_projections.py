@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from onnx import TensorProto
-from op_harness import Array, assert_close, reference, run_op
+from onnx import TensorProto, helper
+from op_harness import Array, assert_close, decoded_by_hand, e4m3_matrix, reference, run_op
 
 from mla_trt.errors import BadModelError, UsageError
 from mla_trt.ops import OPS, TensorType, infer_shapes, make_node
-from mla_trt.ops.input_projections import OUTPUT_OF
+from mla_trt.ops.input_projections import CODED, OUTPUT_OF
 
 OP = "MlaInputProjections"
 INDEXER = ("w_index_query", "w_index_key", "w_index_weights", "index_weights_factor")
@@ -25,6 +25,8 @@ PARTS: dict[str, tuple[str, ...]] = {
     "indexer and no latent of the query": ("w_dkv", *INDEXER),
     "index weights alone": ("w_index_weights",),
 }
+BLOCKS = (3, 130, 140, 3, 50, 129, 2, 5, 30)
+"""Sizes of matrices that have more than one block of 128 either way, and the heads' borders are not theirs."""
 # T, C, Q, H, M, R, Dr, Hi, Di
 SIZES = {
     "odd": (5, 7, 3, 3, 4, 9, 2, 5, 6),
@@ -45,6 +47,25 @@ def _inputs(sizes: tuple[int, ...], parts: tuple[str, ...], dtype: type = np.flo
         formal.name: rng.standard_normal([letters[word] for word in str(formal.shape).split()]).astype(dtype)
         for formal in OPS[OP].inputs
         if not formal.optional or formal.name in parts
+    }
+
+
+def _coded(inputs: dict[str, Array], weights: tuple[str, ...], scaled: bool = True) -> dict[str, Array]:
+    """The inputs with other weights, which are e4m3."""
+    rng = np.random.default_rng(1)
+    made = dict(inputs)
+    for name in weights:
+        made[name], scale = e4m3_matrix(rng, *inputs[name].shape)
+        made |= {f"{name}_scale": scale} if scaled else {}
+    return made
+
+
+def _decoded(inputs: dict[str, Array]) -> dict[str, Array]:
+    """The inputs with weights in float64 in place of codes and scales."""
+    return {
+        name: decoded_by_hand(values, inputs.get(f"{name}_scale")) if name in CODED else values
+        for name, values in inputs.items()
+        if not name.endswith("_scale")
     }
 
 
@@ -86,6 +107,35 @@ def test_reference_is_what_sums_by_hand_give(epsilon: float) -> None:
             np.testing.assert_allclose(value, product * given["index_weights_factor"][head])
 
 
+CODES: dict[str, tuple[tuple[int, ...], tuple[str, ...], bool]] = {
+    "blocks": (BLOCKS, CODED, True),
+    "no scales": (BLOCKS, CODED, False),
+    "some": (BLOCKS, ("w_dq", "w_kr", "w_index_query"), True),
+    "the others": (BLOCKS, ("w_uq", "w_dkv", "w_index_key"), True),
+    **{name: (sizes, CODED, True) for name, sizes in SIZES.items()},
+}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize(("sizes", "weights", "scaled"), CODES.values(), ids=CODES.keys())
+def test_weights_may_be_codes(sizes: tuple[int, ...], weights: tuple[str, ...], scaled: bool, dtype: type) -> None:
+    inputs = _coded(_inputs(sizes, PARTS["all"], dtype), weights, scaled)
+    inputs["hidden"] = (inputs["hidden"] / 256).astype(dtype)  # float16 has no more than products of codes alone
+    expected, by_hand = reference(OP, inputs), reference(OP, _decoded(inputs))
+    found = run_op(OP, inputs)
+    for name, values in expected.items():
+        np.testing.assert_allclose(values, by_hand[name], rtol=1e-12, atol=1e-12, err_msg=name)
+        assert found[name].dtype == (np.float32 if name == "index_weights" else dtype)
+        assert_close(found[name], values, 1e-3 if found[name].dtype == np.float16 else 1e-5)
+
+
+def test_queries_of_the_hidden_states_may_have_codes() -> None:
+    inputs = _coded(_inputs(BLOCKS, ()), ("w_uq",))
+    expected = reference(OP, inputs)["query"]
+    np.testing.assert_allclose(expected, reference(OP, _decoded(inputs))["query"], rtol=1e-12, atol=1e-12)
+    assert_close(run_op(OP, inputs, ["query"])["query"], expected)
+
+
 def test_what_an_absent_part_leaves_is_as_it_is_with_it() -> None:
     whole = _inputs(SIZES["odd"], PARTS["all"])
     expected = reference(OP, whole)
@@ -112,6 +162,7 @@ def test_rows_of_zeros_are_zeros() -> None:
     [
         (("w_dkv", "query_norm_weight"), "the input query_norm_weight needs w_dq"),
         (("w_dq", "index_weights_factor"), "the input index_weights_factor needs w_index_weights"),
+        *(((f"{name}_scale",), f"the input {name}_scale needs {name}") for name in CODED if name != "w_uq"),
     ],
 )
 def test_inputs_that_say_nothing_without_others_are_refused(parts: tuple[str, ...], message: str) -> None:
@@ -128,3 +179,29 @@ def test_queries_of_the_hidden_states_have_their_width() -> None:
     kinds["w_uq"] = narrow
     with pytest.raises(BadModelError, match="w_uq gives Q = 6, but it is 8"):
         infer_shapes(node, [kinds.get(name) for name in node.input])
+
+
+def _types(inputs: dict[str, Array]) -> dict[str, TensorType]:
+    return {name: TensorType(helper.np_dtype_to_tensor_dtype(a.dtype), a.shape) for name, a in inputs.items()}
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("name", CODED)
+def test_scales_are_of_blocks_of_the_whole_matrix(name: str, axis: int) -> None:
+    types = _types(_coded(_inputs(BLOCKS, PARTS["all"]), CODED))
+    node = make_node(OP, {name: name for name in types}, ["query"])
+    assert infer_shapes(node, [types.get(name) for name in node.input])[0].shape == (3, 3, 50)
+    scale = types[f"{name}_scale"]
+    shape = [size + (place == axis) for place, size in enumerate(scale.shape)]
+    types[f"{name}_scale"] = TensorType(scale.dtype, tuple(shape))
+    with pytest.raises(BadModelError, match=f"{name}_scale has {shape[axis]} along ceil.*, expected {shape[axis] - 1}"):
+        infer_shapes(node, [types.get(name) for name in node.input])
+
+
+@pytest.mark.parametrize("name", ["hidden", "w_index_weights", "query_norm_weight"])
+def test_other_inputs_are_no_codes(name: str) -> None:
+    types = _types(_inputs(SIZES["odd"], PARTS["all"]))
+    types[name] = TensorType(TensorProto.FLOAT8E4M3FN, types[name].shape)
+    node = make_node(OP, {name: name for name in types}, ["query"])
+    with pytest.raises(BadModelError, match=f"{name} is FLOAT8E4M3FN"):
+        infer_shapes(node, [types.get(name) for name in node.input])

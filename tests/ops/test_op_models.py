@@ -26,6 +26,7 @@ from mla_trt.ops import (
     retarget,
     strip_functions,
 )
+from mla_trt.ops.schema import Dim, Dimensions
 
 STEP_INPUTS = ("query_offsets", "cache_lengths", "block_table")
 PLAN_OUTPUTS = ("token_sequence", "positions", "schedule")
@@ -290,6 +291,38 @@ def test_inference_of_the_plan() -> None:
 def test_inference_refuses_contradictions(changes: dict[str, TensorType], message: str) -> None:
     with pytest.raises(BadModelError, match=message):
         infer_shapes(_layer(0), _types(**changes))
+
+
+@pytest.mark.parametrize(
+    ("word", "size"),
+    [
+        ("H", 3),
+        ("H+M", 53),
+        ("ceil(M/128)", 1),
+        ("ceil(H*M/128)", 2),
+        ("ceil(M*H/16)+H+1", 14),
+        ("T", "tokens"),
+        ("T+H", None),
+        ("ceil(T/128)", None),
+        ("ceil(T*H/128)", None),
+        ("ceil(H*T/128)", None),
+        ("ceil(H*unknown/128)", None),
+        ("unknown", None),
+    ],
+)
+def test_words_of_shapes(word: str, size: Dim) -> None:
+    dims = Dimensions("a node")
+    for letter, dim in (("H", 3), ("M", 50), ("T", "tokens")):
+        dims.bind(letter, dim, "an input")
+    assert dims.evaluate(word) == size
+
+
+def test_a_word_of_a_product_is_checked_once_its_letters_are_known() -> None:
+    dims = Dimensions("a node")
+    dims.unify("ceil(H*M/128)", (3,), "scale")
+    dims.unify("H M", (3, 50), "weight")
+    with pytest.raises(BadModelError, match=r"scale has 3 along ceil\(H\*M/128\), expected 2"):
+        dims.unify("ceil(H*M/128)", (3,), "scale")
 
 
 @pytest.mark.parametrize("row_format", ["f32", "fp8_ds_mla"])

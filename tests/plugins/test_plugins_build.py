@@ -35,6 +35,7 @@ RUNS = (
     "run_attention",
     "run_sparse_attention",
     "run_input_projections",
+    "run_output_projection",
 )
 
 

@@ -129,6 +129,14 @@ template <int step, bool clear = false>
 inline void product_bf16(float (&d)[32], const uint32_t (&a)[4], uint32_t b) {
     order(d, 64, false, clear, false, a, 0, b + 2 * step);
 }
+template <int step, bool clear = false>
+inline void product_bf16(float (&d)[8], const uint32_t (&a)[4], uint32_t b) {
+    order(d, 16, false, clear, false, a, 0, b + 2 * step);
+}
+template <int step, bool clear = false>
+inline void product_bf16(float (&d)[64], const uint32_t (&a)[4], uint32_t b) {
+    order(d, 128, false, clear, false, a, 0, b + 2 * step);
+}
 template <int step, bool clear>
 inline void product_bf16(float (&d)[64], uint32_t a, uint32_t b) {
     order(d, 128, false, clear, false, nullptr, a + 2 * step, b + 2 * step);

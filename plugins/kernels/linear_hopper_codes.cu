@@ -1,0 +1,354 @@
+// Products with e4m3 weights on SM90, rows in bf16, sums in f32: half of the bytes that bf16 has, for the memory bounds products of few tokens.
+//
+// The weight is the product's A: `ldmatrix` with transposition gives a lane codes of two outputs, 2 g and 2 g + 1, of the columns 2 t and
+// 2 t + 1, which are rows g and g + 8 of a fragment; so outputs are rows, tokens columns of the sums, and codes go from shared memory to
+// registers once, where they become bf16. A block has 64 outputs for each of three or four groups, of up to 128 tokens; up to eight blocks, a
+// cluster, share the columns.
+//
+// Scales multiply the sums of a step, where there are registers for these: of up to 64 tokens. Else they multiply the weights, which are what
+// bf16 holds of code times scale. Of many tokens each tile would do so again: weights are decoded to memory first (`decode_weights`), and the
+// products are those of bf16.
+#include "linear_sums.cuh"
+
+namespace mla {
+namespace {
+
+using namespace linear_tiles;
+
+constexpr int scale_block = 128;  // columns and outputs that have one scale; a step is one of columns
+constexpr int chunk = 32;  // columns of a step whose codes are in registers at a time
+constexpr int decoding_threads = 256;
+constexpr int conversions = 200;  // about how many cycles those of a step and a group take
+
+// Three groups read the first 128 outputs as four do, and the last 64 as rows of half the width.
+template <int tokens_, int groups>
+struct CodesBlock {
+    static constexpr int tokens = tokens_, tiles = groups, columns = tiles * 64;
+    static constexpr int consumers = tiles * group_threads, threads = consumers + group_threads;
+    static constexpr int consumer_registers = groups == 4 ? 112 : 152;
+    static constexpr int row = columns + 4;  // floats of a row of sums: where half a warp writes no bank is met twice
+    static constexpr int x_tile = tokens * step_bytes, x_bytes = 2 * x_tile;  // 64 columns of x, and a step's
+    static constexpr int w_tile = scale_block * step_bytes, w_bytes = tiles * w_tile / 2;  // a step of 128 outputs, and of all
+    static constexpr int stage_bytes = x_bytes + w_bytes, most = budget / stage_bytes;
+    static constexpr int stages = most < most_stages ? most : most_stages, bytes = stages * stage_bytes;
+    static_assert(tokens * row * 4 <= bytes && tokens % most_cluster == 0);
+
+    // Of a part the map of rows of 128 outputs, and behind those of all parts that of 64.
+    template <int parts>
+    __device__ static void order_w(const Operands<parts>& operands, const Tile& tile, int step, uint32_t stage, uint32_t there) {
+        copy_box(stage + x_bytes, &operands.w[tile.part], there, tile.first_output, step * scale_block, 0, 0);
+        copy_box(stage + x_bytes + w_tile, &operands.w[tile.part + (groups == 4 ? 0 : most_linear_parts)], there, tile.first_output + scale_block,
+                 step * scale_block, 0, 0);
+    }
+    template <int parts>
+    __device__ static void order_x(const Operands<parts>& operands, const Tile& tile, int step, uint32_t stage, uint32_t there) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) copy_box(stage + i * x_tile, &operands.x, there, (2 * step + i) * step_bytes, tile.first_token, 0, 0);
+    }
+};
+
+struct Codes {
+    Operands<2 * most_linear_parts> operands;
+    Result results[most_linear_parts];
+    const float* scales[most_linear_parts];
+    const float* squares;  // of x's rows, [square_steps, tokens]
+    int square_steps;
+    float mean, epsilon;
+};
+
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+// A block's scale, as two terms of bf16 each twice: their sum has 16 bits of it.
+struct Scale {
+    __nv_bfloat162 high, low;
+
+    __device__ explicit Scale(float scale) {
+        float const rounded = __bfloat162float(__float2bfloat16_rn(scale));
+        high = __floats2bfloat162_rn(rounded, rounded);
+        low = __floats2bfloat162_rn(scale - rounded, scale - rounded);
+    }
+    // Two codes as they come from `code_pair`, times the scale.
+    __device__ uint32_t times(uint32_t pair) const {
+        uint32_t const bits = decode_pair(pair);
+        auto const values = reinterpret_cast<const __nv_bfloat162&>(bits);
+        __nv_bfloat162 const scaled = __hfma2(values, high, __hmul2(values, low));
+        return reinterpret_cast<const uint32_t&>(scaled);
+    }
+};
+
+// The fragments of two products, each of 16 columns, from four matrices of eight columns. `decode`: what two codes become that come from
+// `code_pair`.
+template <class Decode>
+__device__ inline void make_fragments(uint32_t (&a)[2][4], const uint32_t (&codes)[4], Decode decode) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        a[i / 2][i % 2 * 2] = decode(code_pair<codes_02>(codes[i]));
+        a[i / 2][i % 2 * 2 + 1] = decode(code_pair<codes_13>(codes[i]));
+    }
+}
+
+// Where a lane's codes lie in a stage: of the first of a step's rows, and from a chunk's to the next one's.
+struct Line {
+    uint32_t first, stride;
+};
+
+template <class B>
+__device__ inline Line line_of(int warp, int lane) {
+    bool const half = B::tiles == 3 && warp >= 8;
+    int const unit = warp % (half ? 4 : 8), bytes = half ? step_bytes / 2 : step_bytes;
+    int const permuted = unit ^ (half ? lane >> 1 & 3 : lane & 7);  // as the copy engine does
+    return {static_cast<uint32_t>(B::x_bytes + warp / 8 * B::w_tile + lane * bytes + (permuted << 4)), static_cast<uint32_t>(chunk * bytes)};
+}
+
+// Adds a step's products to the sums; `clear`: they are zero before.
+template <class B, bool clear, class Decode>
+__device__ inline void multiply_step(float (&sums)[B::tokens / 2], const Line& line, uint32_t x_tiles, uint32_t used_before, Decode decode) {
+    // Those of the chunk before are in use while the next ones are made. Where registers are scarce there is no second set, and other groups'
+    // products are under way meanwhile.
+    constexpr int sets = B::tiles == 4 && B::tokens > 64 ? 1 : 2;
+    uint32_t a[sets][2][4];
+#pragma unroll
+    for (int c = 0; c < scale_block / chunk; ++c) {
+        uint32_t codes[4];
+        ldmatrix_x4_transposed(codes, x_tiles + line.first + c * line.stride);
+        product_wait<sets - 1>();
+        auto& fragments = a[c % sets];
+        make_fragments(fragments, codes, decode);
+        pin(fragments);
+        product_fence();
+        uint32_t const x = tile_descriptor(x_tiles + c / 2 * B::x_tile);
+        if (c == 0) {
+            product_bf16<0, clear>(sums, fragments[0], x);
+            product_bf16<1>(sums, fragments[1], x);
+        } else if (c % 2 == 0) {
+            product_bf16<0>(sums, fragments[0], x);
+            product_bf16<1>(sums, fragments[1], x);
+        } else {
+            product_bf16<2>(sums, fragments[0], x);
+            product_bf16<3>(sums, fragments[1], x);
+        }
+        product_commit();
+        if (c == 1) barrier_arrive_if(used_before, used_before != 0 && threadIdx.x % warp_size == 0);  // the step's before have ended
+    }
+}
+
+// The sums of a group's 64 outputs: sums[4 j] and [4 j + 2] of a lane are outputs 2 g and 2 g + 1 of its warp's 16, token 8 j + 2 t; the
+// ones behind them are of the next token. `scale_of(step)` is read a step ahead.
+template <class B, class ScaleOf>
+__device__ inline void multiply_codes(const Ring& ring, int warp, int steps, float (&sums)[B::tokens / 2], ScaleOf scale_of) {
+    // There are registers for a step's own sums of up to 64 tokens.
+    constexpr bool scales_sums = B::tokens <= 64;
+    Line const line = line_of<B>(warp, threadIdx.x % warp_size);
+#pragma unroll
+    for (int i = 0; i < B::tokens / 2; ++i) sums[i] = 0.0f;
+    if constexpr (!scales_sums) pin(sums);
+    Turn<B> turn;
+    uint32_t used_before = 0;
+    float next_scale = scale_of(0);
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+        float const scale = next_scale;
+        if (step + 1 < steps) next_scale = scale_of(step + 1);
+        uint32_t const place = ring.base + turn.stage * B::stage_bytes;
+        barrier_wait(ring.there + 8 * turn.stage, turn.turn & 1);
+        if constexpr (scales_sums) {
+            float part[B::tokens / 2];
+            multiply_step<B, true>(part, line, place, used_before, decode_pair);
+            product_wait();
+            pin(part);
+#pragma unroll
+            for (int i = 0; i < B::tokens / 2; ++i) sums[i] = fmaf(scale, part[i], sums[i]);
+        } else {
+            Scale const terms(scale);
+            multiply_step<B, false>(sums, line, place, used_before, [&](uint32_t pair) { return terms.times(pair); });
+        }
+        used_before = ring.used + 8 * turn.stage;
+        turn.advance();
+    }
+    if constexpr (!scales_sums) {
+        product_wait();
+        pin(sums);
+    }
+}
+
+// What a token's sums are multiplied by, a token by a thread: neighbours read what lies side by side.
+__device__ inline float inverse_root(const Codes& work, int token) {
+    int const tokens = work.operands.tokens;
+    if (work.squares == nullptr || token >= tokens) return 1.0f;
+    float sum = 0.0f;
+#pragma unroll 8
+    for (int step = 0; step < work.square_steps; ++step) sum += work.squares[static_cast<int64_t>(step) * tokens + token];
+    return rsqrtf(sum * work.mean + work.epsilon);
+}
+
+// Sixteen codes by a thread, of one row and one scale.
+__global__ void __launch_bounds__(decoding_threads) decode_kernel(LinearPart part, int64_t columns, __nv_bfloat16* decoded) {
+    int64_t const total = columns * part.outputs / 16, blocks = ceil_div<int64_t>(part.outputs, scale_block);
+    for (int64_t i = static_cast<int64_t>(blockIdx.x) * decoding_threads + threadIdx.x; i < total; i += static_cast<int64_t>(gridDim.x) * decoding_threads) {
+        int64_t const column = 16 * i / part.outputs, output = 16 * i - column * part.outputs;
+        Scale const scale(part.scales == nullptr ? 1.0f : part.scales[column / scale_block * blocks + output / scale_block]);
+        uint4 const codes = static_cast<const uint4*>(part.weight)[i];
+        uint32_t const words[4] = {codes.x, codes.y, codes.z, codes.w};
+        uint32_t pairs[8];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            pairs[2 * j] = scale.times(code_pair<codes_01>(words[j]));
+            pairs[2 * j + 1] = scale.times(code_pair<codes_23>(words[j]));
+        }
+        auto* const out = reinterpret_cast<uint4*>(decoded) + 2 * i;
+        out[0] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+        out[1] = make_uint4(pairs[4], pairs[5], pairs[6], pairs[7]);
+    }
+}
+
+#else
+
+__global__ void decode_kernel(LinearPart, int64_t, __nv_bfloat16*) {}
+
+#endif
+
+template <class B>
+__global__ void __launch_bounds__(B::threads, 1) linear_codes_kernel(const __grid_constant__ Codes work) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    let_next_kernel_begin();
+    extern __shared__ __align__(1024) uint8_t memory[];
+    __shared__ uint64_t full[B::stages], empty[B::stages];
+    __shared__ float factors[B::tokens];
+    Ring const ring = make_ring<B>(full, empty, memory);
+    auto const& operands = work.operands;
+    int const rank = cluster_rank(), blocks = cluster_size();
+    int const block = static_cast<int>(blockIdx.y), part = operands.part_of(block), outputs = operands.outputs[part];
+    int const first_token = static_cast<int>(blockIdx.x) / blocks * B::tokens;
+    int const first_output = (block - operands.first_block[part]) * B::columns;
+    int const first = operands.steps * rank / blocks, steps = operands.steps * (rank + 1) / blocks - first;
+    int const warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
+    float* const tile = reinterpret_cast<float*>(memory);  // [tokens][B::row], where the operands were
+    if (warp >= B::consumers / warp_size) {
+        registers_decrease<32>();
+        if (warp == B::consumers / warp_size && elect_lane()) order_operands<B>(ring, operands, 1, steps, [&](int) { return Tile{part, first_token, first_output, first}; });
+        __syncwarp();
+        cluster_barrier();
+    } else {
+        registers_increase<B::consumer_registers>();
+        if (work.squares != nullptr) wait_for_kernel_before();
+        if (threadIdx.x < B::tokens) factors[threadIdx.x] = inverse_root(work, first_token + static_cast<int>(threadIdx.x));
+        int const blocks_of_outputs = ceil_div(outputs, scale_block);
+        const float* const scales = work.scales[part];
+        int const own = min((first_output + warp / 4 * 64) / scale_block, blocks_of_outputs - 1);
+        float sums[B::tokens / 2];
+        multiply_codes<B>(ring, warp, steps, sums, [&](int step) {
+            return scales == nullptr ? 1.0f : scales[static_cast<int64_t>(first + step) * blocks_of_outputs + own];
+        });
+        named_sync(1, B::consumers);  // all have used the operands, and the factors are there
+        float* const there = tile + lane % 4 * 2 * B::row + warp * 16 + lane / 4 * 2;
+#pragma unroll
+        for (int i = 0; i < B::tokens / 8; ++i) {
+            *reinterpret_cast<float2*>(there + 8 * i * B::row) = make_float2(sums[4 * i], sums[4 * i + 2]);
+            *reinterpret_cast<float2*>(there + (8 * i + 1) * B::row) = make_float2(sums[4 * i + 1], sums[4 * i + 3]);
+        }
+        cluster_barrier();
+        sum_parts<B>(work.results[part], operands.tokens, outputs, first_token, first_output, tile,
+                     [&](int token) { return factors[token - first_token]; });
+    }
+    __syncwarp();
+    cluster_arrive();
+    cluster_wait();  // a block's shared memory ends with it
+#endif
+}
+
+template <class B>
+int make_operands(const Linear& work, Codes* codes) {
+    auto& operands = codes->operands;
+    operands.count = work.count;
+    operands.tokens = static_cast<int>(work.tokens);
+    operands.weights_made = work.weights_made;
+    operands.steps = static_cast<int>(ceil_div<int64_t>(work.columns, scale_block));
+    int64_t blocks = 0;
+    for (int i = 0; i < work.count; ++i) {
+        LinearPart const& part = work.parts[i];
+        operands.first_block[i] = static_cast<int>(blocks);
+        operands.outputs[i] = static_cast<int>(part.outputs);
+        blocks += ceil_div<int64_t>(part.outputs, B::columns);
+        codes->results[i] = result_of(part);
+        codes->scales[i] = part.scales;
+        int64_t const outputs = part.outputs;
+        for (int half = 0; half < (B::tiles == 3 ? 2 : 1); ++half) {
+            if (int status = make_tensor_map(&operands.w[i + half * most_linear_parts], part.weight, {outputs, work.columns, 1, 1},
+                                             {outputs, outputs * work.columns, outputs * work.columns},
+                                             {half == 1 ? step_bytes / 2 : step_bytes, scale_block, 1, 1})) {
+                return status;
+            }
+        }
+    }
+    int const rows = static_cast<int>(std::min<int64_t>(B::tokens, round_up<int64_t>(work.tokens, 8)));
+    operands.x_bytes = 2 * rows * step_bytes;
+    return make_map(&operands.x, work.x, work.columns, work.tokens, rows);
+}
+
+// As `Shape::cost`: of a block's groups and a cluster's blocks.
+template <class B>
+int64_t cost(const Linear& work, int cluster, const Device& device) {
+    int64_t const tiles = ceil_div<int64_t>(work.tokens, B::tokens) * blocks_of(work, B::columns);
+    int64_t const steps = ceil_div<int64_t>(ceil_div<int64_t>(work.columns, scale_block), cluster);
+    int const places = std::max(1, (cluster <= 2 ? device.multiprocessors : device.multiprocessors * 15 / 16) / cluster);
+    int64_t const step = std::max({4 * B::tiles * B::tokens, B::tiles * conversions, B::stage_bytes / 36});
+    int64_t const results = 2000 + B::tokens * B::tiles * (5 + 64 * (cluster - 1) / cluster) / 4;
+    return ceil_div<int64_t>(tiles, places) * (steps * step + results);
+}
+
+template <class B>
+int launch_codes(const Linear& work, int cluster, const Device& device, cudaStream_t stream) {
+    Codes argument{};
+    if (int status = make_operands<B>(work, &argument)) return status;
+    argument.squares = work.squares;
+    argument.square_steps = static_cast<int>(square_tiles(work.columns));
+    argument.mean = 1.0f / static_cast<float>(work.columns);
+    argument.epsilon = work.epsilon;
+    // Blocks of the same outputs follow each other: they share the weights in the L2 cache.
+    dim3 const grid(static_cast<unsigned>(ceil_div<int64_t>(work.tokens, B::tokens) * cluster), static_cast<unsigned>(blocks_of(work, B::columns)));
+    return launch<B>(linear_codes_kernel<B>, argument, grid, cluster, device, stream);
+}
+
+template <int tokens>
+int launch_codes(const Linear& work, const Device& device, cudaStream_t stream) {
+    using Narrow = CodesBlock<tokens, 3>;
+    using Wide = CodesBlock<tokens, 4>;
+    int64_t const steps = ceil_div<int64_t>(work.columns, scale_block);
+    bool wide = true;
+    int best = 1;
+    int64_t least = -1;
+    for (int cluster = 1; cluster <= std::min<int64_t>({most_cluster, device.multiprocessors, steps}); cluster *= 2) {
+        for (bool const four : {true, false}) {
+            int64_t const own = four ? cost<Wide>(work, cluster, device) : cost<Narrow>(work, cluster, device);
+            if (least < 0 || own < least) wide = four, best = cluster, least = own;
+        }
+    }
+    return wide ? launch_codes<Wide>(work, best, device, stream) : launch_codes<Narrow>(work, best, device, stream);
+}
+
+}  // namespace
+
+int decode_weights(const Linear& work, __nv_bfloat16* memory, Linear* decoded, cudaStream_t stream) {
+    *decoded = work;
+    decoded->weights_made = true;
+    for (int i = 0; i < work.count; ++i) {
+        LinearPart& part = decoded->parts[i];
+        if (part.weight_type != MLA_FLOAT8E4M3FN) continue;
+        int64_t const count = work.columns * part.outputs, blocks = ceil_div<int64_t>(count / 16, decoding_threads);
+        decode_kernel<<<static_cast<unsigned>(std::min<int64_t>(blocks, 1 << 14)), decoding_threads, 0, stream>>>(part, work.columns, memory);
+        if (int status = check_launch("decoding of weights")) return status;
+        part.weight = memory;
+        part.weight_type = MLA_BFLOAT16;
+        part.scales = nullptr;
+        memory += count;
+    }
+    return MLA_OK;
+}
+
+int linear_hopper_codes(const Linear& work, const Device& device, cudaStream_t stream) {
+    if (work.count == 0) return MLA_OK;
+    if (work.tokens <= 16) return launch_codes<16>(work, device, stream);
+    return work.tokens <= 64 ? launch_codes<64>(work, device, stream) : launch_codes<128>(work, device, stream);
+}
+
+}  // namespace mla
