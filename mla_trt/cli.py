@@ -45,6 +45,7 @@ exit status: 0 equal; 2 bad input; 4 they differ.""",
     "build": """examples:
   mla-trt build lowered/ -o model.engine
   mla-trt build lowered/ -o model.engine --dtype bf16 --max-batch 128 --max-length 8192
+  mla-trt build lowered/ -o model.engine --dtype bf16 --weights fp8
   mla-trt build lowered/ -o model.engine --pages 4096 --timing-cache none
   mla-trt build lowered/ -o model.engine --cache resident --pages 4096
 
@@ -202,6 +203,12 @@ def _parser() -> argparse.ArgumentParser:
         default="keep",
         help="keep (default) the types of the model, or bf16: multiply in bfloat16 what is float32; norms, routers, rope "
         "and the residual stream stay",
+    )
+    build.add_argument(
+        "--weights",
+        default="keep",
+        help="bfloat16 weights of the products before and behind attention: keep (default), or fp8: e4m3 with 128x128 block scales, half "
+        "the bytes and less exact; on Hopper only. A float32 model has them with --dtype bf16",
     )
     build.add_argument(
         "--query-terms",
@@ -503,6 +510,7 @@ def _build(options: argparse.Namespace) -> int:
 
     build_options = BuildOptions(
         dtype=options.dtype,
+        weights=options.weights,
         query_terms=options.query_terms,
         cache=options.cache,
         max_batch=options.max_batch,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import TensorProto
+from onnx import TensorProto, numpy_helper
 
 ALIGNMENT = 4096  # so that readers can map every tensor
 
@@ -52,3 +52,10 @@ class WeightFile:
         """Moves a tensor's bytes from the model to the file."""
         moved = self.add(tensor.name, tensor.raw_data, tensor.data_type, tuple(tensor.dims))
         tensor.CopyFrom(moved)
+
+
+def beside(tensor: TensorProto, name: str, values: np.ndarray, weight_file: WeightFile | None) -> TensorProto:
+    """A tensor made of another one's values: in the file, if there is one and the other is in a file, or else in the model."""
+    if weight_file is not None and tensor.data_location == TensorProto.EXTERNAL:
+        return weight_file.add_array(name, values)
+    return numpy_helper.from_array(values, name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,6 +56,7 @@ def has_gpu() -> bool:
     ("options", "message"),
     [
         (["--dtype", "fp16"], "--dtype is 'fp16': choose one of keep, bf16"),
+        (["--weights", "int4"], "--weights is 'int4': choose one of keep, fp8"),
         (["--max-batch", "0"], "--max-batch is 0: it must be at least 1"),
         (["--max-tokens", "3"], "--max-tokens is 3: a step of 16 sequences"),
         (["--cache", "disk"], "--cache is 'disk': choose one of io, resident"),
@@ -113,6 +115,71 @@ def test_a_model_for_another_parser_is_refused(monkeypatch: pytest.MonkeyPatch, 
         BadModelError, match=r"lowered for 'onnx', and this is TensorRT 10\.6\.0: .*--target tensorrt-10\.6"
     ):
         build_file(folder, folder.parent / "model.engine", BuildOptions())
+
+
+@pytest.fixture
+def builds(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """Lets builds come as far as the model for the parser, with a GPU of a compute capability and a plugin library."""
+
+    def stand_in(capability: str, plugins: str) -> None:
+        place = "mla_trt.engines.building"
+        monkeypatch.setattr(f"{place}.find_gpu", lambda: Gpu("NVIDIA GPU", capability, 1 << 37))
+        monkeypatch.setattr(f"{place}.load_tensorrt", lambda: SimpleNamespace(__version__="10.6.0"))
+        monkeypatch.setattr(f"{place}._check_target", lambda metadata, version: None)
+        monkeypatch.setattr(f"{place}.load_plugins", lambda path, gpu, version: plugins)
+
+    return stand_in
+
+
+@pytest.mark.parametrize(
+    ("capability", "plugins", "message"),
+    [
+        ("8.0", "0.1.0 sm_80 sm_90a", "is for Hopper, and NVIDIA GPU is another GPU: build with --weights keep"),
+        ("10.0", "0.1.0 sm_80 sm_90a", "is for Hopper, and NVIDIA GPU is another GPU: build with --weights keep"),
+        (
+            "9.0",
+            "0.1.0 sm_80",
+            "needs a plugin library for sm_90a, and this one is '0.1.0 sm_80': run 'mla-trt plugins build'",
+        ),
+    ],
+)
+def test_codes_of_weights_need_kernels_for_them(
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    builds: Callable[[str, str], None],
+    capability: str,
+    plugins: str,
+    message: str,
+) -> None:
+    builds(capability, plugins)
+    assert main(["build", str(folder), "-o", str(folder.parent / "model.engine"), "--weights", "fp8"]) == 2
+    assert f"--weights fp8 {message}" in capsys.readouterr().err
+    assert [path.name for path in folder.parent.iterdir()] == ["lowered"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "options", "weights", "input_projections"),
+    [("9.0", ["--weights", "fp8"], "fp8", True), ("9.0", [], "keep", True), ("8.0", [], "keep", False)],
+)
+def test_the_model_for_the_parser_has_the_weights_that_are_asked_for(
+    folder: Path,
+    builds: Callable[[str, str], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capability: str,
+    options: list[str],
+    weights: str,
+    input_projections: bool,
+) -> None:
+    given: dict[str, Any] = {}
+
+    def write(*arguments: Any, **named: Any) -> None:
+        given.update(named)
+        raise UsageError("as far as this")
+
+    builds(capability, "0.1.0 sm_80 sm_90a")
+    monkeypatch.setattr("mla_trt.engines.building.write_plugin_model", write)
+    assert main(["build", str(folder), "-o", str(folder.parent / "model.engine"), *options]) == 2
+    assert (given["weights"], given["input_projections"]) == (weights, input_projections)
 
 
 @dataclass

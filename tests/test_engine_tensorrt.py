@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -269,6 +270,15 @@ def test_a_description_comes_back_as_it_was(model: onnx.ModelProto, tmp_path: Pa
     assert replace(found, plan_bytes=0, plan_digest="") == description
     assert is_engine(path)
     assert not is_engine(tmp_path)
+
+
+def test_engines_say_which_weights_are_codes(model: onnx.ModelProto, tmp_path: Path) -> None:
+    path = write_engine(tmp_path, replace(describe(model), weights="fp8"), model)
+    assert read_description(path).weights == "fp8"
+    data = json.loads(description_path(path).read_text())
+    del data["weights"]  # as before there were any
+    description_path(path).write_text(json.dumps(data))
+    assert read_description(path).weights == "keep"
 
 
 def test_files_that_do_not_belong_together_are_refused(model: onnx.ModelProto, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from small_models import SPARSE, Config, lowered
+from test_coded_weights import decoded
 from test_plugin_model import EXAMPLES, expand, logits_of
 
 from mla_trt.cli import main
@@ -160,8 +161,21 @@ def _range(start: int, end: int, axis: int) -> tuple[np.ndarray, np.ndarray, np.
     return np.array([start]), np.array([end]), np.array([axis])
 
 
-def _take(model: onnx.ModelProto) -> int:
-    return take_input_projections(ModelOnDisk(model, None))
+def _take(model: onnx.ModelProto, coded: bool = False) -> int:
+    return take_input_projections(ModelOnDisk(model, None), coded=coded)
+
+
+def with_decoded(model: onnx.ModelProto, weights: Mapping[str, int]) -> onnx.ModelProto:
+    """The model in float32 with weights that are what their codes give in so many first columns."""
+    plain = onnx.ModelProto()
+    plain.CopyFrom(model)
+    for tensor in plain.graph.initializer:
+        if tensor.name in weights:
+            values, columns = numpy_helper.to_array(tensor), weights[tensor.name]
+            wide = values.astype(np.float32)
+            wide[:, :columns] = decoded(values[:, :columns])
+            tensor.CopyFrom(numpy_helper.from_array(wide, tensor.name))
+    return plain
 
 
 def _taken(model: onnx.ModelProto) -> list[onnx.NodeProto]:
@@ -646,6 +660,110 @@ def test_columns_of_weights_in_the_model_stay_in_it(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+CODES = {"w_dq": C * Q, "w_uq": Q * H * M, "w_dkv": C * R, "w_index_query": Q * HI * DI, "w_index_key": C * DI}
+"""The layer's weights that become codes, and how many there are."""
+
+
+def _wide_latent(layer: Layer) -> None:
+    """With a query's latent of 32, as codes want it."""
+    random = np.random.default_rng(2)
+    for name, shape in {"q_a": (C, 32), "q_b": (32, H * M), "index_q": (32, HI * DI), "q_norm": (32,)}.items():
+        layer.constants[name] = random.normal(size=shape).astype(ml_dtypes.bfloat16)
+
+
+def test_weights_become_codes() -> None:
+    layer = Layer()
+    _wide_latent(layer)
+    model = layer.model()
+    plain = with_decoded(model, {"q_a": 32, "q_b": H * M, "kv_a": R, "index_q": HI * DI, "index_k": DI})
+    before = _layer_inputs(plain)
+    assert _take(model, coded=True) == 1
+    given, dims = _given(model), _dims(model)
+    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    assert set(given) == ALL | {f"{name}_scale" for name in CODES}  # the rope key has 8 columns
+    assert {name: (given[name], dims[given[name]]) for name in CODES} == {
+        "w_dq": ("query/latent_weight/codes", [C, 32]),
+        "w_uq": ("query/weight/codes", [32, H, M]),
+        "w_dkv": ("latent/weight/codes", [C, R]),
+        "w_index_query": ("index_query/weight/codes", [32, HI, DI]),
+        "w_index_key": ("index_key/weight/codes", [C, DI]),
+    }
+    for name in CODES:
+        codes, scales = given[name], given[f"{name}_scale"]
+        assert scales == f"{codes.removesuffix('codes')}scales"
+        assert (types[codes], types[scales], dims[scales]) == (TensorProto.FLOAT8E4M3FN, FLOAT, [1, 1])
+    assert (types["rope_key/weight"], types["index_w"]) == (BFLOAT16, BFLOAT16)
+    assert {"q_a", "q_b", "kv_a", "index_q", "index_k"}.isdisjoint(dims)
+    for name, values in _layer_inputs(model).items():
+        np.testing.assert_allclose(values, before[name], rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("change", SPELLINGS.values(), ids=SPELLINGS.keys())
+def test_codes_of_any_spelling_are_near(change: Callable[[Layer], None]) -> None:
+    layer = Layer()
+    change(layer)
+    model = layer.model()
+    before = _layer_inputs(model)
+    assert _take(model, coded=True) == 1
+    assert {"w_uq_scale", "w_dkv_scale", "w_index_query_scale", "w_index_key_scale"} <= set(_given(model))
+    for name, values in _layer_inputs(model).items():
+        error = np.linalg.norm(values - before[name]) / np.linalg.norm(before[name])
+        assert error < 0.06, name
+        assert error > 1e-3 or name in ("rope_key", "index_weights"), name
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_weights_that_are_not_finite_stay(value: float) -> None:
+    layer = Layer()
+    layer.constants["q_b"][3, 5] = value
+    model = layer.model()
+    assert _take(model, coded=True) == 1
+    given = _given(model)
+    assert given["w_uq"] == "q_b"
+    assert {name for name in given if name.endswith("_scale")} == {
+        "w_dkv_scale",
+        "w_index_query_scale",
+        "w_index_key_scale",
+    }
+
+
+def test_head_weights_are_no_codes() -> None:
+    layer = Layer()
+    for name, shape in {"index_w": (C, 16), "factor": (16,)}.items():
+        layer.constants[name] = np.ones(shape, ml_dtypes.bfloat16)
+    layer.op("head_rows", "Reshape", "heads", np.array([-1, 16]))
+    layer.op("index_query", "Reshape", "index_up", np.array([-1, 16, HI * DI // 16]))
+    model = layer.model()
+    assert _take(model, coded=True) == 1
+    assert _given(model)["w_index_weights"] == "index_w"
+
+
+def test_codes_of_weights_that_others_read_are_beside_them() -> None:
+    layer = Layer()
+    layer.also("q_b")
+    model = layer.model()
+    assert _take(model, coded=True) == 1
+    assert _given(model)["w_uq"] == "query/weight/codes"
+    assert _dims(model)["q_b"] == [Q, H * M]
+
+
+@pytest.mark.parametrize("to_file", [True, False])
+def test_codes_of_weights_on_disk(to_file: bool, tmp_path: Path) -> None:
+    model = Layer().model()
+    (tensor,) = (tensor for tensor in model.graph.initializer if tensor.name == "q_b")
+    values = numpy_helper.to_array(tensor)
+    WeightFile(tmp_path / "q_b.data").move_out(tensor)
+    file = WeightFile(tmp_path / "new.data") if to_file else None
+    assert take_input_projections(ModelOnDisk(model, tmp_path), file, coded=True) == 1
+    found = {tensor.name: tensor for tensor in model.graph.initializer}
+    codes, scales = found["query/weight/codes"], found["query/weight/scales"]
+    assert external_file(codes) == ("new.data" if to_file else None)
+    assert external_file(scales) is None
+    assert external_file(found["latent/weight/codes"]) is None
+    product = numpy_helper.to_array(codes, str(tmp_path)).astype(np.float32) * numpy_helper.to_array(scales)
+    np.testing.assert_array_equal(product.reshape(Q, H * M), decoded(values))
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -690,8 +808,32 @@ def _check_model(model: onnx.ModelProto, layers: int) -> None:
     np.testing.assert_allclose(logits_of(to_float32(model)), logits_of(to_float32(plain)), rtol=1e-4, atol=1e-5)
 
 
+BLOCKS = Config(hidden=144, num_heads=4, qk_nope_head_dim=40, kv_lora_rank=144, v_head_dim=36)
+"""Of which all but the rope key's weights have more than one block."""
+
+
+@pytest.mark.parametrize("top_k", [0, 6], ids=["dense", "sparse"])
+def test_a_model_computes_what_its_codes_say(top_k: int) -> None:
+    model = lowered(replace(BLOCKS, top_k=top_k, index_heads=10, index_head_dim=16))
+    to_bfloat16(model)
+    columns = {"q": 192, "kv_a": 144, **({"index_q": 160, "index_k": 16} if top_k else {})}
+    plain = with_decoded(model, {f"{name}.{layer}.bf16": size for name, size in columns.items() for layer in (0, 1)})
+    assert _take(model, coded=True) == 2
+    for node in _taken(model):
+        given = OPS[node.op_type].given_inputs(node)
+        assert {"w_uq_scale", "w_dkv_scale", *(("w_index_query_scale", "w_index_key_scale") if top_k else ())} == {
+            name for name in given if name.endswith("_scale")
+        }
+        assert _dims(model)[given["w_uq_scale"]] == [2, 2]
+    compact(model)
+    expand(model)
+    attach_functions(plain)
+    np.testing.assert_allclose(logits_of(to_float32(model)), logits_of(to_float32(plain)), rtol=1e-4, atol=1e-5)
+
+
 def test_float32_weights_stay() -> None:
     assert _take(lowered(Config(num_heads=4))) == 0
+    assert _take(lowered(Config(num_heads=4)), coded=True) == 0
 
 
 @pytest.mark.parametrize(

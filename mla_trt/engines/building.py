@@ -31,7 +31,7 @@ from mla_trt.engines.engine_file import (
 )
 from mla_trt.engines.engine_onnxruntime import embedded_vocabulary
 from mla_trt.engines.input_projections import is_faster
-from mla_trt.engines.plugin_model import DTYPES, MODEL_FILE, write_plugin_model
+from mla_trt.engines.plugin_model import DTYPES, FP8, MODEL_FILE, WEIGHTS, write_plugin_model
 from mla_trt.engines.profiles import input_range, make_profiles, plan_profiles
 from mla_trt.engines.tensorrt_api import Messages, load_plugins, load_tensorrt, start
 from mla_trt.errors import BadModelError, UsageError
@@ -70,6 +70,8 @@ class BuildOptions:
 
     Attributes:
         dtype: "keep" the model's types, or "bf16" (mla_trt.engines.bfloat16).
+        weights: "keep", or "fp8": those in bf16 that are multiplied with before and behind attention become e4m3 codes, half the bytes and
+            less exact (mla_trt.engines.coded_weights); for Hopper alone.
         query_terms: how exact attention over e4m3 rows must be (docs/op-set.md, MlaDecoding); None: as the model says.
         cache: "io", pages are inputs and outputs, or "resident", the engine's plugins hold them (`pages` of each cache).
         max_batch, max_tokens, max_length, pages: see `mla_trt.engines.profiles.make_profiles`.
@@ -85,6 +87,7 @@ class BuildOptions:
     """
 
     dtype: str = "keep"
+    weights: str = "keep"
     query_terms: int | None = None
     cache: str = IO
     max_batch: int | None = None
@@ -104,6 +107,8 @@ class BuildOptions:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise UsageError(f"--dtype is '{self.dtype}': choose one of {', '.join(DTYPES)}")
+        if self.weights not in WEIGHTS:
+            raise UsageError(f"--weights is '{self.weights}': choose one of {', '.join(WEIGHTS)}")
         if self.query_terms not in (None, *QUERY_TERMS.choices):
             raise UsageError(f"--query-terms is {self.query_terms}: choose one of 0, 1, 2")
         if self.cache not in CACHES:
@@ -157,6 +162,8 @@ def build_file(
     trt = load_tensorrt()
     _check_target(metadata, trt.__version__)
     build = load_plugins(options.plugins, gpu, trt.__version__)
+    if options.weights == FP8:
+        _check_fp8(gpu, build)
     started = time.monotonic()
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as place:
@@ -172,6 +179,7 @@ def build_file(
                 resident=options.cache == RESIDENT,
                 keep_codes=options.keep_codes,
                 input_projections=is_faster(gpu, build),
+                weights=options.weights,
                 progress=progress,
             )
         weights = _weight_bytes(folder)
@@ -197,6 +205,7 @@ def build_file(
             plan_bytes=draft.stat().st_size,
             plan_digest=plan_digest(draft),
             mla_trt=__version__,
+            weights=options.weights,
         )
         text = next(entry.value for entry in model.metadata_props if entry.key == METADATA_KEY)
         described = folder / "description"
@@ -258,6 +267,16 @@ def _check_target(metadata: LoweredMetadata, version: str) -> None:
             f"the model was lowered for '{metadata.target}', and this is TensorRT {version}: lower it with --target "
             f"{'tensorrt-11' if major >= 11 else 'tensorrt-10.6'}"
         )
+
+
+def _check_fp8(gpu: Gpu, plugins: str) -> None:
+    if is_faster(gpu, plugins):
+        return
+    if gpu.compute_capability == "9.0":
+        raise UsageError(
+            f"--weights fp8 needs a plugin library for sm_90a, and this one is '{plugins}': run 'mla-trt plugins build' again"
+        )
+    raise UsageError(f"--weights fp8 is for Hopper, and {gpu.name} is another GPU: build with --weights keep")
 
 
 def _weight_bytes(folder: Path) -> int:

@@ -87,6 +87,7 @@ class EngineDescription:
         weight_streaming: whether weights may stay in host memory.
         plan_bytes, plan_digest: size of the plan, and a hash of its beginning and end.
         mla_trt: version of this package.
+        weights: "keep" or "fp8"; files of versions before it have none.
     """
 
     metadata: LoweredMetadata
@@ -104,6 +105,7 @@ class EngineDescription:
     plan_bytes: int
     plan_digest: str
     mla_trt: str
+    weights: str = "keep"
 
     @property
     def results(self) -> tuple[str, ...]:
@@ -160,6 +162,7 @@ class EngineDescription:
                     profile: {axis: Range(**sizes) for axis, sizes in data["profiles"][profile].items()}
                     for profile in PROFILES
                 },
+                weights=data.get("weights", "keep"),
                 **{
                     name: data[name]
                     for name in (

@@ -14,12 +14,14 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from mla_trt.cuda import Gpu
+from mla_trt.engines.coded_weights import coded_weight
 from mla_trt.engines.unused import remove_unused
 from mla_trt.engines.weight_products import Product, WeightProducts
 from mla_trt.loading import ModelOnDisk
 from mla_trt.ops import OPS, make_node, mla_nodes
-from mla_trt.ops.input_projections import FROM_LATENT, OUTPUT_OF
-from mla_trt.weight_file import WeightFile
+from mla_trt.ops.input_projections import CODED, FROM_LATENT, OUTPUT_OF
+from mla_trt.ops.projection_weights import scale_of
+from mla_trt.weight_file import WeightFile, beside
 
 LAYERS = ("MlaAttention", "MlaSparseAttention")
 LEAST_BYTES = 4 << 20
@@ -38,8 +40,8 @@ def is_faster(gpu: Gpu, plugins: str) -> bool:
     return gpu.compute_capability == "9.0" and "sm_90a" in plugins.split()
 
 
-def take_input_projections(model: ModelOnDisk, weight_file: WeightFile | None = None) -> int:
-    """Replaces the products, in place. Weights of which all columns are used stay where they are.
+def take_input_projections(model: ModelOnDisk, weight_file: WeightFile | None = None, *, coded: bool = False) -> int:
+    """Replaces the products, in place. Weights of which all columns are used stay where they are, unless they become codes.
 
     A layer has its queries' product taken or none: one with a bf16 matrix of the model, from which they come by a Reshape alone. With it go
     the query's latent (its product and RMS norm), the products that make the latent and the rope key of the same hidden states, and those
@@ -47,13 +49,14 @@ def take_input_projections(model: ModelOnDisk, weight_file: WeightFile | None = 
 
     Args:
         model: a lowered model, and where its weights are.
-        weight_file: where columns of external weights go, one weight at a time. None: into the model.
+        weight_file: where columns and codes of external weights go, one weight at a time. None: into the model.
+        coded: make e4m3 codes of the weights that the op takes as such (`mla_trt.engines.coded_weights`): half the bytes, and less exact.
 
     Returns:
         in how many layers.
     """
     layers = [node for node in mla_nodes(model.proto) if node.op_type in LAYERS]
-    changes = _Changes(model, weight_file)
+    changes = _Changes(model, weight_file, coded)
     taken = sum(changes.take(OPS[node.op_type].given_inputs(node)) for node in layers)
     if taken:
         changes.write()
@@ -63,9 +66,10 @@ def take_input_projections(model: ModelOnDisk, weight_file: WeightFile | None = 
 class _Changes:
     """A graph, and the nodes that come in place of others."""
 
-    def __init__(self, model: ModelOnDisk, weight_file: WeightFile | None) -> None:
+    def __init__(self, model: ModelOnDisk, weight_file: WeightFile | None, coded: bool) -> None:
         self._graph = model.proto.graph
         self._file = weight_file
+        self._coded = coded
         self._found = WeightProducts(model)
         self._added: dict[int, list[onnx.NodeProto]] = {}  # by the id of the node that they follow; 0: none
 
@@ -124,13 +128,14 @@ class _Changes:
     def _put(self, inputs: Mapping[str, str], hidden: str, down: Product | None, products: dict[str, Product]) -> None:
         """Adds the node behind the one that makes the hidden states: before all that read its results."""
         query = inputs["query"]
-        weights, epsilon = {}, {}
+        weights: dict[str, str] = {}
+        epsilon = {}
         if down is not None and down.norm is not None:
-            weights["w_dq"] = self._weight(down, f"{query}/latent_weight")
+            weights |= self._weights("w_dq", down, f"{query}/latent_weight")
             weights["query_norm_weight"] = self._bfloat16(f"{query}/norm_weight", down.norm.weight)
             epsilon["epsilon"] = down.norm.epsilon
         for name, product in products.items():
-            weights[WEIGHT_OF[name]] = self._weight(product, f"{inputs[name]}/weight")
+            weights |= self._weights(WEIGHT_OF[name], product, f"{inputs[name]}/weight")
             if product.factor is not None:
                 factor = np.broadcast_to(product.factor, product.sizes)
                 weights["index_weights_factor"] = self._bfloat16(f"{inputs[name]}/factor", factor)
@@ -150,6 +155,16 @@ class _Changes:
         self._graph.initializer.append(numpy_helper.from_array(values.astype(ml_dtypes.bfloat16), name))
         return name
 
+    def _weights(self, formal: str, product: Product, name: str) -> dict[str, str]:
+        """An input of the node, and that of its scales where it is codes."""
+        made = coded_weight(self._found, product, name, self._file) if self._coded and formal in CODED else None
+        if made is None:
+            return {formal: self._weight(product, name)}
+        codes, scales = made
+        codes.dims[:] = [product.weight.rows, *product.sizes]
+        self._graph.initializer.extend(made)
+        return {formal: codes.name, scale_of(formal): scales.name}
+
     def _weight(self, product: Product, name: str) -> str:
         """The product's weight, with the axes of its result: the model's own, where that changes it for no other."""
         tensor, rows = product.weight.tensor, product.weight.rows
@@ -161,10 +176,8 @@ class _Changes:
             made = TensorProto()
             made.CopyFrom(tensor)
             made.name = name
-        elif self._file is not None and tensor.data_location == TensorProto.EXTERNAL:
-            made = self._file.add_array(name, self._found.values(product))
         else:
-            made = numpy_helper.from_array(self._found.values(product), name)
+            made = beside(tensor, name, self._found.values(product), self._file)
         made.dims[:] = [rows, *product.sizes]
         self._graph.initializer.append(made)
         return name

@@ -8,6 +8,7 @@ hold the pools that the attribute `resident` names, of `resident_pages` pages ea
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from mla_trt.engines.decoded_weights import decode_weights
 from mla_trt.engines.engine import PAGE_COPIES
 from mla_trt.engines.engine_file import COPIES, EngineTensor
 from mla_trt.engines.input_projections import take_input_projections
+from mla_trt.engines.output_projections import take_output_projections
 from mla_trt.errors import BadModelError, UsageError
 from mla_trt.loading import ModelOnDisk, is_small, load_model
 from mla_trt.ops import OPS, mla_nodes, strip_functions
@@ -26,7 +28,11 @@ from mla_trt.ops.common import QUERY_TERMS
 from mla_trt.weight_file import WeightFile
 from mla_trt.writing import external_locations
 
+log = logging.getLogger(__name__)
+
 DTYPES = ("keep", "bf16")
+KEEP, FP8 = "keep", "fp8"
+WEIGHTS = (KEEP, FP8)
 MODEL_FILE = "model.onnx"
 POOLS = {"kv_cache": "kv_cache_out", "indexer_cache": "indexer_cache_out"}
 """Formal inputs and outputs of the pools that ops update."""
@@ -131,6 +137,7 @@ def write_plugin_model(
     resident: bool = False,
     keep_codes: bool = False,
     input_projections: bool = False,
+    weights: str = KEEP,
     progress: Callable[[int, int], None] | None = None,
 ) -> onnx.ModelProto:
     """Writes `model.onnx` for the parser into a folder. Weights that stay as they are stay where they are: links lead to
@@ -146,6 +153,8 @@ def write_plugin_model(
         resident: the plugins hold the pools, of that number of pages.
         keep_codes: leave weights as codes where the model does, instead of `mla_trt.engines.decoded_weights`.
         input_projections: see `mla_trt.engines.input_projections`.
+        weights: "fp8" to make e4m3 codes of the weights before and behind attention that are bf16 then: half the bytes, and less exact (see
+            `mla_trt.engines.coded_weights`), with `input_projections` or without; or "keep".
         progress: told how many weights are written anew, and how many there are in all, after each.
 
     Returns:
@@ -153,17 +162,18 @@ def write_plugin_model(
 
     Raises:
         BadModelError: the model cannot be used.
-        UsageError: a dtype that does not exist.
+        UsageError: a dtype or a kind of weights that does not exist.
     """
-    if dtype not in DTYPES:
-        raise UsageError(f"--dtype is '{dtype}': choose one of {', '.join(DTYPES)}")
+    for option, value, choices in (("--dtype", dtype, DTYPES), ("--weights", weights, WEIGHTS)):
+        if value not in choices:
+            raise UsageError(f"{option} is '{value}': choose one of {', '.join(choices)}")
     lowered = load_model(source).proto
     model = onnx.ModelProto()
     model.CopyFrom(lowered)
     before = external_locations(model)
     name = next(name for count in range(len(before) + 1) if (name := f"bf16.{count}.data") not in before)
-    weights = sum(not is_small(tensor) for tensor in model.graph.initializer)
-    told = None if progress is None else lambda done: progress(done, max(done, weights))
+    large = sum(not is_small(tensor) for tensor in model.graph.initializer)
+    told = None if progress is None else lambda done: progress(done, max(done, large))
     weight_file = WeightFile(folder / name, told)
     if dtype == "bf16":
         to_bfloat16(model, source.parent, weight_file)
@@ -173,8 +183,10 @@ def write_plugin_model(
     name_axes(model, inputs)
     if query_terms is not None:
         set_query_terms(model, query_terms)
-    if input_projections:
-        take_input_projections(on_disk, weight_file)
+    coded = weights == FP8
+    taken = take_input_projections(on_disk, weight_file, coded=coded) if input_projections or coded else 0
+    if coded and taken + take_output_projections(on_disk, weight_file) == 0:
+        log.warning("--weights fp8 changes nothing: no layer has large bfloat16 matrices beside it (see --dtype bf16)")
     compact(model)
     if pages is not None:
         if resident:

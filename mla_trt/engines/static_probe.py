@@ -78,10 +78,12 @@ class StaticProbe:
 
 def _told(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy that says which shapes the results of the op set have, which ONNX does not know. Their types are as they come: nothing here needs
-    them."""
+    them, and the graph's outputs have none that could contradict them."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     del copy.functions[:]
+    for value in copy.graph.output:
+        value.type.tensor_type.elem_type = TensorProto.UNDEFINED
     for node in mla_nodes(copy):
         for name, result in zip(node.output, infer_shapes(node, [None] * len(node.input)), strict=True):
             sizes = [size if isinstance(size, int) else None for size in result.shape]

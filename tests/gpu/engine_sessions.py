@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import sys
 import tarfile
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+from onnx import numpy_helper
 
 ROOT = Path(__file__).resolve().parents[2]
 if importlib.util.find_spec("mla_trt") is None:
@@ -31,14 +33,32 @@ from mla_trt.engines.engine import Engine  # noqa: E402
 from mla_trt.engines.engine_file import IO, RESIDENT  # noqa: E402
 from mla_trt.engines.engine_recorder import RecordingEngine  # noqa: E402
 from mla_trt.ops import retarget, strip_functions  # noqa: E402
+from mla_trt.passes.quantize import quantize_blocks  # noqa: E402
 from mla_trt.session import Session  # noqa: E402
 from mla_trt.verification.cases import Case, Script, Step, run_step  # noqa: E402
 
+LEAST_VALUES = 1024
+"""Of a matrix that is a weight, and not a table or a constant of the graph."""
 SPARE_PAGES = 6
 MOST_FILLED = 32
 
 Rows = dict[str, dict[str, np.ndarray]]
 """Results of each sequence by name, [n, ...]; NaN where there is none."""
+
+
+def rounded_to_codes(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with matrices whose values e4m3 codes with a scale for each block of 128 x 128 stand for."""
+    rounded = onnx.ModelProto()
+    rounded.CopyFrom(model)
+    for weight in rounded.graph.initializer:
+        if weight.data_type != onnx.TensorProto.FLOAT or len(weight.dims) != 2 or math.prod(weight.dims) < LEAST_VALUES:
+            continue
+        values = numpy_helper.to_array(weight)
+        rows, columns = values.shape
+        codes, scales = quantize_blocks(values, 128)
+        factors = np.repeat(np.repeat(scales, 128, 0), 128, 1)[:rows, :columns]
+        weight.CopyFrom(numpy_helper.from_array(codes.astype(np.float32) * factors, weight.name))
+    return rounded
 
 
 @dataclass(frozen=True)
@@ -58,6 +78,7 @@ class Variant:
         like: the variant whose results on ONNX Runtime are this one's too, where it is another.
         streamed: built so that weights can stay in host memory; TensorRT decides how much of them does.
         refitted: the engine is built with other weights, and gets those of the model afterwards.
+        weights: of `mla-trt build`; with "fp8" the model's matrices are what e4m3 codes stand for, but where it has columns of one apart.
         exports: the first export whose name begins with each of these; none: all exports.
     """
 
@@ -73,11 +94,13 @@ class Variant:
     like: str | None = None
     streamed: bool = False
     refitted: bool = False
+    weights: str = "keep"
     exports: tuple[str, ...] = ()
 
     def model(self, lowered: onnx.ModelProto) -> onnx.ModelProto:
         """The lowered model over this variant's pages."""
-        return retarget(lowered, row_format=self.row_format, index_format=self.index_format, page_size=self.page_size)
+        model = retarget(lowered, row_format=self.row_format, index_format=self.index_format, page_size=self.page_size)
+        return rounded_to_codes(model) if self.weights == "fp8" else model
 
 
 _F32 = Variant("f32", "f32", "f32", 4, "keep", 2e-4, 0.0, 0.0)
@@ -93,6 +116,7 @@ VARIANTS = {
         replace(_F32, name="resident", like="f32", cache=RESIDENT, exports=_SEVERAL_CACHES),
         replace(_BF16, name="streamed", like="bf16", streamed=True, exports=_DEEPSEEK),
         replace(_BF16, name="refitted", like="bf16", refitted=True, exports=_DEEPSEEK),
+        replace(_BF16, name="fp8weights", weights="fp8", exports=(*_DEEPSEEK, "packed2d_absorb_cat__")),
     )
 }
 HALF_TOLERANCE, HALF_OUTLIERS = 1e-2, 0.1

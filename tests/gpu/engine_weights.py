@@ -7,14 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+from engine_sessions import LEAST_VALUES
 from onnx import TensorProto, numpy_helper
 
 from mla_trt.engines.building import BuildOptions
 from mla_trt.engines.engine_tensorrt import TensorRtEngine
 from mla_trt.engines.plugin_model import write_plugin_model
 
-LEAST_VALUES = 1024
-"""Of a matrix that is a weight, and not a table or a constant of the graph."""
 KINDS = {TensorProto.FLOAT: "FLOAT", TensorProto.BFLOAT16: "BF16", TensorProto.FLOAT16: "HALF"}
 
 
@@ -26,6 +25,28 @@ def other_weights(model: onnx.ModelProto) -> onnx.ModelProto:
         if weight.data_type in KINDS and len(weight.dims) > 1 and math.prod(weight.dims) >= LEAST_VALUES:
             weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight)[::-1].copy(), weight.name))
     return other
+
+
+def coded_ops(source: Path, folder: Path, options: BuildOptions) -> list[str]:
+    """The ops of the projections in the model that TensorRT's parser gets, each of which must have weights in e4m3.
+
+    Args:
+        source: the lowered model.
+        folder: none yet.
+        options: that the engine is built with.
+
+    Raises:
+        ValueError: an op has none, or one of the two ops is not there.
+    """
+    folder.mkdir(parents=True)
+    write_plugin_model(source, folder, dtype=options.dtype, input_projections=True, weights=options.weights)
+    graph = onnx.load(folder / "model.onnx").graph
+    codes = {weight.name for weight in graph.initializer if weight.data_type == TensorProto.FLOAT8E4M3FN}
+    found = [node for node in graph.node if node.op_type in ("MlaInputProjections", "MlaOutputProjection")]
+    bare = [node.name for node in found if codes.isdisjoint(node.input)]
+    if bare or len({node.op_type for node in found}) < 2:
+        raise ValueError(f"no weights in e4m3: {bare or [node.name for node in found]}")
+    return [node.op_type for node in found]
 
 
 def refit(engine: TensorRtEngine, model: onnx.ModelProto, folder: Path, options: BuildOptions) -> list[str]:

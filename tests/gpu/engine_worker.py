@@ -16,16 +16,16 @@ from typing import Any
 import numpy as np
 import onnx
 from engine_sessions import VARIANTS, Record, errors, pages_needed, replay
-from engine_weights import other_weights, refit
+from engine_weights import coded_ops, other_weights, refit
 
-from mla_trt.engines import input_projections
+from mla_trt.engines import input_projections, output_projections
 from mla_trt.engines.building import BuildOptions, build_file
 from mla_trt.engines.engine_file import RESIDENT
 from mla_trt.engines.engine_tensorrt import TensorRtEngine
 from mla_trt.metadata import LoweredMetadata
 from mla_trt.selection import top_k
 
-input_projections.LEAST_BYTES = 0  # the exports' weights are small
+input_projections.LEAST_BYTES = output_projections.LEAST_BYTES = 0  # the exports' weights are small
 
 RESULT = "RESULT "
 LONGEST = 256
@@ -50,6 +50,7 @@ def run_case(folder: Path, variant_name: str, level: int, scratch: Path) -> dict
         longest = LoweredMetadata.of(model).max_position or LONGEST
         options = BuildOptions(
             dtype=variant.dtype,
+            weights=variant.weights,
             cache=variant.cache,
             pages=pages if variant.cache == RESIDENT else None,
             max_batch=8,
@@ -70,6 +71,10 @@ def run_case(folder: Path, variant_name: str, level: int, scratch: Path) -> dict
             beside = TensorRtEngine.open(path)
         if variant.streamed and engine._runner._engine.streamable_weights_size == 0:
             raise ValueError("no weight of the engine can be streamed")
+        if variant.weights == "fp8":
+            result["coded"] = coded_ops(
+                source / "model.onnx", scratch / f"{record.name}.{variant_name}.parsed", options
+            )
         if variant.refitted:
             result["refitted"] = refit(engine, model, scratch / f"{record.name}.{variant_name}.weights", options)
         result["stage"] = "run"

@@ -68,7 +68,7 @@ def record(path: Path, seed: int) -> Record:
     ]
     given = {}
     for name, variant in VARIANTS.items():
-        if variant.like is not None:
+        if variant.like is not None or (variant.exports and not path.stem.startswith(variant.exports)):
             continue
         written = variant.model(model)
         if half:
