@@ -14,6 +14,7 @@ from onnx import TensorProto, numpy_helper
 
 from mla_trt.models.graph_writer import GraphWriter
 from mla_trt.models.weights import NUMPY_TYPES
+from mla_trt.passes.quantize import quantize_blocks
 from mla_trt.weight_file import WeightFile
 
 OPSET = 20
@@ -21,6 +22,7 @@ EPSILON = 1e-6
 DISTINCT = (
     1_000_003  # random values that are drawn; a prime, so that their repetition has no period in common with shapes
 )
+BLOCK = 128  # rows and columns of a weight that have one scale
 _TO_END = np.iinfo(np.int64).max
 Axis = str | int
 
@@ -90,7 +92,9 @@ class LayerWeights:
         return self.tensors[name]
 
 
-def random_weights(dimensions: LayerDimensions, dtype: int, path: Path | None = None, *, seed: int = 0) -> LayerWeights:
+def random_weights(
+    dimensions: LayerDimensions, dtype: int, path: Path | None = None, *, seed: int = 0, of_codes: bool = False
+) -> LayerWeights:
     """Weights of sizes that keep activations near 1.
 
     Args:
@@ -98,6 +102,7 @@ def random_weights(dimensions: LayerDimensions, dtype: int, path: Path | None = 
         dtype: ONNX type.
         path: file of external data to write them to; None: they are kept in the tensors.
         seed: of the values.
+        of_codes: matrices are what e4m3 codes with a scale for each block of 128 x 128 stand for, as DeepSeek's checkpoints have them.
     """
     random = np.random.default_rng(seed)
     arrays: dict[str, np.ndarray] = {}
@@ -106,7 +111,8 @@ def random_weights(dimensions: LayerDimensions, dtype: int, path: Path | None = 
             arrays[name] = random.uniform(0.5, 1.5, shape).astype(NUMPY_TYPES[dtype])
         else:
             drawn = random.standard_normal(min(DISTINCT, int(np.prod(shape))), np.float32) * shape[0] ** -0.5
-            arrays[name] = np.resize(drawn.astype(NUMPY_TYPES[dtype]), shape)
+            values = np.resize(drawn.astype(NUMPY_TYPES[dtype]), shape)
+            arrays[name] = _rounded_to_codes(values) if of_codes else values
     both = arrays["kv_b_proj"].reshape(dimensions.rank, dimensions.heads, dimensions.nope + dimensions.value)
     arrays["w_uk"] = np.ascontiguousarray(both[:, :, : dimensions.nope].transpose(1, 2, 0))
     arrays["w_uv"] = np.ascontiguousarray(both[:, :, dimensions.nope :].transpose(1, 0, 2))
@@ -116,6 +122,14 @@ def random_weights(dimensions: LayerDimensions, dtype: int, path: Path | None = 
         file = WeightFile(path)
         tensors = {name: file.add_array(name, array) for name, array in arrays.items()}
     return LayerWeights(arrays, tensors, dtype)
+
+
+def _rounded_to_codes(values: np.ndarray) -> np.ndarray:
+    for first in range(0, len(values), BLOCK):
+        rows = values[first : first + BLOCK]
+        codes, scales = quantize_blocks(rows, BLOCK)
+        rows[:] = codes.astype(np.float32) * np.repeat(scales, BLOCK, 1)[:, : rows.shape[1]]
+    return values
 
 
 def exported_layer(

@@ -115,6 +115,10 @@ SMALL = {
     "decode branch": lambda: bench_cases.composed(3, codes=True, heads=4),
     "projections": lambda: bench_cases.projections(3, indexer=False, columns=40, rank=24, heads=2),
     "projections, indexer": lambda: bench_cases.projections(3, indexer=True, columns=40, rank=24, heads=5),
+    "projections, indexer, codes": lambda: bench_cases.projections(
+        3, indexer=True, codes=True, columns=140, rank=24, heads=5
+    ),
+    "output projection": lambda: bench_cases.output_projection(3, heads=2, width=48),
     "attention of a layer": lambda: bench_cases.composed(3, 70, codes=False, heads=4),
 }
 

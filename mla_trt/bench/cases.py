@@ -8,6 +8,7 @@ those of the cache rows that are read and of the other inputs and outputs, each 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,6 +19,8 @@ from onnx import TensorProto
 
 from mla_trt.formats import IndexLayout, KvLayout, PageLayout, ceil_div
 from mla_trt.ops import OPS
+from mla_trt.ops.input_projections import CODED
+from mla_trt.ops.projection_weights import scale_of
 
 Array = npt.NDArray[Any]
 
@@ -312,11 +315,30 @@ def composed(batch: int, keys: int = 1, *, codes: bool, heads: int = 128) -> Cas
     )
 
 
+def _as_codes(inputs: dict[str, Content]) -> dict[str, Content]:
+    """The same with weights in e4m3, where they may be, and of as large values."""
+    coded = dict(inputs)
+    for name, row_axes in (*((name, 1) for name in CODED), ("w_o", 2)):
+        weight = inputs.get(name)
+        if isinstance(weight, Random):
+            rows, columns = math.prod(weight.shape[:row_axes]), math.prod(weight.shape[row_axes:])
+            coded[name] = Random(weight.shape, TensorProto.FLOAT8E4M3FN)
+            spread = rows**-0.5 / 150  # of all codes' values
+            coded[scale_of(name)] = np.full((ceil_div(rows, 128), ceil_div(columns, 128)), spread, np.float32)
+    return coded
+
+
 def projections(
-    tokens: int, *, indexer: bool, columns: int = HIDDEN, rank: int = QUERY_RANK, heads: int = HEADS
+    tokens: int,
+    *,
+    indexer: bool,
+    codes: bool = False,
+    columns: int = HIDDEN,
+    rank: int = QUERY_RANK,
+    heads: int = HEADS,
 ) -> Case:
     """What a layer's hidden states of ``columns`` are multiplied by, with the norm of the query's latent of ``rank``; ``indexer``: what an
-    indexer gets, too. Bytes are without that latent. Peer: torch's products, which are cuBLAS's."""
+    indexer gets, too; ``codes``: weights in e4m3. Bytes are without that latent. Peer: torch's products in bf16, which are cuBLAS's."""
     beside = RANK + ROPE + (INDEX_DIM + INDEX_HEADS if indexer else 0)  # the query's latent
     outputs = heads * (NOPE + ROPE) + (INDEX_HEADS * INDEX_DIM if indexer else 0)  # of that latent
     weights = columns * (rank + beside) + rank * outputs
@@ -337,17 +359,37 @@ def projections(
             "index_weights_factor": Random((INDEX_HEADS,)),
         }
         checked = (*checked, "index_query", "index_key", "index_weights")
+    in_bf16 = columns * INDEX_HEADS if indexer else 0
+    weight_bytes = weights + in_bf16 if codes else 2 * weights
     return Case(
         "MlaInputProjections",
         {},
-        inputs,
+        _as_codes(inputs) if codes else inputs,
         flops=2.0 * tokens * weights,
-        bytes=2.0 * (weights + tokens * (columns + beside + outputs + (INDEX_HEADS if indexer else 0))),
+        bytes=weight_bytes + 2.0 * tokens * (columns + beside + outputs + (INDEX_HEADS if indexer else 0)),
         peer=(
             "torch_projections",
             {"tokens": tokens, "columns": columns, "rank": rank, "beside": beside, "outputs": outputs},
         ),
         checked=checked,
+    )
+
+
+def output_projection(tokens: int, *, heads: int = HEADS, width: int = HIDDEN) -> Case:
+    """What attention gives times a weight in e4m3. Peer: torch's product in bf16, which is cuBLAS's."""
+    rows = heads * VALUE
+    inputs: dict[str, Content] = {
+        "attended": Random((tokens, heads, VALUE)),
+        "w_o": Random((heads, VALUE, width)),
+    }
+    return Case(
+        "MlaOutputProjection",
+        {},
+        _as_codes(inputs),
+        flops=2.0 * tokens * rows * width,
+        bytes=rows * width + 2.0 * tokens * (rows + width),
+        peer=("torch_product", {"tokens": tokens, "columns": rows, "outputs": width}),
+        checked=("hidden",),
     )
 
 
@@ -389,6 +431,11 @@ def _cases() -> dict[str, Callable[[], Case]]:
     for kind, with_indexer in (("v3", False), ("v32", True)):
         for tokens in (1, 16, 64, 128, 256, 2048):
             cases[f"projections-{kind}-{tokens}"] = functools.partial(projections, tokens, indexer=with_indexer)
+    for tokens in (1, 16, 64, 128, 256, 2048):
+        for kind, with_indexer in (("v3", False), ("v32", True)):
+            name = f"projections-codes-{kind}-{tokens}"
+            cases[name] = functools.partial(projections, tokens, indexer=with_indexer, codes=True)
+        cases[f"projections-codes-output-{tokens}"] = functools.partial(output_projection, tokens)
     return cases | _uneven_cases()
 
 

@@ -72,12 +72,12 @@ class Checker:
         rows = content.layout.read(cache, *np.divmod(np.array(cached, int), size))
         return len(np.unique(rows, axis=0)) + len(keys) - len(cached)
 
-    def _one_token(self, token: int) -> tuple[dict[str, Array], Array]:
+    def _one_token(self, token: int) -> tuple[dict[str, Array], Array | None]:
         shapes = {formal.name: formal.shape for formal in self.op.inputs}
+        if "positions" not in self.case.inputs:  # sums over heads, or scales that several share
+            slices = {name: self._slice(name, (shapes[name] or "").split(), token, None) for name in self.case.inputs}
+            return slices, None
         heads = self._sampled_heads(shapes)
-        if "positions" not in self.case.inputs:
-            slices = {name: self._slice(name, (shapes[name] or "").split(), token, heads) for name in self.case.inputs}
-            return slices, heads
         sequence, position = int(self.sequence_of[token]), int(self.positions[token])
         used = self.table[sequence, : position // self.case.attributes["page_size"] + 1]
         replaced: dict[str, Array] = {
@@ -105,8 +105,8 @@ class Checker:
                 return np.unique(np.linspace(0, count - 1, SAMPLED_HEADS).astype(int))
         return np.zeros(0, int)
 
-    def _slice(self, name: str, words: Sequence[str], token: int, heads: Array) -> Array:
-        """The part of a tensor that belongs to the token and the sampled heads."""
+    def _slice(self, name: str, words: Sequence[str], token: int, heads: Array | None) -> Array:
+        """The part of a tensor that belongs to the token and the sampled heads; None: to all heads."""
         kind, memory = self.data.kinds[name], self.data.memory[name]
         shape, dtype = shape_of(kind), helper.tensor_dtype_to_np_dtype(kind.dtype)
         if words[0] in ("T", "N", "index_N"):  # cos and sin have a row for each token
@@ -114,7 +114,7 @@ class Checker:
             values = memory.read(token * row, row).view(dtype).reshape(1, *shape[1:])
         else:
             values = memory.read().view(dtype).reshape(shape)
-        return values.take(heads, axis=words.index("H")) if "H" in words else values
+        return values.take(heads, axis=words.index("H")) if heads is not None and "H" in words else values
 
     def _gather(self, name: str, used: Array) -> Array:
         words = shape_of(self.data.kinds[name])[1]

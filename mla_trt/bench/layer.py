@@ -43,6 +43,7 @@ from mla_trt.bench.layer_step import (
     references,
     row_format_of,
     sparse_errors,
+    weights_of,
 )
 from mla_trt.bench.options import choose_cases, command_line
 from mla_trt.engines.profiles import TENSOR_LIMIT
@@ -289,7 +290,7 @@ class TensorRtForms:
         if form.startswith(OURS):
             row_format = row_format_of(form)
             dimensions = self._dimensions if form.startswith(SPARSE) else replace(self._dimensions, index_heads=0)
-            self._build_ours(row_format, query_terms_of(form), dimensions, step, plan)
+            self._build_ours(form, dimensions, step, plan)
             inputs = step.for_sparse(row_format) if form.startswith(SPARSE) else step.for_lowered(row_format)
             aliases = {KV_CACHE_OUT: KV_CACHE} | ({INDEX_CACHE_OUT: INDEX_CACHE} if form.startswith(SPARSE) else {})
         else:
@@ -309,9 +310,7 @@ class TensorRtForms:
         plan.unlink()
         return engine, seconds
 
-    def _build_ours(
-        self, row_format: str, query_terms: int | None, dimensions: LayerDimensions, step: LayerStep, plan: Path
-    ) -> None:
+    def _build_ours(self, form: str, dimensions: LayerDimensions, step: LayerStep, plan: Path) -> None:
         from mla_trt.engines.building import BuildOptions, build_file
 
         options = BuildOptions(
@@ -319,25 +318,29 @@ class TensorRtForms:
             max_tokens=step.case.batch,
             max_length=step.case.keys,
             pages=step.pages,
-            query_terms=query_terms,
+            query_terms=query_terms_of(form),
+            weights=weights_of(form),
             optimization_level=self._level,
             timing_cache=self._cache,
             plugins=self._plugins,
         )
-        description, _ = build_file(lowered_layer(self._folder, row_format, dimensions, self._weights), plan, options)
+        lowered = lowered_layer(self._folder, row_format_of(form), dimensions, self._weights, weights_of(form))
+        description, _ = build_file(lowered, plan, options)
         self.plugin_build = description.plugins
 
 
-def lowered_layer(folder: Path, row_format: str, dimensions: LayerDimensions, weights: LayerWeights) -> Path:
+def lowered_layer(
+    folder: Path, row_format: str, dimensions: LayerDimensions, weights: LayerWeights, kind: str = "keep"
+) -> Path:
     """The layer as `mla-trt lower` writes it, in a folder that holds its weights; made when it is asked for first. With an indexer its
-    selection is an output too."""
+    selection is an output too. `kind`: the option `--weights`."""
     from mla_trt.lowering import LowerOptions
     from mla_trt.pipeline import lower_file
 
-    output = folder / f"lowered-{'sparse-' if dimensions.index_heads else ''}{row_format}"
+    output = folder / f"lowered-{'sparse-' if dimensions.index_heads else ''}{row_format}-{kind}"
     if not output.exists():
         export = save_layer(exported_layer(dimensions, weights), folder / "export.onnx")
-        lower_file(export, output, LowerOptions(kv_format=row_format, page_size=PAGE), verify=False)
+        lower_file(export, output, LowerOptions(kv_format=row_format, page_size=PAGE, weights=kind), verify=False)
         if dimensions.index_heads:
             _show_selection(output / "model.onnx", dimensions.top_k)
     return output
@@ -386,7 +389,8 @@ def markdown(machine: Machine, results: Sequence[FormResult]) -> str:
         "128 heads, random weights, bf16), a step that decodes a token for each sequence, in a CUDA graph; medians of alternating rounds. "
         "Of the copy speed: the time that weights and cache rows take at it, over the time taken. With an indexer it is a layer of DeepSeek-V3.2 "
         "(64 index heads, 2048 keys selected), and its column says how many times as fast as the dense layer it is. "
-        "`fp8:1` is `fp8` built with `--query-terms 1`.",
+        "`fp8:1` is `fp8` built with `--query-terms 1`; with `/fp8` behind it ours is lowered and built with `--weights fp8`, and the weights of all "
+        "forms are such as e4m3 codes stand for.",
         "",
         f"| {' | '.join((*headings, *ratios))} |",
         "|---" * (len(headings) + len(ratios)) + "|",
@@ -424,10 +428,10 @@ def run(options: argparse.Namespace) -> int:
         return 0
     formats = [part for part in options.formats.split(",") if part]
     known = [*ROW_FORMATS, *(f"{of_codes}:{terms}" for of_codes in CODES for terms in QUERY_TERMS.choices)]
-    if not formats or any(part not in known for part in formats):
+    if not formats or any(part.removesuffix("/fp8") not in known for part in formats):
         raise UsageError(
             f"--formats is '{options.formats}': give some of {', '.join(ROW_FORMATS)}, with commas between; "
-            "fp8 and fp8_flat may have a number of query terms, as fp8:1"
+            "fp8 and fp8_flat may have a number of query terms, as fp8:1, and each /fp8 behind it, for weights in e4m3"
         )
     if not 0 <= options.optimization_level <= 5:
         raise UsageError(f"--optimization-level is {options.optimization_level}: it must be 0 to 5")
@@ -457,10 +461,11 @@ def _measure(options: argparse.Namespace, names: Sequence[str], formats: Sequenc
         machine = Machine(*measure_copy(), trt.__version__, command_line())
         say(f"{machine.gpu}, copy {machine.copy / 1e12:.2f} TB/s; weights")
         folder = Path(place)
-        weights = random_weights(dimensions, dtype, folder / "layer.data")
+        of_codes = any(weights_of(row_format) != "keep" for row_format in formats)
+        weights = random_weights(dimensions, dtype, folder / "layer.data", of_codes=of_codes)
         exact = {name: array.astype(np.float32) for name, array in weights.arrays.items() if name != "kv_b_proj"}
-        for row_format in dict.fromkeys(map(row_format_of, formats)):
-            lowered_layer(folder, row_format, replace(dimensions, index_heads=0), weights)
+        for row_format, kind in dict.fromkeys((row_format_of(part), weights_of(part)) for part in formats):
+            lowered_layer(folder, row_format, replace(dimensions, index_heads=0), weights, kind)
         builder = TensorRtForms(
             folder,
             trt,

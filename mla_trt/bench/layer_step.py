@@ -35,13 +35,18 @@ class LayerCase:
 
 def row_format_of(form: str) -> str:
     """Of a form of ours."""
-    return form.split()[-1].partition(":")[0]
+    return form.split()[-1].partition("/")[0].partition(":")[0]
 
 
 def query_terms_of(form: str) -> int | None:
     """What a form of ours says behind its row format, as in `fp8:1`; None: the default."""
-    terms = form.split()[-1].partition(":")[2]
+    terms = form.split()[-1].partition("/")[0].partition(":")[2]
     return int(terms) if terms else None
+
+
+def weights_of(form: str) -> str:
+    """What a form of ours says of its weights at the end, as in `fp8:1/fp8`; "keep" where it does not."""
+    return form.split()[-1].partition("/")[2] or "keep"
 
 
 class LayerStep:
@@ -168,13 +173,14 @@ class LayerStep:
         layout, d, keys = self.layout(row_format), self.dimensions, self.case.keys
         row = layout.content_bytes + (4 if layout.has_page_scales else 0)
         if not form.startswith(SPARSE):
-            return self._weight_bytes(replace(d, index_heads=0)) + self.case.batch * keys * row
+            return self._weight_bytes(replace(d, index_heads=0), form) + self.case.batch * keys * row
         index = self.index_layout
         index_row = index.content_bytes + (4 if index.has_page_scales else 0)
-        return self._weight_bytes(d) + self.case.batch * (min(d.top_k, keys) * row + keys * index_row)
+        return self._weight_bytes(d, form) + self.case.batch * (min(d.top_k, keys) * row + keys * index_row)
 
-    def _weight_bytes(self, dimensions: LayerDimensions) -> int:
-        return sum(math.prod(shape) for shape in dimensions.weight_shapes().values()) * self.numpy_type.itemsize
+    def _weight_bytes(self, dimensions: LayerDimensions, form: str) -> int:
+        size = 1 if form.startswith(OURS) and weights_of(form) == "fp8" else self.numpy_type.itemsize
+        return sum(math.prod(shape) for shape in dimensions.weight_shapes().values()) * size
 
     def _angles(self, half: np.ndarray) -> np.ndarray:
         """cos or sin of the new tokens, [batch, Dr]."""

@@ -40,7 +40,8 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     layer.add_argument(
         "--formats",
         default="fp8,bf16",
-        help="row formats of the cache of ours (default fp8,bf16); fp8:1 is fp8 as 'mla-trt build --query-terms 1' builds it",
+        help="row formats of the cache of ours (default fp8,bf16); fp8:1 is fp8 as 'mla-trt build --query-terms 1' builds it, "
+        "and with /fp8 behind it weights are e4m3, as --weights fp8 has them",
     )
     layer.add_argument("--optimization-level", type=int, default=3, metavar="0-5", help="of TensorRT (default 3)")
     layer.add_argument("--plugins", type=Path, metavar="FILE.so", help="the plugin library (default: found by itself)")

@@ -6,6 +6,7 @@ Each function makes data of its own, checks one sequence against float32 arithme
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -227,6 +228,20 @@ def torch_projections(sets: int, tokens: int, columns: int, rank: int, beside: i
             latent = expected[:rank] / (expected[:rank].square().mean() + 1e-6).sqrt() * norm.float()
             error = max(_relative(of_hidden[-1], expected), _relative(of_latent[-1], latent @ second.float()))
     return _peer("torch.mm, rms_norm, torch.mm", calls, error, 1e-2)
+
+
+def torch_product(sets: int, tokens: int, columns: int, outputs: int) -> Peer:
+    """cuBLAS's product in bf16."""
+    torch = _module("torch")
+    calls: Calls = []
+    error = 0.0
+    for number in range(sets):
+        x = torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16)
+        weight = torch.randn(columns, outputs, device="cuda", dtype=torch.bfloat16) * columns**-0.5
+        calls.append(functools.partial(torch.mm, x, weight))
+        if number == 0:
+            error = _relative(calls[0]()[-1], x[-1].float() @ weight.float())
+    return _peer("torch.mm", calls, error, 1e-2)
 
 
 def _with_scales(torch: Any, values: Any) -> tuple[Any, Any]:
