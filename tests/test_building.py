@@ -12,6 +12,7 @@ from typing import Any
 
 import onnx
 import pytest
+from onnx import TensorProto, helper
 from rich.console import Console
 from small_models import Config, lowered
 from tensorrt_stand_in import with_known_axes
@@ -25,6 +26,7 @@ from mla_trt.engines.building import (
     default_timing_cache,
     make_monitor,
     parser_error,
+    weight_bytes,
     weights_phase,
     write_times,
 )
@@ -274,3 +276,13 @@ def test_times_of_builds_beside_this_one_are_kept(tmp_path: Path) -> None:
         write_times(config, path)
         assert path.read_bytes() == expected
     assert [file.name for file in path.parent.iterdir()] == ["cache"]
+
+
+def test_weights_count_as_the_engine_gets_them_and_not_as_their_files_do() -> None:
+    weights = [
+        helper.make_tensor("codes", TensorProto.FLOAT8E4M3FN, [128, 16], bytes(128 * 16), raw=True),
+        helper.make_tensor("half", TensorProto.BFLOAT16, [3, 5], bytes(30), raw=True),
+        helper.make_tensor("one", TensorProto.INT64, [], [1]),
+        helper.make_tensor("none", TensorProto.FLOAT, [0, 7], []),
+    ]
+    assert weight_bytes(helper.make_model(helper.make_graph([], "weights", [], [], weights))) == 128 * 16 + 30 + 8

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import signal
 import tempfile
@@ -14,6 +15,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
+
+import onnx
+from onnx import helper
 
 from mla_trt import __version__
 from mla_trt.cuda import Gpu, find_gpu
@@ -182,7 +186,7 @@ def build_file(
                 weights=options.weights,
                 progress=progress,
             )
-        weights = _weight_bytes(folder)
+        weights = weight_bytes(onnx.load(folder / MODEL_FILE, load_external_data=False))
         if options.timing_cache is None and options.keep_times:
             options = replace(options, timing_cache=default_timing_cache(gpu, trt.__version__))
         if options.weight_streaming is None:
@@ -279,8 +283,12 @@ def _check_fp8(gpu: Gpu, plugins: str) -> None:
     raise UsageError(f"--weights fp8 is for Hopper, and {gpu.name} is another GPU: build with --weights keep")
 
 
-def _weight_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+def weight_bytes(model: onnx.ModelProto) -> int:
+    """Of the weights that the engine gets; the files that hold them may hold others too."""
+    return sum(
+        math.prod(weight.dims) * helper.tensor_dtype_to_np_dtype(weight.data_type).itemsize
+        for weight in model.graph.initializer
+    )
 
 
 class _Build:

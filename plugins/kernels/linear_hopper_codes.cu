@@ -16,7 +16,6 @@ namespace {
 using namespace linear_tiles;
 
 constexpr int scale_block = 128;  // columns and outputs that have one scale; a step is one of columns
-constexpr int chunk = 32;  // columns of a step whose codes are in registers at a time
 constexpr int decoding_threads = 256;
 constexpr int conversions = 200;  // about how many cycles those of a step and a group take
 
@@ -25,7 +24,6 @@ template <int tokens_, int groups>
 struct CodesBlock {
     static constexpr int tokens = tokens_, tiles = groups, columns = tiles * 64;
     static constexpr int consumers = tiles * group_threads, threads = consumers + group_threads;
-    static constexpr int consumer_registers = groups == 4 ? 112 : 152;
     static constexpr int row = columns + 4;  // floats of a row of sums: where half a warp writes no bank is met twice
     static constexpr int x_tile = tokens * step_bytes, x_bytes = 2 * x_tile;  // 64 columns of x, and a step's
     static constexpr int w_tile = scale_block * step_bytes, w_bytes = tiles * w_tile / 2;  // a step of 128 outputs, and of all
@@ -57,6 +55,8 @@ struct Codes {
 };
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+constexpr int chunk = 32;  // columns of a step whose codes are in registers at a time
 
 // A block's scale, as two terms of bf16 each twice: their sum has 16 bits of it.
 struct Scale {
@@ -229,7 +229,7 @@ __global__ void __launch_bounds__(B::threads, 1) linear_codes_kernel(const __gri
         __syncwarp();
         cluster_barrier();
     } else {
-        registers_increase<B::consumer_registers>();
+        registers_increase<B::tiles == 4 ? 112 : 152>();
         if (work.squares != nullptr) wait_for_kernel_before();
         if (threadIdx.x < B::tokens) factors[threadIdx.x] = inverse_root(work, first_token + static_cast<int>(threadIdx.x));
         int const blocks_of_outputs = ceil_div(outputs, scale_block);
