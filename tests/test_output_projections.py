@@ -123,11 +123,14 @@ def _results(model: onnx.ModelProto, names: list[str]) -> dict[str, np.ndarray]:
     del part.graph.node[:], part.graph.output[:], part.graph.input[:]
     part.graph.node.extend(kept)
     part.graph.input.append(helper.make_tensor_value_info("attended", FLOAT, ["T", H, DV]))
+    given = {"attended": np.random.default_rng(1).normal(size=(T, H, DV)).astype(np.float32)}
+    if any("sizes" in node.input for node in kept):
+        part.graph.input.append(helper.make_tensor_value_info("sizes", INT64, [3]))
+        given["sizes"] = np.array([T, 1, H * DV])
     part.graph.output.extend(helper.make_tensor_value_info(name, FLOAT, None) for name in names)
     attach_functions(part)
     session = ort.InferenceSession(to_float32(part).SerializeToString(), providers=["CPUExecutionProvider"])
-    attended = np.random.default_rng(1).normal(size=(T, H, DV)).astype(np.float32)
-    return dict(zip(names, session.run(None, {"attended": attended}), strict=True))
+    return dict(zip(names, session.run(None, given), strict=True))
 
 
 def _check(layer: Layer, taken: int = 1) -> onnx.ModelProto:
@@ -218,6 +221,10 @@ def _read_more_than_once(layer: Layer) -> None:
     layer.outputs += ["more", "others"]
 
 
+def _two_open_axes(layer: Layer) -> None:
+    layer.op("flat", "Reshape", "attended", "sizes")
+
+
 SPELLINGS = {
     "tokens first": _tokens_first,
     "heads first": _heads_first,
@@ -226,6 +233,7 @@ SPELLINGS = {
     "a fixed number of tokens": _fixed,
     "a bias behind": _bias_behind,
     "read more than once": _read_more_than_once,
+    "two axes that are not fixed": _two_open_axes,
 }
 
 
@@ -287,10 +295,6 @@ def _no_constant(layer: Layer) -> None:
     layer.op("result", "MatMul", "flat", "other")
 
 
-def _two_open_axes(layer: Layer) -> None:
-    layer.op("flat", "Reshape", "attended", "sizes")
-
-
 STAY = {
     "columns no multiple of 16": _weight((H * DV, 168)),
     "a batch of weights": _weight((1, H * DV, C)),
@@ -302,7 +306,6 @@ STAY = {
     "a bias": _gemm_with(np.ones(C, ml_dtypes.bfloat16)),
     "twice the product": _gemm_with(alpha=2.0),
     "no constant": _no_constant,
-    "two axes that are not fixed": _two_open_axes,
 }
 
 

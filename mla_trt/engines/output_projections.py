@@ -6,6 +6,7 @@ They are the largest of a layer: in DeepSeek-V3 235 MB."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import onnx
@@ -25,7 +26,7 @@ def take_output_projections(model: ModelOnDisk, weight_file: WeightFile | None =
     """Replaces the products, in place; their results keep their names and shapes, so that whatever reads them does not change.
 
     A product is taken whose rows are a layer's outputs, all heads of a token in each, if its weight is a whole bf16 matrix of the model that can
-    become codes, and at most one axis of its result is not fixed.
+    become codes.
 
     Args:
         model: a lowered model, and where its weights are.
@@ -59,11 +60,8 @@ class _Changes:
         product = self._found.of_rows(node.output[0]) if attended in self._attended else None
         if product is None or 2 * product.weight.rows * product.columns < LEAST_BYTES:
             return []
-        sizes, shape = self._found.probe.dims(attended) or (), self._shape(product)
-        heads = [size for size in sizes[1:] if size is not None]
-        if math.prod(heads) != product.weight.rows or shape is None:
-            return []
-        return self._nodes(attended, heads, product, shape)
+        heads = [size for size in (self._found.probe.dims(attended) or ())[1:] if size is not None]
+        return self._nodes(attended, heads, product) if math.prod(heads) == product.weight.rows else []
 
     def write(self, made: list[list[onnx.NodeProto]]) -> None:
         """Puts the new nodes into the graph; what makes nothing any more goes."""
@@ -72,12 +70,7 @@ class _Changes:
         self._graph.node.extend(nodes)
         remove_unused(self._graph)
 
-    def _shape(self, product: Product) -> list[int] | None:
-        """Of a product's result, -1 for an axis that is not fixed; None where more are not."""
-        dims = self._found.probe.dims(product.node.output[0]) or ()
-        return None if dims.count(None) > 1 else [-1 if size is None else size for size in dims]
-
-    def _nodes(self, attended: str, heads: list[int], product: Product, shape: list[int]) -> list[onnx.NodeProto]:
+    def _nodes(self, attended: str, heads: list[int], product: Product) -> list[onnx.NodeProto]:
         """The op, and a Reshape to what its rows were."""
         result = product.node.output[0]
         made = coded_weight(self._found, product, f"{result}/weight", self._file)
@@ -86,10 +79,24 @@ class _Changes:
         codes, scales = made
         codes.dims[:] = [*heads, product.columns]
         self._graph.initializer.extend(made)
-        rows = result if len(shape) == 2 else f"{result}/rows"
+        dims = self._found.probe.dims(result)
+        rows = result if dims is not None and len(dims) == 2 else f"{result}/rows"
         given = {"attended": attended, "w_o": codes.name, scale_of("w_o"): scales.name}
-        nodes = [make_node("MlaOutputProjection", given, {"hidden": rows}, f"{result}/projection")]
-        if rows != result:
-            self._graph.initializer.append(numpy_helper.from_array(np.array(shape), f"{rows}.shape"))
-            nodes.append(helper.make_node("Reshape", [rows, f"{rows}.shape"], [result], f"{result}/from_rows"))
-        return nodes
+        op = make_node("MlaOutputProjection", given, {"hidden": rows}, f"{result}/projection")
+        return [op] if rows == result else [op, *self._reshape(rows, product, dims)]
+
+    def _reshape(self, rows: str, product: Product, dims: Sequence[int | None] | None) -> list[onnx.NodeProto]:
+        """What gives rows the axes that a product's result had. Where more than one is not fixed, they are those that its rows had before."""
+        result, shape = product.node.output[0], f"{rows}.shape"
+        reshape = helper.make_node("Reshape", [rows, shape], [result], f"{result}/from_rows")
+        if dims is not None and dims.count(None) <= 1:
+            sizes = np.array([-1 if size is None else size for size in dims])
+            self._graph.initializer.append(numpy_helper.from_array(sizes, shape))
+            return [reshape]
+        axes, columns = f"{rows}.axes", f"{rows}.columns"
+        self._graph.initializer.append(numpy_helper.from_array(np.array([product.columns]), columns))
+        return [
+            helper.make_node("Shape", [product.node.input[0]], [axes], f"{result}/axes", start=0, end=-1),
+            helper.make_node("Concat", [axes, columns], [shape], f"{result}/shape", axis=0),
+            reshape,
+        ]
