@@ -225,6 +225,25 @@ def _two_open_axes(layer: Layer) -> None:
     layer.op("flat", "Reshape", "attended", "sizes")
 
 
+def _gate(layer: Layer) -> None:
+    gates = np.random.default_rng(4).uniform(size=(1, 1, H * DV)).astype(ml_dtypes.bfloat16)
+    layer.before("result", "gated", "Mul", "flat", gates)
+    layer.op("result", "MatMul", "gated", "o")
+
+
+def _gate_by_head(layer: Layer) -> None:
+    gates = np.random.default_rng(4).uniform(size=(1, H, 1)).astype(ml_dtypes.bfloat16)
+    layer.before("flat", "gated", "Mul", gates, "attended")
+    layer.op("flat", "Reshape", "gated", np.array([1, -1, H * DV]))
+
+
+def _gate_in_float32(layer: Layer) -> None:
+    layer.before("result", "wide", "Cast", "flat", to=FLOAT)
+    layer.before("result", "product", "Mul", np.random.default_rng(4).uniform(size=(1, 1, H * DV)).astype("f4"), "wide")
+    layer.before("result", "gated", "Cast", "product", to=BFLOAT16)
+    layer.op("result", "MatMul", "gated", "o")
+
+
 SPELLINGS = {
     "tokens first": _tokens_first,
     "heads first": _heads_first,
@@ -234,6 +253,9 @@ SPELLINGS = {
     "a bias behind": _bias_behind,
     "read more than once": _read_more_than_once,
     "two axes that are not fixed": _two_open_axes,
+    "times gates": _gate,
+    "times a gate for each head": _gate_by_head,
+    "times gates in float32": _gate_in_float32,
 }
 
 
@@ -268,9 +290,9 @@ def _transposed_heads(layer: Layer) -> None:
     layer.op("flat", "Reshape", "turned", np.array([1, -1, H * DV]))
 
 
-def _gated(layer: Layer) -> None:
-    layer.before("result", "gated", "Tanh", "flat")
-    layer.op("result", "MatMul", "gated", "o")
+def _activated(layer: Layer) -> None:
+    layer.before("result", "active", "Tanh", "flat")
+    layer.op("result", "MatMul", "active", "o")
 
 
 def _float32(layer: Layer) -> None:
@@ -300,7 +322,7 @@ STAY = {
     "a batch of weights": _weight((1, H * DV, C)),
     "by head": _by_head,
     "transposed heads": _transposed_heads,
-    "gated": _gated,
+    "not its rows": _activated,
     "float32": _float32,
     "not finite": _not_finite,
     "a bias": _gemm_with(np.ones(C, ml_dtypes.bfloat16)),

@@ -15,7 +15,7 @@ from onnx import helper, numpy_helper
 from mla_trt.engines.coded_weights import coded_weight
 from mla_trt.engines.input_projections import LAYERS, LEAST_BYTES
 from mla_trt.engines.unused import remove_unused
-from mla_trt.engines.weight_products import Product, WeightProducts
+from mla_trt.engines.weight_products import RESHAPES, Product, WeightProducts
 from mla_trt.loading import ModelOnDisk
 from mla_trt.ops import OPS, make_node, mla_nodes
 from mla_trt.ops.projection_weights import scale_of
@@ -25,8 +25,8 @@ from mla_trt.weight_file import WeightFile
 def take_output_projections(model: ModelOnDisk, weight_file: WeightFile | None = None) -> int:
     """Replaces the products, in place; their results keep their names and shapes, so that whatever reads them does not change.
 
-    A product is taken whose rows are a layer's outputs, all heads of a token in each, if its weight is a whole bf16 matrix of the model that can
-    become codes.
+    A product is taken whose rows are a layer's outputs, or these times gates, all heads of a token in each, if its weight is a whole bf16 matrix
+    of the model that can become codes.
 
     Args:
         model: a lowered model, and where its weights are.
@@ -56,12 +56,22 @@ class _Changes:
         """What comes in place of a node; nothing: it stays."""
         if node.op_type not in ("MatMul", "Gemm"):
             return []
-        attended = self._found.rows(node.input[0], any_width=True)  # reshapes leave the numbers in their order
-        product = self._found.of_rows(node.output[0]) if attended in self._attended else None
-        if product is None or 2 * product.weight.rows * product.columns < LEAST_BYTES:
+        rows = self._found.rows(node.input[0], any_width=True)  # reshapes leave the numbers in their order
+        attended = self._behind(node.input[0])
+        product = self._found.of_rows(node.output[0]) if attended is not None else None
+        if attended is None or product is None or 2 * product.weight.rows * product.columns < LEAST_BYTES:
             return []
         heads = [size for size in (self._found.probe.dims(attended) or ())[1:] if size is not None]
-        return self._nodes(attended, heads, product) if math.prod(heads) == product.weight.rows else []
+        if math.prod(heads) != product.weight.rows:
+            return []
+        if rows == attended:
+            return self._nodes(attended, heads, product)
+        gated, shape = f"{node.output[0]}/attended", f"{node.output[0]}/attended.shape"
+        made = self._nodes(gated, heads, product)
+        if made:
+            self._graph.initializer.append(numpy_helper.from_array(np.array([-1, *heads]), shape))
+            made.insert(0, helper.make_node("Reshape", [node.input[0], shape], [gated], f"{node.output[0]}/to_heads"))
+        return made
 
     def write(self, made: list[list[onnx.NodeProto]]) -> None:
         """Puts the new nodes into the graph; what makes nothing any more goes."""
@@ -69,6 +79,18 @@ class _Changes:
         del self._graph.node[:]
         self._graph.node.extend(nodes)
         remove_unused(self._graph)
+
+    def _behind(self, tensor: str, gates: int = 1) -> str | None:
+        """The layer's output that a tensor comes of by what moves or casts it, and by so many products with gates."""
+        while tensor not in self._attended:
+            node = self._found.makers.get(tensor)
+            if node is not None and node.op_type == "Mul" and gates > 0:
+                factors = (self._behind(name, gates - 1) for name in node.input)
+                return next((name for name in factors if name is not None), None)
+            if node is None or node.op_type not in (*RESHAPES, "Cast"):
+                return None
+            tensor = node.input[0]
+        return tensor
 
     def _nodes(self, attended: str, heads: list[int], product: Product) -> list[onnx.NodeProto]:
         """The op, and a Reshape to what its rows were."""
