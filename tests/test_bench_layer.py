@@ -33,11 +33,14 @@ from mla_trt.bench.layer_step import (
     SPARSE,
     LayerCase,
     LayerStep,
+    query_terms_of,
     references,
     row_format_of,
     sparse_errors,
+    weights_of,
 )
 from mla_trt.cli import main
+from mla_trt.engines.coded_weights import encode
 from mla_trt.engines.engine_onnxruntime import OnnxRuntimeEngine
 from mla_trt.loading import load_model
 from mla_trt.lowering import LowerOptions
@@ -283,6 +286,41 @@ def test_in_bfloat16_the_weights_lie_in_one_file(tmp_path: Path) -> None:
     }
 
 
+def test_weights_of_codes_are_the_same_codes_again() -> None:
+    """So all forms compute with what ours reads as codes. Blocks of small weights are larger than these."""
+    dimensions = replace(SMALL, hidden=136, query_rank=264)
+    weights = random_weights(dimensions, TensorProto.BFLOAT16, of_codes=True)
+    for name, shape in dimensions.weight_shapes().items():
+        values = weights.arrays[name]
+        if len(shape) == 1:
+            continue
+        encoded = encode(values)
+        assert encoded is not None
+        codes, scales = encoded
+        factors = np.repeat(np.repeat(scales, 128, 0), 128, 1)[: shape[0], : shape[1]]
+        # as near as bf16 holds them; other values are up to 2^-4 from their codes
+        np.testing.assert_allclose(codes.astype("f4") * factors, values.astype("f4"), rtol=2**-7, err_msg=name)
+        assert len(np.unique(np.abs(codes.astype(np.float32)))) > 30, name
+
+
+def test_a_form_says_which_weights_it_has() -> None:
+    step = LayerStep(LayerDimensions(), LayerCase(1, 256), TensorProto.BFLOAT16, "fp8")
+    kept, coded = "ours fp8:1", "ours fp8:1/fp8"
+    for form, weights in ((kept, "keep"), (coded, "fp8"), (GROWING, "keep")):
+        assert weights_of(form) == weights
+    assert (row_format_of(coded), query_terms_of(coded)) == ("fp8", 1)
+    assert step.least_bytes(kept) - step.least_bytes(coded) == 187_107_328
+
+
+def test_weights_in_e4m3_are_lowered_as_codes(tmp_path: Path) -> None:
+    weights = random_weights(SMALL, TensorProto.FLOAT, of_codes=True)
+    lowered = load_model(lowered_layer(tmp_path, "fp8", SMALL, weights, "fp8") / "model.onnx").proto
+    kinds = [weight.data_type for weight in lowered.graph.initializer]
+    assert kinds.count(TensorProto.FLOAT8E4M3FN) == 2  # W_UK and W_UV
+    kept = load_model(lowered_layer(tmp_path, "fp8", SMALL, weights) / "model.onnx").proto
+    assert all(weight.data_type != TensorProto.FLOAT8E4M3FN for weight in kept.graph.initializer)
+
+
 MACHINE = Machine("NVIDIA H200", 4.29e12, "10.6.0", "mla-trt bench layer")
 RESULTS = [
     FormResult("b16-4k", 16, 4088, EXPORTED, 1e-3, 21000.0, 0.01, 0.01, 9.0),
@@ -323,6 +361,7 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
         (["--formats", ""], "--formats is ''"),
         (["--formats", "fp8:3"], "may have a number of query terms, as fp8:1"),
         (["--formats", "bf16:1"], "may have a number of query terms"),
+        (["--formats", "fp8/fp7"], "each /fp8 behind it, for weights in e4m3"),
         (["--optimization-level", "6"], "it must be 0 to 5"),
     ):
         assert main(["bench", "layer", *arguments]) == 2
