@@ -69,9 +69,10 @@ def test_sizes(sizes: tuple[int, int, int], tokens: int) -> None:
 
 @pytest.mark.small
 @pytest.mark.parametrize("power", [-100, 0, 100])
-@pytest.mark.parametrize("rows", [(2, 64), (3, 40)])
+@pytest.mark.parametrize("rows", [(1, 16), (1, 64), (2, 64), (3, 40)])
 def test_weights_are_what_bf16_holds_of_code_times_scale(rows: tuple[int, int], power: int) -> None:
-    """Each token is one row of the weight. The scale has two terms of bf16, so that few of the values may be the one beside the nearest."""
+    """Each token is one row of the weight. Of more than 64 the scale has two terms of bf16, so that few of the values may be the one beside the
+    nearest."""
     inputs = _inputs(8, 0, (*rows, 256))
     count = rows[0] * rows[1]
     inputs["w_o_scale"] *= np.float32(2.0**power)
@@ -81,7 +82,7 @@ def test_weights_are_what_bf16_holds_of_code_times_scale(rows: tuple[int, int], 
         values.astype(HALF_TYPES["bf16"]).view(np.int16).astype(np.int64) for values in (found, _expected(inputs))
     )
     away = np.abs(bits - nearest)
-    assert away.max() <= 1
+    assert away.max() <= (1 if count > 64 else 0)
     assert (away > 0).mean() < 0.005
 
 
@@ -105,9 +106,18 @@ def test_sizes_of_zero(sizes: tuple[int, int, int]) -> None:
 )
 @pytest.mark.parametrize("tokens", [3, 40, 200])
 def test_columns_that_blocks_share(tokens: int, count: int) -> None:
-    """Of 256 outputs and so many multiprocessors one to eight blocks share the columns."""
+    """Of 144 outputs and so many multiprocessors one to eight blocks share the columns."""
     del count
     _check(_inputs(4, tokens, (17, 64, 144)))
+
+
+@pytest.mark.small
+@pytest.mark.multiprocessors(4)
+@pytest.mark.parametrize("width", [496, 1008, 1024])
+@pytest.mark.parametrize("tokens", [3, 40, 200])
+def test_wide_blocks(tokens: int, width: int) -> None:
+    """On so few multiprocessors blocks have 256 outputs, as those of a model's have on a GPU's, and not 192."""
+    _check(_inputs(9, tokens, (17, 64, width)))
 
 
 @pytest.mark.small
