@@ -7,6 +7,8 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -259,6 +261,29 @@ def test_a_second_signal_ends_what_still_runs(lowered: Path, tmp_path: Path) -> 
         assert process.end() == 1
         assert time.monotonic() - began < 10
         answer.close()
+
+
+SIGNALLED = """
+import os, subprocess, sys, time
+from mla_trt.serving.serve import _Signals
+sender = "import os, signal, sys, time\\nwhile True: os.kill(int(sys.argv[1]), signal.SIGHUP); time.sleep(1e-4)"
+with _Signals() as signals:
+    signals.armed = True
+    child = subprocess.Popen([sys.executable, "-c", sender, str(os.getpid())])
+    end = time.monotonic() + 4
+    while time.monotonic() < end:
+        signals.stopped.wait(1e-5)
+        signals.hurry.wait(1e-5)
+    child.kill()
+    child.wait()
+print(signals.stopped.is_set(), signals.hurry.is_set())
+"""
+
+
+def test_signals_may_come_at_any_time() -> None:
+    """The handler runs in the thread that waits, wherever that is: a lock that both take would hold it for ever."""
+    done = subprocess.run([sys.executable, "-c", SIGNALLED], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == ["True", "True"]
 
 
 @needs_triton

@@ -7,7 +7,6 @@ import math
 import signal
 import sys
 import tempfile
-import threading
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from ipaddress import ip_address
@@ -24,6 +23,7 @@ from mla_trt.serving.text import TOKENIZER, Tokenizer, stop_ids_of
 from mla_trt.serving.triton_repository import MODEL, Settings, default_name, write_repository
 from mla_trt.serving.tritonserver import (
     Address,
+    Flag,
     TritonServer,
     choose_ports,
     find_installation,
@@ -164,7 +164,7 @@ class _Signals:
 
     def __init__(self) -> None:
         self.armed = False
-        self.stopped, self.hurry = threading.Event(), threading.Event()
+        self.stopped, self.hurry = Flag(), Flag()
 
     def __enter__(self) -> _Signals:
         self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
