@@ -84,9 +84,10 @@ exit status: 0 ended by Ctrl-C or SIGTERM; 1 there is no tritonserver, or it end
   mla-trt bench kernels --cases '^decode-fp8' --no-peers
   mla-trt bench kernels --cases 'b1-' --against before/libmla_trt_kernels.so
   mla-trt bench layer --cases 'b16-4k|b128-4k' --formats fp8 -o results
+  mla-trt bench layer --cases b4-32k --formats fp8 --no-peers --timeline -o results
 
 kernels needs a GPU and the kernel library (mla-trt plugins build --kernels-only). Peers run where flash_mla, flash_mla_vllm,
-deep_gemm and torch are importable. layer needs what 'mla-trt build' needs.
+deep_gemm and torch are importable. layer needs what 'mla-trt build' needs, with --timeline torch too.
 exit status: 0 done; 2 nothing to measure with; 4 a kernel or an engine was refused or wrong (it has no figure);
 130 interrupted (kernels writes what it has measured by then).""",
     "export": """examples:

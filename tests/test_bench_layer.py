@@ -217,6 +217,22 @@ def test_a_wrong_engine_has_no_figure(forms: Forms, form: str, name: str) -> Non
     assert [result.form for result in results.values() if result.us is None] == [form]
 
 
+def test_forms_with_figures_are_looked_at_when_all_are_measured(forms: Forms) -> None:
+    forms.spoil = lambda form, inputs: inputs.update(cache=-inputs["cache"]) if form == ABSORBED else None
+    step = LayerStep(SMALL, CASE, TensorProto.FLOAT, "f32")
+    reference, seen = references(step, forms.weights.arrays), []
+
+    def look(form: str, engine: bench_layer.Runnable) -> None:
+        assert isinstance(engine, OnEngine)
+        assert engine.recorded
+        assert not any(made.closed for made in forms.made)
+        seen.append(form)
+
+    names = [EXPORTED, ABSORBED, "ours f32"]
+    measure_case("small", step, names, forms.build, reference, 1e12, look=look)
+    assert seen == [EXPORTED, "ours f32"]
+
+
 def test_a_sequence_between_the_checked_ones_is_compared_with_the_absorbed_form(forms: Forms) -> None:
     def spoil(built: str, inputs: dict[str, np.ndarray]) -> None:
         if built == "ours f32":

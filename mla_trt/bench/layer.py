@@ -46,6 +46,8 @@ from mla_trt.bench.layer_step import (
     weights_of,
 )
 from mla_trt.bench.options import choose_cases, command_line
+from mla_trt.bench.timeline import Timeline, load_profiler, trace, write_timelines
+from mla_trt.bench.timeline import markdown as timelines_markdown
 from mla_trt.engines.profiles import TENSOR_LIMIT
 from mla_trt.errors import MlaTrtError, UsageError
 from mla_trt.formats import ROW_FORMATS
@@ -149,6 +151,7 @@ def measure_case(
     copy: float,
     say: Callable[[str], None] = lambda _: None,
     sparse_error: Callable[[np.ndarray, np.ndarray], float] | None = None,
+    look: Callable[[str, Runnable], None] = lambda form, engine: None,
 ) -> list[FormResult]:
     """Builds the forms of one case, checks them and measures them in turn.
 
@@ -161,6 +164,7 @@ def measure_case(
         copy: bytes/s of a device copy.
         say: told what is done.
         sparse_error: of the output and the selection of the layer with an indexer.
+        look: gets each form that has figures, recorded, when all have been measured.
     """
     results: dict[str, FormResult] = {}
     engines: dict[str, Runnable] = {}
@@ -205,6 +209,8 @@ def measure_case(
                 of_copy=1e6 * step.least_bytes(form) / copy / us,
             )
             say(f"{name}: {form}: {us:.0f} us")
+        for form, engine in engines.items():
+            look(form, engine)
     return list(results.values())
 
 
@@ -412,12 +418,16 @@ def markdown(machine: Machine, results: Sequence[FormResult]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_results(folder: Path, machine: Machine, plugins: str, results: Sequence[FormResult]) -> None:
-    """`layer.md` and `layer.json`, both or neither."""
+def write_results(
+    folder: Path, machine: Machine, plugins: str, results: Sequence[FormResult], timelines: Sequence[Timeline] = ()
+) -> None:
+    """`layer.md` and `layer.json`, and the timelines where there are any; all or none."""
     with folder_written_whole(folder) as draft:
         (draft / "layer.md").write_text(markdown(machine, results))
         content = {**asdict(machine), "plugins": plugins, "results": [asdict(result) for result in results]}
         write_json(content, draft / "layer.json")
+        if timelines:
+            write_timelines(draft, machine.command, timelines)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -448,10 +458,12 @@ def _measure(options: argparse.Namespace, names: Sequence[str], formats: Sequenc
     check_usable()
     trt = load_tensorrt()
     find_library(options.plugins)  # before the long work
+    profiler = load_profiler() if options.timeline else None
     peers = [EXPORTED, GROWING, ABSORBED] if options.peers else []
     forms = [*peers, *(f"{OURS} {row_format}" for row_format in formats)]
     dimensions, dtype = LayerDimensions(index_heads=INDEX_HEADS), TensorProto.BFLOAT16
     results: list[FormResult] = []
+    timelines: list[Timeline] = []
     started = time.monotonic()
 
     def say(text: str) -> None:
@@ -483,7 +495,16 @@ def _measure(options: argparse.Namespace, names: Sequence[str], formats: Sequenc
                 chosen = [*forms, *(f"{SPARSE} {row_format}" for row_format in formats)]
                 sparse_error = sparse_errors(step, exact)
             reference = references(step, exact)
-            results += measure_case(name, step, chosen, builder.build, reference, machine.copy, say, sparse_error)
+
+            def look(form: str, engine: Runnable, name: str = name) -> None:
+                if profiler is None:
+                    return
+                try:
+                    timelines.append(Timeline(name, form, trace(profiler, engine.time)))
+                except MlaTrtError as problem:
+                    say(f"{name}: {form}: {problem}")
+
+            results += measure_case(name, step, chosen, builder.build, reference, machine.copy, say, sparse_error, look)
             lost = False
             try:
                 synchronize()
@@ -492,8 +513,10 @@ def _measure(options: argparse.Namespace, names: Sequence[str], formats: Sequenc
                 note = f"{error}; the rest was not run"
                 results.append(FormResult(name, case.batch, case.keys, "all", note=note))
             if options.output is not None:
-                write_results(options.output, machine, builder.plugin_build, results)
+                write_results(options.output, machine, builder.plugin_build, results, timelines)
             if lost:
                 break
         print(markdown(machine, results), end="")
+        if timelines:
+            print(f"\n{timelines_markdown(timelines)}", end="")
     return WRONG if any(result.note and not result.note.startswith("not run") for result in results) else 0

@@ -34,7 +34,8 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=Path,
         metavar="DIR",
-        help="write bench.md, bench.json and, with matplotlib, bench.png there; of the layer, layer.md and layer.json",
+        help="write bench.md, bench.json and, with matplotlib, bench.png there; of the layer, layer.md and layer.json, and with --timeline "
+        "timeline.md, timeline.json and, with matplotlib, timeline.png",
     )
     layer = parser.add_argument_group("layer")
     layer.add_argument(
@@ -42,6 +43,11 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
         default="fp8,bf16",
         help="row formats of the cache of ours (default fp8,bf16); fp8:1 is fp8 as 'mla-trt build --query-terms 1' builds it, "
         "and with /fp8 behind it weights are e4m3, as --weights fp8 has them",
+    )
+    layer.add_argument(
+        "--timeline",
+        action="store_true",
+        help="show too when each kernel of a step begins and ends (by torch's profiler): what runs beside what, and what is waited for",
     )
     layer.add_argument("--optimization-level", type=int, default=3, metavar="0-5", help="of TensorRT (default 3)")
     layer.add_argument("--plugins", type=Path, metavar="FILE.so", help="the plugin library (default: found by itself)")
@@ -57,8 +63,10 @@ def choose_cases(options: argparse.Namespace, cases: Iterable[str]) -> list[str]
     """The names that `--cases` has chosen.
 
     Raises:
-        UsageError: it is no regular expression, or no name has it; or `--against` is given for the layer.
+        UsageError: it is no regular expression, or no name has it; or `--against` is given for the layer, or `--timeline` for kernels.
     """
+    if options.what == "kernels" and options.timeline:
+        raise UsageError("--timeline is of the layer: 'mla-trt bench layer' shows what its kernels wait for")
     if options.what == "layer" and options.against is not None:
         raise UsageError("--against is of kernels: 'mla-trt bench kernels' measures two builds beside each other")
     try:

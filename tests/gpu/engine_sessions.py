@@ -107,6 +107,10 @@ _F32 = Variant("f32", "f32", "f32", 4, "keep", 2e-4, 0.0, 0.0)
 _BF16 = Variant("bf16", "bf16", "fp8", 32, "bf16", 5e-2, 0.1, 0.45)
 _DEEPSEEK = ("deepseek_v3__", "deepseek_v32__")
 _SEVERAL_CACHES = (*_DEEPSEEK, "kimi_linear__", "packed2d_absorb_cat__")
+_FAMILIES = (
+    *(*_SEVERAL_CACHES, "axk2__", "deepseek_v2__", "dsref_v32_ref__", "dsref_v3_absorb__", "dsref_v3_naive__"),
+    *("glm_moe_dsa__", "hub_deepseek_v2_orig__", "minicpm3__", "packed2d_gemm_mm__"),
+)
 VARIANTS = {
     variant.name: variant
     for variant in (
@@ -116,7 +120,7 @@ VARIANTS = {
         replace(_F32, name="resident", like="f32", cache=RESIDENT, exports=_SEVERAL_CACHES),
         replace(_BF16, name="streamed", like="bf16", streamed=True, exports=_DEEPSEEK),
         replace(_BF16, name="refitted", like="bf16", refitted=True, exports=_DEEPSEEK),
-        replace(_BF16, name="fp8weights", weights="fp8", exports=(*_DEEPSEEK, "packed2d_absorb_cat__")),
+        replace(_BF16, name="fp8weights", weights="fp8", exports=_FAMILIES),
     )
 }
 HALF_TOLERANCE, HALF_OUTLIERS = 1e-2, 0.1
