@@ -72,9 +72,8 @@ def run_case(folder: Path, variant_name: str, level: int, scratch: Path) -> dict
         if variant.streamed and engine._runner._engine.streamable_weights_size == 0:
             raise ValueError("no weight of the engine can be streamed")
         if variant.weights == "fp8":
-            result["coded"] = coded_ops(
-                source / "model.onnx", scratch / f"{record.name}.{variant_name}.parsed", options
-            )
+            parsed = scratch / f"{record.name}.{variant_name}.parsed"
+            result["coded"] = coded_ops(record.name, source / "model.onnx", parsed, options)
         if variant.refitted:
             result["refitted"] = refit(engine, model, scratch / f"{record.name}.{variant_name}.weights", options)
         result["stage"] = "run"
