@@ -202,14 +202,14 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument(
         "--dtype",
         default="keep",
-        help="keep (default) the types of the model, or bf16: multiply in bfloat16 what is float32; norms, routers, rope "
-        "and the residual stream stay",
+        help="keep (default) the types of the model, or bf16: multiply in bfloat16 what is float32 or float16; norms, routers, "
+        "rope and the residual stream stay",
     )
     build.add_argument(
         "--weights",
         default="keep",
         help="bfloat16 weights of the products before and behind attention: keep (default), or fp8: e4m3 with 128x128 block scales, half "
-        "the bytes and less exact; on Hopper only. A float32 model has them with --dtype bf16",
+        "the bytes and less exact; on Hopper only. A float32 or float16 model has them with --dtype bf16",
     )
     build.add_argument(
         "--query-terms",

@@ -209,17 +209,51 @@ def test_products_on_the_way_to_a_choice_are_not_rounded(tmp_path: Path) -> None
     assert logits_of(rounded).shape == wanted.shape
 
 
-def test_a_half_precision_model_stays_as_it_is(tmp_path: Path) -> None:
-    example = EXAMPLES / "deepseek_v3__dynamo_op23__sdpa__dec__realdims_fp16__q_dq_blk_oi_t.onnx"
-    assert main(["lower", str(example), "-o", str(tmp_path), "--no-verify", "--quiet"]) == 0
+@pytest.mark.parametrize(
+    "name",
+    [
+        "deepseek_v3__dynamo_op23__sdpa__dec__realdims_fp16__q_dq_blk_oi_t",
+        "deepseek_v3__optimum0.1.0_tf4.57.6_op17__sdpa__dec__fp16",
+    ],
+)
+def test_a_half_precision_model_multiplies_in_bfloat16_too(name: str, tmp_path: Path) -> None:
+    assert main(["lower", str(EXAMPLES / f"{name}.onnx"), "-o", str(tmp_path), "--no-verify", "--quiet"]) == 0
     model = onnx.load(tmp_path / "model.onnx")
-    before = {name: kind for name, kind in element_types(model).items() if kind == TensorProto.FLOAT16}
-    to_bfloat16(model)
-    after = element_types(model)
-    assert all(after[name] == kind for name, kind in before.items())
-    assert not any(
-        after[name] == BFLOAT16 for node in model.graph.node if node.domain == DOMAIN for name in node.input if name
-    )
+    before, interface = element_types(model), [value.name for value in (*model.graph.input, *model.graph.output)]
+    exact = to_float32(without_bodies(model))
+    assert to_bfloat16(model) > 0
+    types = element_types(model)
+    assert {name: types[name] for name in interface} == {name: before[name] for name in interface}
+    fused = [node for node in model.graph.node if node.domain == DOMAIN and node.op_type != "MlaPlan"]
+    assert fused
+    for node in fused:
+        for formal, tensor in OPS[node.op_type].given_inputs(node).items():
+            kind = next(entry.kind for entry in OPS[node.op_type].inputs if entry.name == formal)
+            assert kind not in (F, WEIGHT) or types[tensor] in (BFLOAT16, TensorProto.FLOAT8E4M3FN)
+    weights = {tensor.name for tensor in model.graph.initializer}
+    products = [node for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in weights]
+    assert [types[node.output[0]] for node in products].count(BFLOAT16) >= 3
+    # what lies between products is as it was, and a result goes to float32 without the smaller range of float16 in between
+    assert any(types[node.output[0]] == TensorProto.FLOAT16 for node in model.graph.node if node.op_type == "Mul")
+    producers = {tensor: node for node in model.graph.node for tensor in node.output}
+    for node in model.graph.node:
+        source = producers.get(node.input[0]) if node.op_type == "Cast" and types[node.output[0]] == FLOAT else None
+        assert source is None or source.op_type != "Cast" or types[source.input[0]] != BFLOAT16
+    rounded = to_float32(without_bodies(model))
+    for converted in (exact, rounded):
+        attach_functions(converted)
+    results = [result_of(converted) for converted in (exact, rounded)]
+    errors = np.abs(results[1] - results[0]) / np.abs(results[0]).max()
+    assert 1e-5 < np.median(errors) < 5e-3
+    assert errors.max() < 0.3  # where a router chooses another expert
+
+
+def result_of(model: onnx.ModelProto) -> np.ndarray:
+    """The first output of a prompt of two sequences."""
+    session = Session(model, pages=12)
+    first, second = session.create(), session.create()
+    given = session.step({first: [3, 1, 4, 1, 5], second: [9, 2, 6]})
+    return np.concatenate([next(iter(given[sequence].values())) for sequence in (first, second)])
 
 
 def test_weights_on_disk_stay_there_and_converted_ones_are_rounded_to_even(tmp_path: Path) -> None:
@@ -247,6 +281,35 @@ def test_weights_on_disk_stay_there_and_converted_ones_are_rounded_to_even(tmp_p
     np.testing.assert_array_equal(values, wanted["lm_head"].astype(ml_dtypes.bfloat16))
     with pytest.raises(UsageError, match="--dtype is 'fp4'"):
         write_plugin_model(source / "model.onnx", converted, dtype="fp4")
+
+
+def test_half_precision_weights_on_disk_are_rounded_as_such(tmp_path: Path) -> None:
+    model = lowered(Config(vocabulary=500))  # small tensors are read in any case
+    values = next(numpy_helper.to_array(tensor) for tensor in model.graph.initializer if tensor.name == "lm_head")
+    half = values.astype(np.float16)
+    last = next(node for node in model.graph.node if "lm_head" in node.input)
+    place = list(model.graph.node).index(last)
+    for tensor in model.graph.initializer:
+        if tensor.name == "lm_head":
+            tensor.CopyFrom(numpy_helper.from_array(half, "lm_head"))
+    result = last.output[0]
+    narrow = helper.make_node("Cast", [last.input[0]], ["narrow"], name="narrow", to=TensorProto.FLOAT16)
+    wide = helper.make_node("Cast", ["product"], [result], name="wide", to=FLOAT)
+    last.input[0], last.output[0] = "narrow", "product"
+    model.graph.node.insert(place + 1, wide)
+    model.graph.node.insert(place, narrow)
+    source, converted = tmp_path / "source", tmp_path / "converted"
+    source.mkdir()
+    converted.mkdir()
+    onnx.save_model(model, source / "model.onnx", save_as_external_data=True, location="weights", size_threshold=0)
+    write_plugin_model(source / "model.onnx", converted, dtype="bf16")
+    found = onnx.load(converted / "model.onnx", load_external_data=False).graph
+    (tensor,) = (tensor for tensor in found.initializer if tensor.name == "lm_head.bf16")
+    data = {entry.key: entry.value for entry in tensor.external_data}
+    raw = (converted / data["location"]).read_bytes()[int(data["offset"]) :][: int(data["length"])]
+    np.testing.assert_array_equal(np.frombuffer(raw, ml_dtypes.bfloat16), half.astype(ml_dtypes.bfloat16).reshape(-1))
+    (cast,) = (node for node in found.node if node.name == "wide")
+    assert list(cast.input) == ["product.bf16"]
 
 
 def test_a_branch_reads_what_became_bfloat16() -> None:

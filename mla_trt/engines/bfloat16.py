@@ -1,9 +1,9 @@
-"""Turns a float32 model into one that multiplies in bfloat16.
+"""Turns a float32 or float16 model into one that multiplies in bfloat16.
 
 What costs memory and time becomes bfloat16: products with weights (their weights, what they are multiplied with, their
 results), embedding tables, the float tensors of the fused ops, and whatever only moves such values about. Everything
-else stays float32: norms, activations, the residual stream, softmaxes, products of two activations, recurrent states,
-and all that does not depend on tokens (rope tables, positions). Routers stay float32 from their product on, as do the
+else stays as it is: norms, activations, the residual stream, softmaxes, products of two activations, recurrent states,
+and all that does not depend on tokens (rope tables, positions). So do routers from their product on, and the
 indexer's head weights: a rounded score selects another expert or key. Graph inputs and outputs keep their types.
 
 The model stays strongly typed: there is a Cast wherever the type changes, one for each tensor at most.
@@ -27,7 +27,9 @@ from mla_trt.ops import DOMAIN, OPS
 from mla_trt.ops.schema import WEIGHT, F
 from mla_trt.weight_file import WeightFile
 
-FLOAT, BFLOAT16 = TensorProto.FLOAT, TensorProto.BFLOAT16
+BFLOAT16 = TensorProto.BFLOAT16
+WIDE: dict[int, str] = {TensorProto.FLOAT: "<f4", TensorProto.FLOAT16: "<f2"}
+"""Types that hold a value more exactly than bfloat16 does, as they lie in files."""
 
 PRODUCTS = ("MatMul", "Gemm", "Einsum")
 # Ops whose results hold values of their first inputs (Concat: of all), unchanged.
@@ -83,7 +85,7 @@ class _Weights:
         count = int(np.prod(tensor.dims, dtype=np.int64))
         with (self._base_dir / info.location).open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            values = np.frombuffer(mapped, "<f4", count, info.offset or 0).reshape(tuple(tensor.dims))
+            values = np.frombuffer(mapped, WIDE[tensor.data_type], count, info.offset or 0).reshape(tuple(tensor.dims))
             rounded = values.astype(ml_dtypes.bfloat16)
             del values
             mapped.close()
@@ -110,7 +112,7 @@ class _Conversion:
                 self._weightlike.update(node.output)
         self._exact = self._leading_to_choices()
         self._read_narrow = self._only_read_narrow()
-        self._narrow: dict[str, str] = {}  # float32 tensor: its bfloat16 version
+        self._narrow: dict[str, str] = {}  # wide tensor: its bfloat16 version
         self._only_narrow: set[str] = set()
         self._taken = set(self._types)
         self._nodes: list[onnx.NodeProto] = []
@@ -121,28 +123,33 @@ class _Conversion:
             inputs = list(node.input)
             narrow = self._narrow_inputs(node)
             for index, name in enumerate(inputs):
-                if self._types.get(name) == FLOAT:
-                    inputs[index] = self._bfloat16(name) if index in narrow else self._float32(name)
+                if node.op_type == "Cast" and name in self._only_narrow:
+                    inputs[index] = self._narrow[name]  # from any type, and float16 has less range
+                elif self._is_wide(name):
+                    inputs[index] = self._bfloat16(name) if index in narrow else self._as_it_was(name)
             for inner in _subgraphs(node):
                 for name in _read_by(inner):
-                    self._float32(name)
+                    self._as_it_was(name)
             outputs = list(node.output)
             if narrow:
                 for index in self._narrow_outputs(node):
-                    if self._types.get(outputs[index]) == FLOAT:
+                    if self._is_wide(outputs[index]):
                         outputs[index] = self._made_narrow(outputs[index])
             del node.input[:], node.output[:]
             node.input.extend(inputs)
             node.output.extend(outputs)
             self._nodes.append(node)
         for output in self._graph.output:
-            self._float32(output.name)
+            self._as_it_was(output.name)
         self._write()
         return len(self._narrow)
 
+    def _is_wide(self, name: str) -> bool:
+        return self._types.get(name) in WIDE
+
     def _narrow_inputs(self, node: onnx.NodeProto) -> set[int]:
-        """Which float32 inputs of a node it takes as bfloat16."""
-        floats = {index for index, name in enumerate(node.input) if self._types.get(name) == FLOAT}
+        """Which wide inputs of a node it takes as bfloat16."""
+        floats = {index for index, name in enumerate(node.input) if self._is_wide(name)}
         if node.domain == DOMAIN:
             return self._narrow_in_fused(node)
         if node.op_type in PRODUCTS:
@@ -158,14 +165,14 @@ class _Conversion:
         return set()
 
     def _narrow_in_fused(self, node: onnx.NodeProto) -> set[int]:
-        """Which inputs a fused op takes as bfloat16. The first float one decides what its results are: a float16 op keeps
+        """Which inputs a fused op takes as bfloat16. The first float one decides what its results are: an op of bfloat16 keeps
         a float32 weight as it is."""
         kinds = [formal.kind for formal in OPS[node.op_type].inputs]
         given = [index for index, name in enumerate(node.input) if name]
         first = next((index for index in given if kinds[index] == F), None)
-        if first is None or self._types.get(node.input[first]) != FLOAT:
+        if first is None or not self._is_wide(node.input[first]):
             return set()
-        return {index for index in given if kinds[index] in (F, WEIGHT) and self._types[node.input[index]] == FLOAT}
+        return {index for index in given if kinds[index] in (F, WEIGHT) and self._is_wide(node.input[index])}
 
     def _narrow_outputs(self, node: onnx.NodeProto) -> list[int]:
         if node.domain == DOMAIN:
@@ -174,7 +181,7 @@ class _Conversion:
         return [index for index, name in enumerate(node.output) if name]
 
     def _only_read_narrow(self) -> set[str]:
-        """Float32 tensors that every reader takes as bfloat16: a weight that is only moved on its way to a product is then
+        """Wide tensors that every reader takes as bfloat16: a weight that is only moved on its way to a product is then
         rounded as it is stored."""
         read: set[str] = {output.name for output in self._graph.output}
         found: set[str] = set()
@@ -201,7 +208,7 @@ class _Conversion:
     def _multiplies_weights(self, node: onnx.NodeProto) -> bool:
         factors = node.input[:2] if node.op_type == "Gemm" else node.input
         return (
-            self._types.get(node.output[0]) == FLOAT
+            self._is_wide(node.output[0])
             and any(name in self._weightlike for name in factors)
             and any(name in self._data and name not in self._weightlike for name in factors)
         )
@@ -240,9 +247,9 @@ class _Conversion:
             self._narrow[name] = narrow
         return self._narrow[name]
 
-    def _float32(self, name: str) -> str:
+    def _as_it_was(self, name: str) -> str:
         if name in self._only_narrow:
-            self._cast(self._narrow[name], name, FLOAT)
+            self._cast(self._narrow[name], name, self._types[name])
             self._only_narrow.remove(name)
         return name
 

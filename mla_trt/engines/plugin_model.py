@@ -147,7 +147,7 @@ def write_plugin_model(
         source: the lowered model.
         folder: an empty folder.
         inputs: of the engine, for `name_axes`.
-        dtype: "bf16" to multiply in bfloat16 what is float32 in the model, or "keep".
+        dtype: "bf16" to multiply in bfloat16 what is float32 or float16 in the model, or "keep".
         query_terms: see `set_query_terms`; None: as the model has it.
         pages: fixed number of pages of the pools; None: dynamic.
         resident: the plugins hold the pools, of that number of pages.
