@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from mla_trt import __version__
 from mla_trt.bench.options import add_bench_arguments
 from mla_trt.errors import MlaTrtError, UsageError
 from mla_trt.serving.options import add_serve_arguments
+from mla_trt.signals import ending_raises, exit_status
 
 if TYPE_CHECKING:
     from mla_trt.serving.triton_repository import Settings
@@ -89,7 +91,7 @@ exit status: 0 ended by Ctrl-C or SIGTERM; 1 there is no tritonserver, or it end
 kernels needs a GPU and the kernel library (mla-trt plugins build --kernels-only). Peers run where flash_mla, flash_mla_vllm,
 deep_gemm and torch are importable. layer needs what 'mla-trt build' needs, with --timeline torch too.
 exit status: 0 done; 2 nothing to measure with; 4 a kernel or an engine was refused or wrong (it has no figure);
-130 interrupted (kernels writes what it has measured by then).""",
+130 interrupted (what was measured by then is written).""",
     "export": """examples:
   mla-trt export deepseek-v3 -o model.onnx
   mla-trt export deepseek-v3.2 -o model.onnx --attention eager --opset 23
@@ -114,16 +116,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=max(level, logging.DEBUG), format="%(levelname)s %(message)s", stream=sys.stderr)
     _silence_graphsurgeon()
     try:
-        status: int = options.command(options)
+        with ending_raises():
+            status: int = options.command(options)
         return status
     except MlaTrtError as error:
         if options.verbose > 1:
             log.exception("traceback")
         print(f"mla-trt: {_one_line(error)}", file=sys.stderr)
         return error.exit_status
-    except KeyboardInterrupt:
-        print("mla-trt: interrupted; nothing was written", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as end:
+        status = exit_status(end)
+        number = signal.Signals(status - 128)
+        how = "interrupted" if number == signal.SIGINT else f"ended by {number.name}"
+        print(f"mla-trt: {how}; nothing was written", file=sys.stderr)
+        return status
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -55,6 +57,7 @@ from mla_trt.models.attention_layer import (
 )
 from mla_trt.passes.legalize import illegal_nodes
 from mla_trt.pipeline import lower_file
+from mla_trt.signals import Ended
 
 SMALL = LayerDimensions(hidden=48, heads=4, query_rank=40, rank=32, nope=24, rope=16, value=20)
 CASE = LayerCase(batch=3, keys=150)
@@ -365,6 +368,34 @@ def test_results_are_written(tmp_path: Path) -> None:
     assert (content["gpu"], content["plugins"], len(content["results"])) == ("NVIDIA H200", "0.1.0 sm_90a", 5)
     assert (folder / "layer.md").read_text() == markdown(MACHINE, RESULTS)
     assert sorted(path.name for path in folder.iterdir()) == ["layer.json", "layer.md"]
+
+
+@pytest.mark.parametrize(("end", "status"), [(KeyboardInterrupt(), 130), (Ended(signal.SIGTERM), 143)])
+def test_what_was_measured_is_written_when_the_rest_is_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: KeyboardInterrupt, status: int
+) -> None:
+    def measure(name: str, *rest: object) -> list[FormResult]:
+        if name == "b128-4k":
+            raise end
+        return RESULTS[:3]
+
+    for place, value in (
+        ("mla_trt.cuda.check_usable", lambda: None),
+        ("mla_trt.cuda.synchronize", lambda: None),
+        ("mla_trt.cuda.Stream", lambda: None),
+        ("mla_trt.engines.tensorrt_api.load_tensorrt", lambda: SimpleNamespace(__version__="10.6.0")),
+        ("mla_trt.plugins.library.find_library", lambda _: None),
+    ):
+        monkeypatch.setattr(place, value)
+    monkeypatch.setattr(bench_layer, "measure_copy", lambda: ("NVIDIA H200", 4.29e12))
+    monkeypatch.setattr(bench_layer, "random_weights", lambda *_, **__: SimpleNamespace(arrays={}))
+    for name in ("lowered_layer", "LayerStep", "references"):
+        monkeypatch.setattr(bench_layer, name, lambda *_: None)
+    monkeypatch.setattr(bench_layer, "measure_case", measure)
+    assert main(["bench", "layer", "--cases", "b16-4k|b128-4k|b4", "-o", str(tmp_path)]) == status
+    results = json.loads((tmp_path / "layer.json").read_text())["results"]
+    assert [result["us"] for result in results] == [21000.0, 500.0, 200.0, None]
+    assert (results[3]["case"], results[3]["note"]) == ("b128-4k", "interrupted; the rest was not run")
 
 
 def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:

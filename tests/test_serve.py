@@ -265,9 +265,11 @@ def test_a_second_signal_ends_what_still_runs(lowered: Path, tmp_path: Path) -> 
 
 SIGNALLED = """
 import os, subprocess, sys, time
-from mla_trt.serving.serve import _Signals
+from mla_trt.serving.serve import SIGNALS, _Signals
+from mla_trt.signals import handled
 sender = "import os, signal, sys, time\\nwhile True: os.kill(int(sys.argv[1]), signal.SIGHUP); time.sleep(1e-4)"
-with _Signals() as signals:
+signals = _Signals()
+with handled(SIGNALS, signals.note):
     signals.armed = True
     child = subprocess.Popen([sys.executable, "-c", sender, str(os.getpid())])
     end = time.monotonic() + 4

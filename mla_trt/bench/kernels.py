@@ -30,12 +30,13 @@ from mla_trt.cuda import CudaError, Stream, check_usable, milliseconds, properti
 from mla_trt.errors import MlaTrtError, UsageError
 from mla_trt.plugins.kernel_library import KernelLibrary
 from mla_trt.plugins.library import KERNELS, find_library
+from mla_trt.signals import ending_raises, exit_status
 
 GRAPH_MILLISECONDS = 4.0
 MOST_LAUNCHES = 100
 ROUNDS = 15
 SECONDS = 1.5  # of alternating rounds
-WRONG, INTERRUPTED = 4, 130  # exit statuses
+WRONG = 4  # exit status
 
 
 class _Ours:
@@ -279,9 +280,9 @@ def run(options: argparse.Namespace) -> int:
             results.append(bench_case(name, library, ceilings, options.peers, against))
         except CudaError as error:  # the process has lost the GPU
             results.append(Result(name, note=f"{error}; the rest was not run"))
-        except KeyboardInterrupt:  # what was measured is written all the same
+        except KeyboardInterrupt as end:  # what was measured is written all the same
             results.append(Result(name, note="interrupted; the rest was not run"))
-            status = INTERRUPTED
+            status = exit_status(end)
         result = results[-1]
         shown = result.note if result.us is None else f"{result.us:.1f} us, {result.of_ceiling:.0%} of the ceiling"
         versus = f", {result.ratio:.2f} times as fast as {result.peer}" if result.ratio else ""
@@ -302,7 +303,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.what == "layer":
             raise UsageError("the layer is measured by 'mla-trt bench layer', which needs all of the package")
-        return run(options)
+        with ending_raises():
+            return run(options)
     except MlaTrtError as error:
         print(f"mla-trt: {error}", file=sys.stderr)
         return error.exit_status

@@ -60,6 +60,7 @@ from mla_trt.models.attention_layer import (
     save_layer,
 )
 from mla_trt.ops.common import QUERY_TERMS
+from mla_trt.signals import exit_status
 from mla_trt.writing import check_writable, folder_written_whole, write_json
 
 TOLERANCE = 3e-2
@@ -487,14 +488,9 @@ def _measure(options: argparse.Namespace, names: Sequence[str], formats: Sequenc
             optimization_level=options.optimization_level,
             plugins=options.plugins,
         )
+        status = 0
         for name in names:
-            case = CASES[name]
-            step = LayerStep(dimensions, case, dtype, row_format_of(formats[0]))
-            chosen, sparse_error = forms, None
-            if case.sparse:
-                chosen = [*forms, *(f"{SPARSE} {row_format}" for row_format in formats)]
-                sparse_error = sparse_errors(step, exact)
-            reference = references(step, exact)
+            case, note = CASES[name], ""
 
             def look(form: str, engine: Runnable, name: str = name) -> None:
                 if profiler is None:
@@ -504,19 +500,30 @@ def _measure(options: argparse.Namespace, names: Sequence[str], formats: Sequenc
                 except MlaTrtError as problem:
                     say(f"{name}: {form}: {problem}")
 
-            results += measure_case(name, step, chosen, builder.build, reference, machine.copy, say, sparse_error, look)
-            lost = False
             try:
+                step = LayerStep(dimensions, case, dtype, row_format_of(formats[0]))
+                chosen, sparse_error = forms, None
+                if case.sparse:
+                    chosen = [*forms, *(f"{SPARSE} {row_format}" for row_format in formats)]
+                    sparse_error = sparse_errors(step, exact)
+                reference = references(step, exact)
+                results += measure_case(
+                    name, step, chosen, builder.build, reference, machine.copy, say, sparse_error, look
+                )
                 synchronize()
             except CudaError as error:
-                lost = True
                 note = f"{error}; the rest was not run"
+            except KeyboardInterrupt as end:  # what was measured is written all the same
+                note, status = "interrupted; the rest was not run", exit_status(end)
+            if note:
                 results.append(FormResult(name, case.batch, case.keys, "all", note=note))
             if options.output is not None:
                 write_results(options.output, machine, builder.plugin_build, results, timelines)
-            if lost:
+            if note:
                 break
         print(markdown(machine, results), end="")
         if timelines:
             print(f"\n{timelines_markdown(timelines)}", end="")
+    if status:
+        return status
     return WRONG if any(result.note and not result.note.startswith("not run") for result in results) else 0

@@ -8,7 +8,6 @@ import math
 import os
 import signal
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -43,6 +42,7 @@ from mla_trt.loading import load_model
 from mla_trt.metadata import METADATA_KEY, LoweredMetadata
 from mla_trt.ops import OPS
 from mla_trt.ops.common import QUERY_TERMS
+from mla_trt.signals import ENDING, Ended, handled
 from mla_trt.writing import check_writable
 
 log = logging.getLogger(__name__)
@@ -314,7 +314,7 @@ class _Build:
 
         Raises:
             BadModelError: TensorRT does not take it.
-            KeyboardInterrupt: the user interrupted.
+            Ended: a signal asked for it.
         """
         trt = self._trt
         logger = start(trt, self._messages)
@@ -333,14 +333,15 @@ class _Build:
         for ranges in self._profiles:
             config.add_optimization_profile(self._profile(builder, network, ranges))
         cache = self._load_cache(config)
-        cancelled = threading.Event()
-        monitor = make_monitor(trt, self._phases, cancelled) if self._phases else None
+        ended: list[int] = []
+        monitor = make_monitor(trt, self._phases, ended) if self._phases else None
         if monitor is not None:
             config.progress_monitor = monitor
-        with _interruptible(cancelled):
+        # A signal asks TensorRT to stop, rather than to raise through it.
+        with handled((signal.SIGINT, *ENDING), lambda number, _: ended.append(number)):
             serialized = builder.build_serialized_network(network, config)
-        if cancelled.is_set():
-            raise KeyboardInterrupt
+        if ended:
+            raise Ended(ended[0])
         if serialized is None:
             raise BadModelError(f"TensorRT cannot build the engine: {self._messages.take()}")
         with plan.open("wb") as file:
@@ -391,8 +392,8 @@ class _Build:
         return None
 
 
-def make_monitor(trt: Any, phases: Phases, cancelled: threading.Event) -> Any:
-    """TensorRT's progress monitor over `phases`; it ends the build when `cancelled` is set."""
+def make_monitor(trt: Any, phases: Phases, ended: Sequence[int]) -> Any:
+    """TensorRT's progress monitor over `phases`; it ends the build when there is a signal in `ended`."""
 
     class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
@@ -403,25 +404,12 @@ def make_monitor(trt: Any, phases: Phases, cancelled: threading.Event) -> Any:
 
         def step_complete(self, phase_name: str, step: int) -> bool:
             phases.step(phase_name, step + 1)
-            return not cancelled.is_set()
+            return not ended
 
         def phase_finish(self, phase_name: str) -> None:
             phases.finish(phase_name)
 
     return Monitor()
-
-
-@contextmanager
-def _interruptible(cancelled: threading.Event) -> Iterator[None]:
-    """An interrupt asks TensorRT to stop, rather than to raise through it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, lambda *_: cancelled.set())
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def write_times(config: Any, path: Path) -> None:

@@ -23,20 +23,20 @@ from mla_trt.serving.text import TOKENIZER, Tokenizer, stop_ids_of
 from mla_trt.serving.triton_repository import MODEL, Settings, default_name, write_repository
 from mla_trt.serving.tritonserver import (
     Address,
-    Flag,
     TritonServer,
     choose_ports,
     find_installation,
     python_version,
     resolve,
 )
+from mla_trt.signals import ENDING, Ended, Flag, handled
 
 log = logging.getLogger(__name__)
 
 EXIT_SECONDS = 10
 """What tritonserver gets beyond the time in which requests may go on."""
 POLL_SECONDS = 0.2
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SIGNALS = (signal.SIGINT, *ENDING)
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,8 @@ def serve(model: Path, settings: Settings, options: ServeOptions, *, quiet: bool
     address, page_port = _addresses(host, options)
     console = Console(stderr=True, quiet=quiet)
     with ExitStack() as stack:
-        signals = stack.enter_context(_Signals())
+        signals = _Signals()
+        stack.enter_context(handled(SIGNALS, signals.note))
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mla-trt-serve-")))
         repository = options.repository or work / "repository"
         write_repository(
@@ -156,27 +157,19 @@ def _start_page(host: str, port: int, address: Address, about: About, tokenizer:
 
 
 class _Signals:
-    """What SIGINT, SIGTERM and SIGHUP do within it.
+    """What SIGINT, SIGTERM and SIGHUP do.
 
     Attributes:
-        armed: False: they raise KeyboardInterrupt; True: the first one sets `stopped`, the next one `hurry`.
+        armed: False: they raise `Ended`; True: the first one sets `stopped`, the next one `hurry`.
     """
 
     def __init__(self) -> None:
         self.armed = False
         self.stopped, self.hurry = Flag(), Flag()
 
-    def __enter__(self) -> _Signals:
-        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: object) -> None:
+    def note(self, number: int, frame: object) -> None:
         if not self.armed:
-            raise KeyboardInterrupt
+            raise Ended(number)
         (self.hurry if self.stopped.is_set() else self.stopped).set()
 
 

@@ -24,40 +24,17 @@ from pathlib import Path
 
 from mla_trt.errors import ServerError, UsageError
 from mla_trt.serving.triton_repository import STOP_FILE
+from mla_trt.signals import Flag
 
 CONTAINER = Path("/opt/tritonserver/bin/tritonserver")
 KEPT_LINES = 200
 POLL_SECONDS = 0.1
-FLAG_SECONDS = 0.02  # how often a flag is looked at
 READ_SECONDS = 5.0
 """How long the last lines of a server that has ended may take: a model that outlives it holds its output open."""
 RESTRICTED = "shared-memory,model-repository,trace,logging"
 """Parts of Triton's interface that nobody needs who asks for tokens, and that reach beyond them: into memory and files of the machine."""
 LOAD_FAILURE = re.compile(r"failed to load '[^']+' version \d+: (.*)")
 PR_SET_PDEATHSIG = 1
-
-
-class Flag:
-    """What a signal's handler sets and others wait for. `threading.Event` has a lock, which the very thread may hold that the handler interrupts:
-    then `set` never returns."""
-
-    def __init__(self) -> None:
-        self._set = False
-
-    def is_set(self) -> bool:
-        """Whether it was set."""
-        return self._set
-
-    def set(self) -> None:
-        """Sets it, for good."""
-        self._set = True
-
-    def wait(self, seconds: float) -> bool:
-        """Waits until it is set, or for so long; returns whether it is set."""
-        deadline = time.monotonic() + seconds
-        while not self._set and (left := deadline - time.monotonic()) > 0:
-            time.sleep(min(left, FLAG_SECONDS))
-        return self._set
 
 
 @dataclass(frozen=True)

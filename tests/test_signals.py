@@ -1,0 +1,107 @@
+"""Commands that are asked to end leave nothing, and signals that are ignored stay so."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from mla_trt.signals import ENDING, Ended, handled
+
+EXAMPLE = Path(__file__).resolve().parent.parent / "models" / "examples" / "deepseek_v3__dynamo_op23__sdpa__dec.onnx"
+# `lower` as far as its draft, where it waits.
+WAITING = """
+import sys, time
+from mla_trt import cli, pipeline
+def wait(*_, **__):
+    print("drafting", flush=True)
+    time.sleep(60)
+pipeline.write_json = wait
+sys.exit(cli.main(["lower", sys.argv[1], "-o", sys.argv[2], "--no-verify", "--quiet"]))
+"""
+
+
+def start(folder: Path, *before: str) -> subprocess.Popen[str]:
+    command = [*before, sys.executable, "-c", WAITING, str(EXAMPLE), str(folder / "new" / "out")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "drafting\n"
+    assert list((folder / "new" / "out").iterdir()), "there is a draft now"
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, *ENDING])
+def test_a_command_that_is_ended_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    process = start(tmp_path)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=30)
+    how = "interrupted" if number == signal.SIGINT else f"ended by {number.name}"
+    assert said == f"mla-trt: {how}; nothing was written\n"
+    assert process.returncode == 128 + number
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_ignored_does_not_end_it(tmp_path: Path) -> None:
+    """As under nohup."""
+    process = start(tmp_path, "env", "--ignore-signal=HUP")
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 128 + signal.SIGTERM
+    assert not list(tmp_path.iterdir())
+
+
+SECOND = """
+import os, signal, time
+from mla_trt.signals import Ended, ending_raises
+try:
+    with ending_raises():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+except Ended as end:
+    print(end.number, flush=True)
+with ending_raises():
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+    finally:  # what takes too long
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+"""
+
+
+def test_a_second_one_ends_the_process_where_it_stands() -> None:
+    done = subprocess.run([sys.executable, "-c", SECOND], capture_output=True, text=True, timeout=30)
+    assert (done.stdout, done.returncode) == (f"{signal.SIGTERM.value}\n", -signal.SIGTERM)
+
+
+def test_handlers_come_back() -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, *ENDING)}
+    seen: list[int] = []
+    with suppress(Ended), handled([signal.SIGUSR1], lambda number, _: seen.append(number)):
+        signal.raise_signal(signal.SIGUSR1)
+        raise Ended(signal.SIGTERM)
+    assert seen == [signal.SIGUSR1]
+    assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+    assert {number: signal.getsignal(number) for number in before} == before
+
+
+def test_other_threads_have_no_signals() -> None:
+    found: list[object] = []
+
+    def look() -> None:
+        with handled(ENDING, lambda *_: None):
+            found.extend(signal.getsignal(number) for number in ENDING)
+
+    before = [signal.getsignal(number) for number in ENDING]
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    assert found == before
