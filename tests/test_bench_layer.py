@@ -17,15 +17,9 @@ import pytest
 from onnx import TensorProto
 
 from mla_trt.bench import layer as bench_layer
-from mla_trt.bench.layer import (
-    CASES,
-    FormResult,
-    Machine,
-    lowered_layer,
-    markdown,
-    measure_case,
-    write_results,
-)
+from mla_trt.bench.layer import CASES, measure_case
+from mla_trt.bench.layer_forms import Runnable, lowered_layer
+from mla_trt.bench.layer_report import FormResult, Machine, markdown, write_results
 from mla_trt.bench.layer_step import (
     ABSORBED,
     EXPORTED,
@@ -225,7 +219,7 @@ def test_forms_with_figures_are_looked_at_when_all_are_measured(forms: Forms) ->
     step = LayerStep(SMALL, CASE, TensorProto.FLOAT, "f32")
     reference, seen = references(step, forms.weights.arrays), []
 
-    def look(form: str, engine: bench_layer.Runnable) -> None:
+    def look(form: str, engine: Runnable) -> None:
         assert isinstance(engine, OnEngine)
         assert engine.recorded
         assert not any(made.closed for made in forms.made)

@@ -17,25 +17,22 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from typing import Any, Protocol
 
 import numpy as np
-import onnx
-from onnx import TensorProto, helper
+from onnx import TensorProto
 
 from mla_trt.bench.ceilings import measure_copy
 from mla_trt.bench.check import relative_error
+from mla_trt.bench.layer_forms import SELECTION, Build, Runnable, TensorRtForms, lowered_layer
+from mla_trt.bench.layer_report import FormResult, Machine, markdown, write_results
 from mla_trt.bench.layer_step import (
     ABSORBED,
     EXPORTED,
     GROWING,
-    INDEX_CACHE,
-    KV_CACHE,
     OURS,
-    PAGE,
     SPARSE,
     LayerCase,
     LayerStep,
@@ -46,22 +43,15 @@ from mla_trt.bench.layer_step import (
     weights_of,
 )
 from mla_trt.bench.options import choose_cases, command_line
-from mla_trt.bench.timeline import Timeline, load_profiler, trace, write_timelines
+from mla_trt.bench.timeline import Timeline, load_profiler, trace
 from mla_trt.bench.timeline import markdown as timelines_markdown
 from mla_trt.engines.profiles import TENSOR_LIMIT
 from mla_trt.errors import MlaTrtError, UsageError
 from mla_trt.formats import ROW_FORMATS
-from mla_trt.models.attention_layer import (
-    LayerDimensions,
-    LayerWeights,
-    absorbed_layer,
-    exported_layer,
-    random_weights,
-    save_layer,
-)
+from mla_trt.models.attention_layer import LayerDimensions, random_weights
 from mla_trt.ops.common import QUERY_TERMS
 from mla_trt.signals import exit_status
-from mla_trt.writing import check_writable, folder_written_whole, write_json
+from mla_trt.writing import check_writable
 
 TOLERANCE = 3e-2
 ONE_TERM_TOLERANCE = 6e-2  # docs/gpu-testing.md
@@ -72,11 +62,7 @@ MOST_LAUNCHES = 50
 WRONG = 4  # exit status
 CODES = ("fp8", "fp8_flat")
 """Row formats that query terms say something of."""
-KV_CACHE_OUT = "kv_cache_out.0"
-INDEX_CACHE_OUT = "indexer_cache_out.0"
-SELECTION = "selection"
 INDEX_HEADS = 64
-
 
 CASES = {
     # At 4096 keys the export's expanded keys and values have 2^31 elements, one more than TensorRT takes.
@@ -86,61 +72,6 @@ CASES = {
     "b1-32k": LayerCase(1, 32768),
     "b64-128k": LayerCase(64, 131072, sparse=True),
 }
-
-
-@dataclass(frozen=True)
-class FormResult:
-    """One form of the layer in one case.
-
-    Attributes:
-        case, batch, keys: the case.
-        form: the form; ours has its row format behind it.
-        error: relative (Frobenius) error of the checked sequences.
-        us: median of a step.
-        spread: (slowest - fastest) / median of the rounds.
-        of_copy: the time that the least bytes take at the speed of a device copy, over the time taken.
-        build_seconds: what its engine took to build.
-        note: why there are no figures.
-    """
-
-    case: str
-    batch: int
-    keys: int
-    form: str
-    error: float | None = None
-    us: float | None = None
-    spread: float | None = None
-    of_copy: float | None = None
-    build_seconds: float | None = None
-    note: str = ""
-
-
-class Runnable(Protocol):
-    """An engine with the tensors of a step; see `mla_trt.bench.step_engine.StepEngine`."""
-
-    def run(self) -> None:
-        """Runs the step."""
-
-    def record(self) -> None:
-        """Records it."""
-
-    def time(self, launches: int) -> float:
-        """us of a launch of the recording."""
-        ...
-
-    def read(self, name: str) -> np.ndarray:
-        """The value of a tensor."""
-        ...
-
-    def write(self, name: str, values: np.ndarray, start: int) -> None:
-        """Replaces values of a tensor from an element on."""
-
-    def close(self) -> None:
-        """Gives the memory back."""
-
-
-Build = Callable[[str, str, LayerStep], tuple[Runnable, float]]
-"""Makes the engine of a form (its name, the case's name, the step); returns it with the seconds that its building took."""
 
 
 def measure_case(
@@ -255,180 +186,6 @@ def _alternate(engines: Mapping[str, Runnable]) -> dict[str, list[float]]:
         for form, engine in engines.items():
             times[form].append(engine.time(launches[form]))
     return times
-
-
-class TensorRtForms:
-    """Builds the engines of the forms in a folder.
-
-    Args:
-        folder: for weights, models and engines; about 2 GB.
-        trt: the module `tensorrt`.
-        stream: that engines run on.
-        dimensions, weights: of the layer; the weights lie in the folder.
-        optimization_level: TensorRT's.
-        plugins: the plugin library; None: the one that is found.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        trt: Any,
-        stream: Any,
-        dimensions: LayerDimensions,
-        weights: LayerWeights,
-        *,
-        optimization_level: int,
-        plugins: Path | None,
-    ) -> None:
-        self._folder, self._trt, self._stream = folder, trt, stream
-        self._dimensions, self._weights = dimensions, weights
-        self._level, self._plugins = optimization_level, plugins
-        self._cache = folder / "timing.cache"
-        self.plugin_build = ""
-
-    def build(self, form: str, name: str, step: LayerStep) -> tuple[Runnable, float]:
-        """See `Build`."""
-        from mla_trt.bench.step_engine import StepEngine, build_static
-
-        plan = self._folder / "plan"
-        started = time.monotonic()
-        inputs: dict[str, np.ndarray]
-        aliases: dict[str, str] = {}
-        if form.startswith(OURS):
-            row_format = row_format_of(form)
-            dimensions = self._dimensions if form.startswith(SPARSE) else replace(self._dimensions, index_heads=0)
-            self._build_ours(form, dimensions, step, plan)
-            inputs = step.for_sparse(row_format) if form.startswith(SPARSE) else step.for_lowered(row_format)
-            aliases = {KV_CACHE_OUT: KV_CACHE} | ({INDEX_CACHE_OUT: INDEX_CACHE} if form.startswith(SPARSE) else {})
-        else:
-            batch, keys = step.case.batch, step.case.keys
-            dimensions = replace(self._dimensions, index_heads=0)
-            if form == EXPORTED:
-                model = exported_layer(dimensions, self._weights, batch=batch, new=1, past=keys - 1)
-                inputs = step.for_exported()
-            else:
-                grows = form == GROWING
-                model = absorbed_layer(dimensions, self._weights, batch=batch, total=keys, grows=grows)
-                inputs = step.for_growing() if grows else step.for_absorbed()
-            path = save_layer(model, self._folder / "peer.onnx")
-            build_static(self._trt, path, plan, optimization_level=self._level, timing_cache=self._cache)
-        seconds = time.monotonic() - started
-        engine = StepEngine(self._trt, plan, inputs, aliases, self._stream)
-        plan.unlink()
-        return engine, seconds
-
-    def _build_ours(self, form: str, dimensions: LayerDimensions, step: LayerStep, plan: Path) -> None:
-        from mla_trt.engines.building import BuildOptions, build_file
-
-        options = BuildOptions(
-            max_batch=step.case.batch,
-            max_tokens=step.case.batch,
-            max_length=step.case.keys,
-            pages=step.pages,
-            query_terms=query_terms_of(form),
-            weights=weights_of(form),
-            optimization_level=self._level,
-            timing_cache=self._cache,
-            plugins=self._plugins,
-        )
-        lowered = lowered_layer(self._folder, row_format_of(form), dimensions, self._weights, weights_of(form))
-        description, _ = build_file(lowered, plan, options)
-        self.plugin_build = description.plugins
-
-
-def lowered_layer(
-    folder: Path, row_format: str, dimensions: LayerDimensions, weights: LayerWeights, kind: str = "keep"
-) -> Path:
-    """The layer as `mla-trt lower` writes it, in a folder that holds its weights; made when it is asked for first. With an indexer its
-    selection is an output too. `kind`: the option `--weights`."""
-    from mla_trt.lowering import LowerOptions
-    from mla_trt.pipeline import lower_file
-
-    output = folder / f"lowered-{'sparse-' if dimensions.index_heads else ''}{row_format}-{kind}"
-    if not output.exists():
-        export = save_layer(exported_layer(dimensions, weights), folder / "export.onnx")
-        lower_file(export, output, LowerOptions(kv_format=row_format, page_size=PAGE, weights=kind), verify=False)
-        if dimensions.index_heads:
-            _show_selection(output / "model.onnx", dimensions.top_k)
-    return output
-
-
-def _show_selection(path: Path, top_k: int) -> None:
-    model = onnx.load(path, load_external_data=False)
-    (node,) = (node for node in model.graph.node if node.op_type == "MlaSparseAttention")
-    place = list(node.output).index(next(name for name in node.output if name.endswith("indices")))
-    node.output[place] = SELECTION
-    tokens = next(value for value in model.graph.input if value.name == "hidden_states").type.tensor_type.shape.dim[1]
-    model.graph.output.append(helper.make_tensor_value_info(SELECTION, TensorProto.INT32, [tokens.dim_param, top_k]))
-    path.write_bytes(model.SerializeToString())
-
-
-# what is written
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where it was measured.
-
-    Attributes:
-        gpu: its name.
-        copy: bytes/s of a device copy, read and written.
-        tensorrt: version.
-        command: that was given.
-    """
-
-    gpu: str
-    copy: float
-    tensorrt: str
-    command: str
-
-
-def markdown(machine: Machine, results: Sequence[FormResult]) -> str:
-    """The results as a Markdown table under the command and a line about the machine."""
-    formats = list(dict.fromkeys(result.form for result in results if result.form.startswith(OURS)))
-    ours = {(result.case, result.form): result.us for result in results}
-    headings = ("case", "keys", "form", "us", "spread", "of the copy speed", "error", "build s")
-    ratios = [f"times as fast: {form}" for form in formats]
-    lines = [
-        f"    {machine.command}",
-        "",
-        f"{machine.gpu}, copy {machine.copy / 1e12:.2f} TB/s, TensorRT {machine.tensorrt}. One attention layer of DeepSeek-V3 (hidden 7168, "
-        "128 heads, random weights, bf16), a step that decodes a token for each sequence, in a CUDA graph; medians of alternating rounds. "
-        "Of the copy speed: the time that weights and cache rows take at it, over the time taken. With an indexer it is a layer of DeepSeek-V3.2 "
-        "(64 index heads, 2048 keys selected), and its column says how many times as fast as the dense layer it is. "
-        "`fp8:1` is `fp8` built with `--query-terms 1`; with `/fp8` behind it ours is lowered and built with `--weights fp8`, and the weights of all "
-        "forms are such as e4m3 codes stand for.",
-        "",
-        f"| {' | '.join((*headings, *ratios))} |",
-        "|---" * (len(headings) + len(ratios)) + "|",
-    ]
-    for result in results:
-        cells = [result.case, str(result.keys), result.form]
-        if result.us is None:
-            cells += [result.note.replace("|", "\\|"), *[""] * (4 + len(ratios))]
-        else:
-            cells += [f"{result.us:.0f}", f"{result.spread or 0:.1%}", f"{result.of_copy or 0:.0%}"]
-            cells += [f"{result.error:.1e}", f"{result.build_seconds:.1f}"]
-            for form in formats:
-                us = ours.get((result.case, form))
-                other = not result.form.startswith(OURS) or (
-                    form.startswith(SPARSE) and not result.form.startswith(SPARSE)
-                )
-                cells.append(f"{result.us / us:.2f}" if us and other else "")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def write_results(
-    folder: Path, machine: Machine, plugins: str, results: Sequence[FormResult], timelines: Sequence[Timeline] = ()
-) -> None:
-    """`layer.md` and `layer.json`, and the timelines where there are any; all or none."""
-    with folder_written_whole(folder) as draft:
-        (draft / "layer.md").write_text(markdown(machine, results))
-        content = {**asdict(machine), "plugins": plugins, "results": [asdict(result) for result in results]}
-        write_json(content, draft / "layer.json")
-        if timelines:
-            write_timelines(draft, machine.command, timelines)
 
 
 def run(options: argparse.Namespace) -> int:
