@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import json
+import logging
 import os
+import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -18,10 +22,56 @@ from onnx import TensorProto
 from mla_trt.errors import UsageError
 from mla_trt.weight_file import WeightFile
 
+log = logging.getLogger(__name__)
+
 # A protobuf message ends at 2 GiB; models above this size keep their weights beside them.
 INLINE_LIMIT = 1 << 30
 LARGE_TENSOR = 1 << 10
 COPY_CHUNK = 1 << 30
+DRAFT = ".mla-trt-"
+YOUNG_SECONDS = 60
+"""A draft that is younger may be one whose maker has not locked it yet."""
+
+
+@contextmanager
+def draft_in(folder: Path, prefix: str = DRAFT) -> Iterator[Path]:
+    """Gives a fresh folder inside `folder`, which goes when it is left. What earlier runs left in `folder` that were killed goes first: such a
+    draft may be as large as a model. A run locks its draft; where locks do not work, nothing is taken for abandoned.
+
+    Args:
+        folder: where the draft is.
+        prefix: of its name, and of those of the same kind.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    _remove_abandoned(folder, prefix)
+    draft = Path(tempfile.mkdtemp(prefix=prefix, dir=folder))
+    lock = os.open(draft, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield draft
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+        os.close(lock)
+
+
+def _remove_abandoned(folder: Path, prefix: str) -> None:
+    name = re.compile(re.escape(prefix) + "[a-z0-9_]{8}")  # as tempfile makes them
+    for place in folder.iterdir():
+        if not name.fullmatch(place.name) or place.is_symlink() or not place.is_dir():
+            continue
+        with suppress(OSError):
+            lock = os.open(place, os.O_RDONLY)
+            try:
+                if time.time() - os.fstat(lock).st_mtime < YOUNG_SECONDS:
+                    continue
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                log.warning("'%s' was left by a run that was killed: it is removed", place)
+                shutil.rmtree(place)
+            finally:
+                os.close(lock)
 
 
 @contextmanager
@@ -38,20 +88,21 @@ def folder_written_whole(folder: Path) -> Iterator[Path]:
         for place in reversed([place for place in (folder, *folder.parents) if not place.exists()]):
             place.mkdir()
             made.append(place)
-        draft = Path(tempfile.mkdtemp(prefix=".mla-trt-", dir=folder))
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         _remove_folders(made)
         raise UsageError(f"'{folder}' cannot be written: {error.strerror or error}") from None
     try:
-        yield draft
-        _move_files(draft, folder)
+        with draft_in(folder) as draft:
+            yield draft
+            _move_files(draft, folder)
         made.clear()
     except OSError as error:
         place = Path(error.filename) if isinstance(error.filename, str) else folder
         what = f"'{folder}' cannot be written" if place.is_relative_to(folder) else f"'{place}' cannot be used"
         raise UsageError(f"{what}: {error.strerror or error}; nothing was written") from None
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
         _remove_folders(made)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -12,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from mla_trt.cli import main
 from mla_trt.signals import ENDING, Ended, handled
+from mla_trt.writing import DRAFT, YOUNG_SECONDS, draft_in
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "models" / "examples" / "deepseek_v3__dynamo_op23__sdpa__dec.onnx"
 # `lower` as far as its draft, where it waits.
@@ -105,3 +108,45 @@ def test_other_threads_have_no_signals() -> None:
     thread.start()
     thread.join()
     assert found == before
+
+
+def test_what_a_killed_run_left_goes_with_the_next_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    process = start(tmp_path)
+    process.kill()
+    process.wait()
+    output = tmp_path / "new" / "out"
+    (left,) = output.iterdir()
+    assert main(["lower", str(EXAMPLE), "-o", str(output), "--no-verify", "--quiet"]) == 0
+    assert left.is_dir(), "too young to be known for abandoned"
+    old = time.time() - 2 * YOUNG_SECONDS
+    os.utime(left, (old, old))
+    caplog.clear()
+    assert main(["lower", str(EXAMPLE), "-o", str(output), "--no-verify"]) == 0
+    assert [record.getMessage() for record in caplog.records if "killed" in record.getMessage()] == [
+        f"'{left}' was left by a run that was killed: it is removed"
+    ]
+    assert all(place.is_file() for place in output.iterdir())
+
+
+def test_drafts_of_others_stay(tmp_path: Path) -> None:
+    old = time.time() - 2 * YOUNG_SECONDS
+    for name in (f"{DRAFT}abcdefg", f"{DRAFT}abcdefgh.d", ".other-abcdefgh"):
+        (tmp_path / name).mkdir()
+    (tmp_path / f"{DRAFT}abcdefgh").write_text("a file")
+    (tmp_path / f"{DRAFT}abcdefgi").symlink_to(tmp_path / ".other-abcdefgh")
+    process = start(tmp_path)
+    try:
+        output = tmp_path / "new" / "out"
+        (live,) = output.iterdir()
+        for place in (live, *tmp_path.iterdir()):
+            os.utime(place, (old, old), follow_symlinks=False)
+        before = sorted(tmp_path.iterdir())
+        for folder in (tmp_path, output):
+            with draft_in(folder) as draft:
+                assert draft.is_dir()
+            assert not draft.exists()
+        assert sorted(tmp_path.iterdir()) == before
+        assert live.is_dir()
+    finally:
+        process.kill()
+        process.wait()

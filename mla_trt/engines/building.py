@@ -43,7 +43,7 @@ from mla_trt.metadata import METADATA_KEY, LoweredMetadata
 from mla_trt.ops import OPS
 from mla_trt.ops.common import QUERY_TERMS
 from mla_trt.signals import ENDING, Ended, handled
-from mla_trt.writing import check_writable
+from mla_trt.writing import check_writable, draft_in
 
 log = logging.getLogger(__name__)
 
@@ -170,8 +170,7 @@ def build_file(
         _check_fp8(gpu, build)
     started = time.monotonic()
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as place:
-        folder = Path(place)
+    with draft_in(output.parent, f".{output.name}.") as folder:
         with weights_phase(phases) as progress:
             write_plugin_model(
                 path,
