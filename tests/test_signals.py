@@ -128,7 +128,7 @@ def test_what_a_killed_run_left_goes_with_the_next_one(tmp_path: Path, caplog: p
     assert all(place.is_file() for place in output.iterdir())
 
 
-def test_drafts_of_others_stay(tmp_path: Path) -> None:
+def test_drafts_of_others_stay(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     old = time.time() - 2 * YOUNG_SECONDS
     for name in (f"{DRAFT}abcdefg", f"{DRAFT}abcdefgh.d", ".other-abcdefgh"):
         (tmp_path / name).mkdir()
@@ -147,6 +147,7 @@ def test_drafts_of_others_stay(tmp_path: Path) -> None:
             assert not draft.exists()
         assert sorted(tmp_path.iterdir()) == before
         assert live.is_dir()
+        assert not caplog.records
     finally:
         process.kill()
         process.wait()
