@@ -1,7 +1,7 @@
 """What happens to a command that is asked to end: nothing is left half-written.
 
 SIGTERM (docker stop, systemd, timeout, Slurm) and SIGHUP (a terminal that closes) end a process where it stands, and drafts as large as the model
-would stay. So they raise, as Ctrl-C does. What is ignored, as SIGHUP under nohup, stays ignored.
+would stay. So they raise, as Ctrl-C does. Where they are ignored, as SIGHUP under nohup, they stay so.
 """
 
 from __future__ import annotations
@@ -58,11 +58,16 @@ class Flag:
 
 @contextmanager
 def handled(numbers: Sequence[int], handler: Callable[[int, object], None]) -> Iterator[None]:
-    """Has signals handled within it, but those that are ignored. Threads other than the main one get none: there it does nothing."""
+    """Has signals handled within it, but those of ENDING that are ignored. (Shells have SIGINT ignored by all that they start in the background; who
+    sends it there means it.) Threads other than the main one get no signals: there it does nothing."""
     before = {}
     if threading.current_thread() is threading.main_thread():
         given = {number: signal.getsignal(number) for number in numbers}
-        before = {number: how for number, how in given.items() if how not in (signal.SIG_IGN, None)}
+        before = {
+            number: how
+            for number, how in given.items()
+            if how is not None and (how != signal.SIG_IGN or number not in ENDING)
+        }
     for number in before:
         signal.signal(number, handler)
     try:

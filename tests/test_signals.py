@@ -32,7 +32,13 @@ sys.exit(cli.main(["lower", sys.argv[1], "-o", sys.argv[2], "--no-verify", "--qu
 
 def start(folder: Path, *before: str) -> subprocess.Popen[str]:
     command = [*before, sys.executable, "-c", WAITING, str(EXAMPLE), str(folder / "new" / "out")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored by what runs in the background
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == "drafting\n"
     assert list((folder / "new" / "out").iterdir()), "there is a draft now"
@@ -94,6 +100,16 @@ def test_handlers_come_back() -> None:
     assert seen == [signal.SIGUSR1]
     assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
     assert {number: signal.getsignal(number) for number in before} == before
+
+
+def test_an_interrupt_is_handled_where_it_is_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with handled([signal.SIGINT, signal.SIGTERM], lambda *_: None):
+            assert signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_other_threads_have_no_signals() -> None:
