@@ -88,13 +88,13 @@ def evaluate(case: Case, times: Times) -> Result:
         times: more than `WARM` tokens of each request.
 
     Raises:
-        ApartError: there is no time in which all requests decode.
+        ApartError: there is no time in which all requests decode, or none has two tokens in it.
     """
     start, end = max(each[WARM - 1] for each in times), min(each[-1] for each in times)
-    if end <= start:
-        raise ApartError("not all requests run at a time: batch or pool are too small")
     inside = [[time for time in each if start <= time <= end] for each in times]
     gaps = np.concatenate([np.diff(each) for each in inside])
+    if end <= start or not len(gaps):
+        raise ApartError("not all requests run at a time: batch or pool are too small")
     firsts = [each[0] for each in times]
     p50, p90, p99 = (float(1e3 * value) for value in np.percentile(gaps, (50, 90, 99)))
     return Result(

@@ -46,6 +46,13 @@ def test_requests_that_did_not_meet_run_again_with_more_tokens() -> None:
     assert asked[3:] == [20, 40, 80, 160]
 
 
+def test_two_tokens_at_least_come_while_all_decode() -> None:
+    first = [0.1 * index for index in range(20)] + [10.0]
+    second = [9.9 - 0.01 * index for index in reversed(range(serving.WARM))] + [11.0]
+    with pytest.raises(serving.ApartError):
+        serving.evaluate(serving.Case(2, 7), [first, second])
+
+
 @pytest.fixture(scope="module")
 def model() -> onnx.ModelProto:
     return lowered(Config(positions=512), max_position=512)
