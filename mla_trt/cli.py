@@ -128,7 +128,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = exit_status(end)
         number = signal.Signals(status - 128)
         how = "interrupted" if number == signal.SIGINT else f"ended by {number.name}"
-        print(f"mla-trt: {how}; nothing was written", file=sys.stderr)
+        whole = options.command in (_lower, _build)  # the others write as they go
+        print(f"mla-trt: {how}{'; nothing was written' if whole else ''}", file=sys.stderr)
         return status
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import os
+import platform
 import re
 import shutil
 import tempfile
@@ -28,25 +29,22 @@ log = logging.getLogger(__name__)
 INLINE_LIMIT = 1 << 30
 LARGE_TENSOR = 1 << 10
 COPY_CHUNK = 1 << 30
-DRAFT = ".mla-trt-"
+DRAFT = f".mla-trt-{re.sub('[^A-Za-z0-9]+', '', platform.node())}-"
+"""How the names of this machine's drafts begin: on some shared file systems one machine does not see another one's locks."""
 YOUNG_SECONDS = 60
 """A draft that is younger may be one whose maker has not locked it yet."""
 
 
 @contextmanager
-def draft_in(folder: Path, prefix: str = DRAFT) -> Iterator[Path]:
-    """Gives a fresh folder inside `folder`, which goes when it is left. What earlier runs left in `folder` that were killed goes first: such a
-    draft may be as large as a model. A run locks its draft; where locks do not work, nothing is taken for abandoned.
-
-    Args:
-        folder: where the draft is.
-        prefix: of its name, and of those of the same kind.
+def draft_in(folder: Path) -> Iterator[Path]:
+    """Gives a fresh folder inside `folder`, which goes when it is left. What earlier runs on this machine left in `folder` that were killed goes
+    first: such a draft may be as large as a model. A run locks its draft; where locks do not work, nothing is taken for abandoned.
 
     Raises:
         OSError: the folder cannot be written.
     """
-    _remove_abandoned(folder, prefix)
-    draft = Path(tempfile.mkdtemp(prefix=prefix, dir=folder))
+    _remove_abandoned(folder)
+    draft = Path(tempfile.mkdtemp(prefix=DRAFT, dir=folder))
     lock = os.open(draft, os.O_RDONLY)
     try:
         with suppress(OSError):
@@ -57,8 +55,8 @@ def draft_in(folder: Path, prefix: str = DRAFT) -> Iterator[Path]:
         os.close(lock)
 
 
-def _remove_abandoned(folder: Path, prefix: str) -> None:
-    name = re.compile(re.escape(prefix) + "[a-z0-9_]{8}")  # as tempfile makes them
+def _remove_abandoned(folder: Path) -> None:
+    name = re.compile(re.escape(DRAFT) + "[a-z0-9_]{8}")  # as tempfile makes them
     for place in folder.iterdir():
         if not name.fullmatch(place.name) or place.is_symlink() or not place.is_dir():
             continue

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import onnx
 import pytest
@@ -19,6 +19,7 @@ from tensorrt_stand_in import with_known_axes
 
 from mla_trt.cli import main
 from mla_trt.cuda import Gpu, NoGpuError, find_gpu
+from mla_trt.engines import building
 from mla_trt.engines.build_progress import shown
 from mla_trt.engines.building import (
     BuildOptions,
@@ -32,6 +33,7 @@ from mla_trt.engines.building import (
 )
 from mla_trt.errors import BadModelError, UsageError
 from mla_trt.metadata import LoweredMetadata
+from mla_trt.signals import Ended
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "models" / "examples" / "deepseek_v3__dynamo_op20__eager__dec.onnx"
 
@@ -286,3 +288,42 @@ def test_weights_count_as_the_engine_gets_them_and_not_as_their_files_do() -> No
         helper.make_tensor("none", TensorProto.FLOAT, [0, 7], []),
     ]
     assert weight_bytes(helper.make_model(helper.make_graph([], "weights", [], [], weights))) == 128 * 16 + 30 + 8
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_a_build_lets_tensorrt_stop_first(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT is not raised through: it asks its progress monitor, and ends the build itself."""
+    steps: list[bool] = []
+
+    class Builder:
+        def __init__(self, logger: object) -> None:
+            self.progress_monitor: Any = None
+
+        def create_network(self, flags: int) -> None: ...
+
+        def create_builder_config(self) -> Builder:
+            return self
+
+        def build_serialized_network(self, network: object, config: Builder) -> None:
+            steps.append(config.progress_monitor.step_complete("tactics", 0))
+            signal.raise_signal(number)
+            steps.append(config.progress_monitor.step_complete("tactics", 1))
+
+    trt = SimpleNamespace(
+        Builder=Builder,
+        OnnxParser=lambda *_: SimpleNamespace(parse_from_file=lambda _: True),
+        NetworkDefinitionCreationFlag=SimpleNamespace(STRONGLY_TYPED=0),
+        IProgressMonitor=object,
+    )
+    monkeypatch.setattr(building, "start", lambda *_: None)
+    monkeypatch.setattr(building._Build, "_configure", lambda *_: None)
+    monkeypatch.setattr(building._Build, "_load_cache", lambda *_: None)
+    phases = SimpleNamespace(start=lambda *_: None, step=lambda *_: None, finish=lambda *_: None)
+    build = building._Build(trt, BuildOptions(), [], [], cast(Any, phases))
+    with pytest.raises(Ended) as ended:
+        build.run(tmp_path / "model.onnx", tmp_path / "plan")
+    assert ended.value.number == number
+    assert steps == [True, False]
+    assert not (tmp_path / "plan").exists()

@@ -146,7 +146,7 @@ def test_what_a_killed_run_left_goes_with_the_next_one(tmp_path: Path, caplog: p
 
 def test_drafts_of_others_stay(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     old = time.time() - 2 * YOUNG_SECONDS
-    for name in (f"{DRAFT}abcdefg", f"{DRAFT}abcdefgh.d", ".other-abcdefgh"):
+    for name in (f"{DRAFT}abcdefg", f"{DRAFT}abcdefgh.d", ".mla-trt-another-abcdefgh", ".other-abcdefgh"):
         (tmp_path / name).mkdir()
     (tmp_path / f"{DRAFT}abcdefgh").write_text("a file")
     (tmp_path / f"{DRAFT}abcdefgi").symlink_to(tmp_path / ".other-abcdefgh")

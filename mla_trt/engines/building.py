@@ -170,7 +170,7 @@ def build_file(
         _check_fp8(gpu, build)
     started = time.monotonic()
     output.parent.mkdir(parents=True, exist_ok=True)
-    with draft_in(output.parent, f".{output.name}.") as folder:
+    with draft_in(output.parent) as folder:
         with weights_phase(phases) as progress:
             write_plugin_model(
                 path,
