@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
+import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -173,3 +175,9 @@ def test_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_it_is_of_the_layer(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "kernels", "--timeline"]) == 2
     assert "'mla-trt bench layer' shows" in capsys.readouterr().err
+
+
+def test_the_process_ends_with_what_was_printed() -> None:
+    code = "import atexit, mla_trt.bench.timeline as t; atexit.register(print, 'late'); print('done'); t.end_process(4)"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (4, "done\n")

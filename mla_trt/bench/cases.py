@@ -285,18 +285,18 @@ def append(row_format: str, batch: int, new: int, heads: int = 128) -> Case:
     )
 
 
-def composed(batch: int, keys: int = 1, *, codes: bool, heads: int = 128) -> Case:
+def composed(batch: int, keys: int = 1, *, codes: bool, branch: bool = False, heads: int = 128) -> Case:
     """A decode step of a whole op over fp8 rows, from the rows that are appended to each head's output. Over one key the products
-    with W_UK and W_UV are what is timed. ``codes``: MlaDecodeBranchFp8, whose weights and activations are e4m3; else MlaAttention
-    with weights in bf16."""
+    with W_UK and W_UV are what is timed. ``codes``: weights in e4m3, else in bf16. ``branch``: MlaDecodeBranchFp8, whose activations
+    are e4m3, too; else MlaAttention."""
     step, pages = _step(np.random.default_rng(0), batch, 1, keys)
     layout = _layout("fp8")
     dtype = TensorProto.FLOAT8E4M3FN if codes else TensorProto.BFLOAT16
     blocks = {"w_uk_scale": (heads, RANK // 128, NOPE // 128), "w_uv_scale": (heads, VALUE // 128, RANK // 128)}
     activations = heads * (NOPE + ROPE + VALUE)
-    dimensions = {} if codes else {"num_heads": heads, "qk_nope_head_dim": NOPE, "v_head_dim": VALUE}
+    dimensions = {} if branch else {"num_heads": heads, "qk_nope_head_dim": NOPE, "v_head_dim": VALUE}
     return Case(
-        "MlaDecodeBranchFp8" if codes else "MlaAttention",
+        "MlaDecodeBranchFp8" if branch else "MlaAttention",
         {**_kv_attributes(layout), **dimensions, "softmax_scale": SCALE},
         {
             "query": Random((batch, heads, NOPE + ROPE)),
@@ -312,6 +312,23 @@ def composed(batch: int, keys: int = 1, *, codes: bool, heads: int = 128) -> Cas
         + batch * keys * _row_bytes(layout)
         + 2.0 * batch * (activations + RANK + ROPE),
         tolerance=5e-2,
+    )
+
+
+def sparse_attention(batch: int, keys: int, terms: int) -> Case:
+    """A decode step of a whole layer with an indexer, over fp8 rows, from the rows and index keys that are appended to each head's
+    output, with the query in ``terms`` e4m3 terms."""
+    dense, index = composed(batch, TOP_K, codes=False), indexer(batch, 1, keys)
+    step, pages = _step(np.random.default_rng(0), batch, 1, keys)
+    cache = Pool(_layout("fp8"), pages)
+    return Case(
+        "MlaSparseAttention",
+        {**index.attributes, **dense.attributes, "query_terms": terms},
+        {**dense.inputs, **index.inputs, **step, "kv_cache": cache},
+        flops=dense.flops + index.flops,
+        bytes=dense.bytes + index.bytes,
+        precision="fp8",
+        tolerance=TOLERANCES[terms],
     )
 
 
@@ -424,10 +441,18 @@ def _cases() -> dict[str, Callable[[], Case]]:
         for new in (1, 32):
             cases[f"append-{row_format}-{128 * new}"] = functools.partial(append, row_format, 128, new)
     for tokens in (1, 8, 128):
-        cases[f"branch-fp8-{tokens}"] = functools.partial(composed, tokens, codes=True)
-    for batch, keys in ((1, 32), (16, 4), (128, 4)):
-        for kind, codes in (("branch-fp8", True), ("attention", False)):
-            cases[f"{kind}-b{batch}-{keys}k"] = functools.partial(composed, batch, keys * 1024, codes=codes)
+        cases[f"branch-fp8-{tokens}"] = functools.partial(composed, tokens, codes=True, branch=True)
+    for batch, keys in ((1, 32), (16, 4), (64, 4), (128, 4)):
+        for kind, codes, branch in (
+            ("branch-fp8", True, True),
+            ("attention", False, False),
+            ("attention-codes", True, False),
+        ):
+            name = f"{kind}-b{batch}-{keys}k"
+            cases[name] = functools.partial(composed, batch, keys * 1024, codes=codes, branch=branch)
+    for kind, terms in (("sparse-attention", 2), ("sparse-attention-1term", 1)):
+        for batch, keys in ((1, 128), (64, 32), (64, 128)):
+            cases[f"{kind}-b{batch}-{keys}k"] = functools.partial(sparse_attention, batch, keys * 1024, terms)
     for kind, with_indexer in (("v3", False), ("v32", True)):
         for tokens in (1, 16, 64, 128, 256, 2048):
             cases[f"projections-{kind}-{tokens}"] = functools.partial(projections, tokens, indexer=with_indexer)

@@ -43,7 +43,7 @@ from mla_trt.bench.layer_step import (
     weights_of,
 )
 from mla_trt.bench.options import choose_cases, command_line
-from mla_trt.bench.timeline import Timeline, load_profiler, trace
+from mla_trt.bench.timeline import Timeline, end_process, load_profiler, trace
 from mla_trt.bench.timeline import markdown as timelines_markdown
 from mla_trt.engines.profiles import TENSOR_LIMIT
 from mla_trt.errors import MlaTrtError, UsageError
@@ -281,6 +281,8 @@ def _measure(options: argparse.Namespace, names: Sequence[str], formats: Sequenc
         print(markdown(machine, results), end="")
         if timelines:
             print(f"\n{timelines_markdown(timelines)}", end="")
-    if status:
-        return status
-    return WRONG if any(result.note and not result.note.startswith("not run") for result in results) else 0
+    if not status and any(result.note and not result.note.startswith("not run") for result in results):
+        status = WRONG
+    if profiler is not None:
+        end_process(status)
+    return status

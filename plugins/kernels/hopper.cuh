@@ -133,6 +133,13 @@ __device__ inline void store_matrices(uint32_t shared_address, const uint32_t* f
                  : "memory");
 }
 
+// Each of the four transposed.
+__device__ inline void store_matrices_transposed(uint32_t shared_address, const uint32_t* four) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address), "r"(four[0]), "r"(four[1]),
+                 "r"(four[2]), "r"(four[3])
+                 : "memory");
+}
+
 __device__ inline void product_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void product_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 // Until at most `pending` committed groups of products are under way.

@@ -2,8 +2,8 @@
 //
 // A block has 64 or 128 tokens of one head and makes one or several tiles of 128 outputs, 128 columns at a time. A group of threads has
 // 64 tokens and 64 outputs. Operands come by the copy engine, several steps ahead. Where x is quantised products are of the codes
-// themselves: exact, and sums of 128 keep 14 bits (docs/kernels.md). Else codes of w become bf16 in shared memory. What bounds it is the
-// memory, and the codes of x: a block makes them once.
+// themselves: exact, and sums of 128 keep 14 bits (docs/kernels.md). Else codes of w become bf16 in registers, and products are made the other
+// way round, of outputs as rows. What bounds it is the memory, and the codes of x: a block makes them once.
 #include <algorithm>
 
 #include "early.cuh"
@@ -21,7 +21,6 @@ using namespace hopper;
 constexpr int tile_rows = 128;  // outputs
 constexpr int pieces = 2;  // of a step's columns: 128 bytes in bf16
 constexpr int piece_bytes = tile_rows * 128;  // of w
-constexpr int decoded_bytes = pieces * piece_bytes;
 constexpr int staged_bytes = 16 * 128;  // a warp's outputs
 constexpr int most_stages = 4;
 constexpr int64_t fewest_tokens = 17;  // projection.cu is faster for fewer (measured on an H100)
@@ -34,16 +33,15 @@ struct Tile {
     static constexpr int w_bytes = tile_rows * step_columns * (codes ? 1 : 2);
 };
 
-// How a block goes about it, and where things lie in shared memory: x_slots of x, stages of w as it comes, two of decoded w, staged
-// outputs, scales of the slots' tokens.
+// How a block goes about it, and where things lie in shared memory: x_slots of x, stages of w, staged outputs, scales of the slots' tokens.
 struct HopperPlan {
     int row_tiles;  // of a block, one after the other, with the same x
     int stages;
     int x_slots;  // as many as stages, or all steps where there are several row tiles
-    int w, decoded, staged, scales, bytes;
+    int w, staged, scales, bytes;
 };
 
-template <int tokens, bool codes, bool decodes>
+template <int tokens, bool codes>
 HopperPlan make_plan(int row_tiles, int stages, int steps) {
     using T = Tile<tokens, codes>;
     HopperPlan plan{};
@@ -51,8 +49,7 @@ HopperPlan make_plan(int row_tiles, int stages, int steps) {
     plan.stages = stages;
     plan.x_slots = row_tiles > 1 ? steps : stages;
     plan.w = plan.x_slots * T::x_bytes;
-    plan.decoded = plan.w + stages * T::w_bytes;
-    plan.staged = plan.decoded + (decodes ? 2 * decoded_bytes : 0);
+    plan.staged = plan.w + stages * T::w_bytes;
     plan.scales = plan.staged + T::threads / warp_size * staged_bytes;
     plan.bytes = plan.scales + plan.x_slots * tokens * 4;
     return plan;
@@ -81,22 +78,53 @@ __device__ void quantize_x(uint8_t* x, float* scales, int count) {
     }
 }
 
-// Codes of w as bf16. Lanes of both pieces begin with different halves: else their banks are the same.
-template <int threads>
-__device__ void decode_w(const uint8_t* codes, uint8_t* values) {
-#pragma unroll 2
-    for (int i = threadIdx.x; i < tile_rows * 8; i += threads) {
-        int const row = i / 8, unit = i % 8;
-        bool const odd = unit >= 4;
-        uint4 const all = *reinterpret_cast<const uint4*>(codes + row * 128 + ((unit ^ (row & 7)) << 4));
-        auto store = [&](int half, uint32_t low, uint32_t high) {
-            uint2 const first = decode_e4m3x4(low), second = decode_e4m3x4(high);
-            *reinterpret_cast<uint4*>(values + unit_at(row, 2 * unit + half, piece_bytes)) =
-                make_uint4(first.x, first.y, second.x, second.y);
-        };
-        store(odd, odd ? all.z : all.x, odd ? all.w : all.y);
-        store(!odd, odd ? all.x : all.z, odd ? all.y : all.w);
+// Codes of w as bf16, of 16 rows of a warp and 32 columns from `unit` (of 16 codes) on: fragments of A of two products. `line` is where
+// the lane's first two codes are in `memory`. Two codes at a time, as products have them; a warp's lanes meet no bank twice.
+__device__ void decode_w(const uint8_t* memory, int line, int unit, uint32_t (&a)[2][4]) {
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            uint32_t const two = *reinterpret_cast<const uint16_t*>(memory + (line ^ (unit + k) << 4) + i % 2 * 1024 + i / 2 * 8);
+            a[k][i] = decode_pair(code_pair<codes_01>(two));
+        }
     }
+}
+
+// 64 outputs of a group times 64 tokens over 128 columns: a quarter of them is decoded while the one before is multiplied. `x`: its first
+// piece's tile.
+template <int next_x>
+__device__ void multiply_codes(float (&products)[32], const uint8_t* memory, int line, uint32_t x) {
+    uint32_t a[2][4], b[2][4];
+    decode_w(memory, line, 0, a);
+    pin(products);
+    pin(a);
+    product_fence();
+    product_bf16<0, true>(products, a[0], x);
+    product_bf16<1>(products, a[1], x);
+    product_commit();
+    decode_w(memory, line, 2, b);
+    pin(b);
+    product_fence();
+    product_bf16<2>(products, b[0], x);
+    product_bf16<3>(products, b[1], x);
+    product_commit();
+    product_wait<1>();
+    decode_w(memory, line, 4, a);
+    pin(a);
+    product_fence();
+    product_bf16<0>(products, a[0], x + next_x);
+    product_bf16<1>(products, a[1], x + next_x);
+    product_commit();
+    product_wait<1>();
+    decode_w(memory, line, 6, b);
+    pin(b);
+    product_fence();
+    product_bf16<2>(products, b[0], x + next_x);
+    product_bf16<3>(products, b[1], x + next_x);
+    product_commit();
+    product_wait();
+    pin(products);
 }
 
 // 16 tokens x 64 outputs of a warp from `row` on. `token` is that of the warp's first.
@@ -140,6 +168,46 @@ __device__ void store_outputs(const Projection& work, const float (&sums)[32], u
     }
 }
 
+// 64 tokens x 16 outputs of a warp from `row` on, of products of outputs as rows.
+__device__ void store_turned(const Projection& work, const float (&sums)[32], uint8_t* staged, int head, int64_t token, int row) {
+    int const lane = threadIdx.x % warp_size, g = lane / 4, t = lane % 4;
+    int64_t const first = head * work.out.head_stride + row;
+    if (work.out.type == MLA_FLOAT) {
+        float* const out = static_cast<float*>(work.out.data) + first;
+#pragma unroll
+        for (int i = 0; i < 32; ++i) {
+            int64_t const own = token + i / 4 * 8 + 2 * t + i % 2;
+            int const column = g + i % 4 / 2 * 8;
+            if (own < work.tokens && row + column < work.rows) out[own * work.out.token_stride + column] = sums[i];
+        }
+        return;
+    }
+    uint32_t words[16];
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+        __half2 const halves = __floats2half2_rn(sums[2 * i], sums[2 * i + 1]);
+        words[i] = work.out.type == MLA_FLOAT16 ? reinterpret_cast<const uint32_t&>(halves) : pack(sums[2 * i], sums[2 * i + 1]);
+    }
+    __syncwarp();  // what was staged before has been read
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        // eight lanes name the rows of eight tokens: of the first eight outputs, the others, and the same of the next tokens
+        int const line = 16 * i + lane / 16 * 8 + lane % 8;
+        store_matrices_transposed(shared_address(staged + line * 32 + lane / 8 % 2 * 16), words + 4 * i);
+    }
+    __syncwarp();
+    uint16_t* const out = static_cast<uint16_t*>(work.out.data) + first;
+    int const half = lane % 2;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+        int const line = 16 * k + lane / 2;
+        if (token + line < work.tokens && row + half * 8 < work.rows) {
+            *reinterpret_cast<uint4*>(out + (token + line) * work.out.token_stride + half * 8) =
+                *reinterpret_cast<const uint4*>(staged + line * 32 + half * 16);
+        }
+    }
+}
+
 // Steps 1 to 7 of 128 columns, which lie in two pieces.
 template <int next_a, int next_b>
 __device__ inline void multiply_rest(float (&sums)[32], uint32_t a, uint32_t b) {
@@ -168,7 +236,6 @@ __global__ void __launch_bounds__(Tile<tokens, codes>::threads, 1)
     int const steps = ceil_div(work.columns, step_columns);
     int const items = min(plan.row_tiles, ceil_div(work.rows - first_row, tile_rows)) * steps;
     bool const keeps_x = plan.row_tiles > 1;
-    constexpr bool decodes = codes && !quantize;
     using T = Tile<tokens, codes>;
     uint32_t const full = shared_address(barriers);
     auto x_slot = [&](int item) { return keeps_x ? item % steps : item % plan.stages; };
@@ -194,6 +261,14 @@ __global__ void __launch_bounds__(Tile<tokens, codes>::threads, 1)
                      static_cast<int>(first_token), 0);
         }
     };
+    // Scales of 32 items, a lane an item: in time, as they are far away where nobody has asked for them.
+    auto look_up = [&](int item) {
+        if (work.w_scale == nullptr || item >= items) return 1.0f;
+        int64_t const scale_rows = ceil_div(work.rows, scale_group);
+        return work.w_scale[(head * scale_rows + (first_row + item / steps * tile_rows) / scale_group) * steps + item % steps];
+    };
+    float w_scales = 1.0f;
+    if (codes) w_scales = look_up(threadIdx.x % warp_size);
     if (threadIdx.x < warp_size) {
         if (elect_lane()) {
             for (int i = 0; i < plan.stages; ++i) barrier_init(full + 8 * i, 1);
@@ -224,23 +299,18 @@ __global__ void __launch_bounds__(Tile<tokens, codes>::threads, 1)
         uint8_t* const x = memory + x_slot(item) * T::x_bytes;
         auto* const x_scales = reinterpret_cast<float*>(memory + plan.scales) + x_slot(item) * tokens;
         float w_scale = 1.0f;
-        if (codes && work.w_scale != nullptr) {
-            int64_t const scale_rows = ceil_div(work.rows, scale_group);
-            w_scale = work.w_scale[(head * scale_rows + row / scale_group) * steps + step];
+        if (codes) {
+            w_scale = __shfl_sync(0xffffffffu, w_scales, item % warp_size);
+            if (item % warp_size == warp_size - 1) w_scales = look_up(item + 1 + lane);
         }
         barrier_wait(full + 8 * stage, item / plan.stages & 1);
         if (quantize && (!keeps_x || item < steps)) quantize_x<tokens>(x, x_scales, count);
-        const uint8_t* w = memory + plan.w + stage * T::w_bytes;
-        if (decodes) {
-            uint8_t* const values = memory + plan.decoded + item % 2 * decoded_bytes;
-            decode_w<tokens * 4>(w, values);
-            w = values;
-        }
+        const uint8_t* const w = memory + plan.w + stage * T::w_bytes;
         // Where nothing is made here and no place is used again, groups need not go along with each other: one stores, others multiply.
         int const next = item - 1 + plan.stages;
         bool const replaces = item > 0 && next < items;
-        if (codes || quantize) fence_async();
-        if (codes || quantize || replaces) __syncthreads();  // and all have used what the item before had
+        if (quantize) fence_async();
+        if (quantize || replaces) __syncthreads();  // and all have used what the item before had
         if (threadIdx.x < warp_size && replaces) {
             order_w(next);
             order_x(next);
@@ -249,29 +319,28 @@ __global__ void __launch_bounds__(Tile<tokens, codes>::threads, 1)
         uint32_t const a = tile_descriptor(shared_address(x) + token_half * 64 * 128);
         uint32_t const b = tile_descriptor(shared_address(w) + row_half * 64 * 128);
         constexpr int next_a = tokens * 128 >> 4, next_b = piece_bytes >> 4;
-        if constexpr (codes) {
+        if constexpr (quantize) {
             float products[32];
             pin(products);
             product_fence();
-            if constexpr (quantize) {
-                product_e4m3<0, true>(products, a, b);
-                product_e4m3<1, false>(products, a, b);
-                product_e4m3<2, false>(products, a, b);
-                product_e4m3<3, false>(products, a, b);
-            } else {
-                product_bf16<0, true>(products, a, b);
-                multiply_rest<next_a, next_b>(products, a, b);
-            }
+            product_e4m3<0, true>(products, a, b);
+            product_e4m3<1, false>(products, a, b);
+            product_e4m3<2, false>(products, a, b);
+            product_e4m3<3, false>(products, a, b);
             product_commit();
             product_wait();
             pin(products);
             float factor[2] = {w_scale, w_scale};
-            if (quantize) {
 #pragma unroll
-                for (int r = 0; r < 2; ++r) factor[r] *= x_scales[token_line + lane / 4 + 8 * r];
-            }
+            for (int r = 0; r < 2; ++r) factor[r] *= x_scales[token_line + lane / 4 + 8 * r];
 #pragma unroll
             for (int i = 0; i < 32; ++i) sums[i] = fmaf(factor[i / 2 % 2], products[i], sums[i]);
+        } else if constexpr (codes) {
+            float products[32];
+            int const line = plan.w + stage * T::w_bytes + (row_half * 64 + warp % 4 * 16 + lane / 4) * 128 + (lane / 4 << 4) + lane % 4 * 2;
+            multiply_codes<next_a>(products, memory, line, a);
+#pragma unroll
+            for (int i = 0; i < 32; ++i) sums[i] = fmaf(w_scale, products[i], sums[i]);
         } else {  // no scales; and so few registers that the append's blocks find room beside
             pin(sums);
             product_fence();
@@ -282,8 +351,12 @@ __global__ void __launch_bounds__(Tile<tokens, codes>::threads, 1)
             pin(sums);
         }
         if (step + 1 < steps) continue;
-        store_outputs(work, sums, memory + plan.staged + warp * staged_bytes, head, first_token + token_line,
-                      row + row_half * 64);
+        uint8_t* const staged = memory + plan.staged + warp * staged_bytes;
+        if constexpr (codes && !quantize) {
+            store_turned(work, sums, staged, head, first_token + token_half * 64, row + row_half * 64 + warp % 4 * 16);
+        } else {
+            store_outputs(work, sums, staged, head, first_token + token_line, row + row_half * 64);
+        }
 #pragma unroll
         for (int i = 0; i < 32; ++i) sums[i] = 0.0f;
     }
@@ -296,7 +369,7 @@ int launch(const Projection& work, const Device& device, cudaStream_t stream) {
     int const steps = ceil_div(work.columns, step_columns), row_tiles = ceil_div(work.rows, tile_rows);
     int64_t const token_tiles = ceil_div<int64_t>(work.tokens, tokens);
     // One block for each multiprocessor, if there is work enough; of several row tiles where all of x fits.
-    auto plan_of = [&](int of_rows, int stages) { return make_plan<tokens, codes, codes && !quantize>(of_rows, stages, steps); };
+    auto plan_of = [&](int of_rows, int stages) { return make_plan<tokens, codes>(of_rows, stages, steps); };
     int const budget = device.shared_bytes - 1024;
     int64_t const wanted = ceil_div<int64_t>(row_tiles * token_tiles * work.heads, device.multiprocessors);
     auto tiles = static_cast<int>(std::clamp<int64_t>(wanted, 1, row_tiles));

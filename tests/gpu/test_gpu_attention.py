@@ -122,6 +122,16 @@ def test_token_counts(weights: str, tokens: int) -> None:
     _check(*layer_case(rng, step, "fp8", DIMENSIONS["deepseek of 8 GPUs"], weights=weights, dtype="bf16"), step)
 
 
+@pytest.mark.small
+@pytest.mark.parametrize("dimensions", DIMENSIONS.values(), ids=DIMENSIONS.keys())
+@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+@pytest.mark.parametrize("tokens", [20, 70])
+def test_codes_of_many_tokens(tokens: int, dtype: str, dimensions: tuple[int, int, int, int, int]) -> None:
+    rng = np.random.default_rng(5)
+    step = step_of(rng, [5] * (tokens // 5), rng.integers(0, 90, tokens // 5).tolist(), padding=1)
+    _check(*layer_case(rng, step, "fp8", dimensions, weights="e4m3", dtype=dtype), step)
+
+
 # The product with W_UV of one or two tokens merges the parts of one sequence's keys, or of a token's list, itself.
 ONE_SEQUENCE = {
     "a token": ([1], [700], 0),

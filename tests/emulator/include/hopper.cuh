@@ -81,6 +81,22 @@ inline void store_matrices(uint32_t shared_address, const uint32_t* four) {
     emulator::together("stmatrix", &own, store_matrices_of);
 }
 
+inline void store_matrices_transposed_of(void* const* given) {
+    auto const lane = [&](int number) -> WarpStore& { return *static_cast<WarpStore*>(given[number]); };
+    for (int i = 0; i < 4; ++i) {
+        for (int number = 0; number < 32; ++number) {
+            for (int half = 0; half < 2; ++half) {
+                reinterpret_cast<uint16_t*>(size_t{lane(8 * i + number % 4 * 2 + half).row})[number / 4] =
+                    static_cast<uint16_t>(lane(number).four[i] >> 16 * half);
+            }
+        }
+    }
+}
+inline void store_matrices_transposed(uint32_t shared_address, const uint32_t* four) {
+    WarpStore own{shared_address, four};
+    emulator::together("stmatrix", &own, store_matrices_transposed_of);
+}
+
 inline void product_fence() {}
 inline void product_commit() { emulator::products_commit(); }
 template <int pending = 0>
