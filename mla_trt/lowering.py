@@ -40,7 +40,7 @@ from mla_trt.passes.match_outputs import cache_outputs
 from mla_trt.passes.positions import BY_SEQUENCE, PACKED, UNPACKED
 from mla_trt.passes.probe import Linear, Probe, ProbeError, case_sizes
 from mla_trt.passes.simplify import simplify
-from mla_trt.passes.standardize import standardize
+from mla_trt.passes.standardize import forbid_rounded_activations, standardize
 from mla_trt.report import LayerReport, PassReport, Report
 from mla_trt.weight_file import WeightFile
 
@@ -160,7 +160,8 @@ def inspect(
     report = Report()
     stages = _Stages(report, progress)
     with stages.run("standardize") as changed:
-        model = standardize(model)
+        permitted = forbid_rounded_activations(model)
+        model = standardize(model, base_dir)
         changed[0] = len(model.graph.node)
     with stages.run("import") as changed:
         graph = gs.import_onnx(model)
@@ -200,6 +201,11 @@ def inspect(
         )
     for entry in (*interface.by_role(roles.TOKEN_INDEX), *interface.by_role(roles.TOKEN_COUNT)):
         report.notes.append(f"the input '{entry.name}' chooses tokens: the lowered model gives results of all")
+    if permitted:
+        report.notes.append(
+            f"{permitted} MatMulNBits of the export let ONNX Runtime round activations to int8 (accuracy_level 4), which the lowered model does not: "
+            "it is compared with the export without that rounding"
+        )
     if undone or rounds_activations(found):
         report.assumptions.append(ROUNDED_ACTIVATIONS)
     return found
@@ -518,6 +524,8 @@ def _export(
         if tensor.name in found.interface.results:
             tensor.shape = _result_shape(tensor.shape, token_axes, "B" if options.logits == "last" else "T")
     graph.nodes[:] = topological(graph.nodes)
+    staying = {tensor.name for tensor in graph.inputs}
+    lowerer.claim_names()
     graph.opset = OPSET
     graph.import_domains = [helper.make_opsetid("", OPSET), helper.make_opsetid("mla_trt", 1)] + [
         entry for entry in (graph.import_domains or []) if entry.domain not in ("", "ai.onnx", "mla_trt")
@@ -551,7 +559,7 @@ def _export(
                 "output": entry.output,
             }
             for entry in found.interface.inputs
-            if any(entry.name == tensor.name for tensor in graph.inputs) and entry.role != roles.TOKENS
+            if entry.name in staying and entry.role != roles.TOKENS
         ],
     }
     found.report.model = {

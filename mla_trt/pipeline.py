@@ -14,6 +14,7 @@ from mla_trt.loading import LoadedModel, ModelOnDisk, load_from_elsewhere, load_
 from mla_trt.lowering import Lowered, LowerOptions, Progress, lower
 from mla_trt.metadata import LoweredMetadata
 from mla_trt.ops import retarget
+from mla_trt.passes.standardize import forbid_rounded_activations
 from mla_trt.report import Report
 from mla_trt.verification.layers import half_of_memory, memory_needed, verify_layers
 from mla_trt.verification.verify import VERIFICATION_PAGE_SIZE, VerificationReport, verify, with_failures
@@ -194,5 +195,7 @@ def _quantised_badly(exact: ModelOnDisk, written: ModelOnDisk) -> list[str]:
 
 
 def _fresh(loaded: LoadedModel) -> onnx.ModelProto:
-    """The model as it is in its file: lowering may have changed the copy in memory."""
-    return load_model(loaded.path).proto
+    """The model as it is in its file, but for the permission to round activations: lowering may have changed the copy in memory."""
+    proto = load_model(loaded.path).proto
+    forbid_rounded_activations(proto)
+    return proto

@@ -76,8 +76,9 @@ def legalize(
     changed = legalizer.run(graph)
     for kinds, count in sorted(legalizer.recoded.items()):
         note = f"{count} weights went from {kinds}, as {parser.name} takes them"
-        log.warning("%s", note)
-        if notes is not None:
+        if notes is None:
+            log.warning("%s", note)
+        else:
             notes.append(note)
     return changed
 

@@ -13,6 +13,7 @@ from onnx import TensorProto, numpy_helper
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from mla_trt import interface as roles
+from mla_trt.errors import NoMlaError
 from mla_trt.formats import IndexLayout, KvLayout
 from mla_trt.interface import Axis, ModelInterface
 from mla_trt.ops import OPS
@@ -74,6 +75,7 @@ class Lowerer:
         self.fp8_weights = fp8_weights
         self.weight_file = weight_file
         self.caches: list[LoweredCache] = []
+        self._named: list[tuple[gs.Variable, str]] = []  # inputs and outputs that callers know by name
         self.tokens = tokens
         self.layout = token_layout(self.probe.interface)
         self.graph = emitter.graph
@@ -88,9 +90,33 @@ class Lowerer:
         self._selections: dict[int, tuple[gs.Tensor, dict[str, Any]]] = {}
 
     def _input(self, name: str, shape: list[int | str]) -> gs.Variable:
-        tensor = gs.Variable(self.emitter.names.new(name), dtype=np.dtype(np.int32), shape=shape)
+        tensor = self._known(name, shape)
         self.graph.inputs.append(tensor)
         return tensor
+
+    def _known(self, name: str, shape: list[int | str]) -> gs.Variable:
+        tensor = gs.Variable(self.emitter.names.new(name), dtype=np.dtype(np.int32), shape=shape)
+        self._named.append((tensor, name))
+        return tensor
+
+    def claim_names(self) -> None:
+        """Gives inputs and outputs the names by which a lowered model's are known, where tensors of the export had these.
+
+        Raises:
+            NoMlaError: an input or output of the export that is still there has such a name.
+        """
+        for tensor, name in self._named:
+            if tensor.name == name:
+                continue
+            if any(other.name == name for other in (*self.graph.inputs, *self.graph.outputs)):
+                raise NoMlaError(
+                    f"the model's '{name}' has a name that a lowered model has for an input or output of its own: rename it"
+                )
+            for node in self.graph.nodes:
+                for other in (*node.inputs, *node.outputs):
+                    if other.name == name:
+                        other.name = tensor.name
+            tensor.name = name
 
     def _plan(self, tokens: gs.Tensor) -> list[gs.Variable]:
         batched = "B" in self.probe.interface.tokens.axes
@@ -396,12 +422,11 @@ class Lowerer:
 
     def _cache(self, kind: str, layer: int, page_words: int) -> tuple[gs.Variable, gs.Variable]:
         prefix = "kv_cache" if kind == "kv" else "indexer_cache"
-        cache = self._input(f"{prefix}.{layer}", ["pages", page_words])
-        out = gs.Variable(
-            self.emitter.names.new(f"{prefix}_out.{layer}"), dtype=np.dtype(np.int32), shape=["pages", page_words]
-        )
+        name = f"{prefix}.{layer}"
+        cache = self._input(name, ["pages", page_words])
+        out = self._known(f"{prefix}_out.{layer}", ["pages", page_words])
         self.graph.outputs.append(out)
-        self.caches.append(LoweredCache(cache.name, layer, kind, page_words))
+        self.caches.append(LoweredCache(name, layer, kind, page_words))
         return cache, out
 
     def _select(

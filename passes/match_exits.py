@@ -35,7 +35,7 @@ def read_exits(
     probe: Probe, core: AttentionCore, rows: np.ndarray, latent: Latent
 ) -> tuple[tuple[Exit, ...], UpProjection | None]:
     """Follows the result to where it is no longer only moved, through W_UV where the graph applies it after the attention."""
-    place = core.output_place[rows]  # [B, S, H, d]
+    place = core.output_place[rows][..., latent.values]  # [B, S, H, d]
     exits, products, measured = _follow(probe, core.output)
     if latent.expanded:
         return _describe_exits(probe, exits, measured, core.output, place), None

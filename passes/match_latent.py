@@ -45,6 +45,7 @@ class Latent:
         new: columns of the core that hold new tokens; `token` int64 [B, len(new)] which ones.
         cached: columns that come from a cache input.
         expanded: the graph multiplies the latent by the up-projection.
+        values: entries of the core's values that are not padding: zeros that make them as wide as the keys.
     """
 
     number: int
@@ -55,6 +56,7 @@ class Latent:
     cached: np.ndarray
     cached_expanded: bool
     expanded: bool
+    values: np.ndarray
 
 
 def read_latent(probe: Probe, core: AttentionCore, rows: np.ndarray) -> tuple[Latent, UpProjection | None]:
@@ -73,6 +75,9 @@ def read_latent(probe: Probe, core: AttentionCore, rows: np.ndarray) -> tuple[La
             node,
         )
     value = single_term(values, "the values", node)  # [B, H, C, Dv]
+    kept = np.flatnonzero((value.codes != ZERO).any(axis=(0, 1, 2)))
+    if len(kept):
+        value = Term(value.codes[..., kept], value.coefficients[..., kept])
     numbers = probe.owners(value.codes)[0]
     column_owner = numbers[0, 0, :, 0]
     if not (numbers == column_owner[None, None, :, None]).all():
@@ -99,7 +104,7 @@ def read_latent(probe: Probe, core: AttentionCore, rows: np.ndarray) -> tuple[La
         latent = _latent_entries(
             probe, Term(value.codes[:, 0], value.coefficients[:, 0]), np.arange(len(column_owner)), node
         )
-        return _finish_latent(probe, latent, expanded=False, cached_expanded=False, cached=None), None
+        return _finish_latent(latent, kept, expanded=False, cached_expanded=False, cached=None), None
     column, group_at = _weight_places(projected, node)
     source = single_term(
         take(projected.data, (projected.group[:, 0, :, 0], projected.row[:, 0, :, 0])), "the latents", node
@@ -116,7 +121,7 @@ def read_latent(probe: Probe, core: AttentionCore, rows: np.ndarray) -> tuple[La
         factor[:, :, None],
     )
     old = np.flatnonzero(from_input)
-    return _finish_latent(probe, latent, expanded=True, cached_expanded=bool(len(old)), cached=old), up
+    return _finish_latent(latent, kept, expanded=True, cached_expanded=bool(len(old)), cached=old), up
 
 
 def _weight_places(projected: Projected, node: gs.Node) -> tuple[np.ndarray, np.ndarray]:
@@ -181,11 +186,19 @@ def _latent_entries(probe: Probe, term: Term, columns: np.ndarray, node: gs.Node
 
 
 def _finish_latent(
-    probe: Probe, entries: _Entries, *, expanded: bool, cached_expanded: bool, cached: np.ndarray | None
+    entries: _Entries, values: np.ndarray, *, expanded: bool, cached_expanded: bool, cached: np.ndarray | None
 ) -> Latent:
     old = entries.cached if cached is None or not len(cached) else np.union1d(entries.cached, cached)
     return Latent(
-        entries.number, entries.index, entries.factor, entries.new, entries.token, old, cached_expanded, expanded
+        entries.number,
+        entries.index,
+        entries.factor,
+        entries.new,
+        entries.token,
+        old,
+        cached_expanded,
+        expanded,
+        values,
     )
 
 

@@ -199,7 +199,8 @@ def _source_is_projection(probe: Probe, tensor: gs.Tensor) -> bool:
 def _check_low_rank(probe: Probe, source: gs.Tensor, node: gs.Node) -> None:
     if not _source_is_projection(probe, source):
         raise NoMatch(
-            "keys and values are projected from the hidden state itself, not from a low-rank latent: this is ordinary attention",
+            "keys and values are projected from the hidden state itself, not from a low-rank latent (a projection of it, or the RMSNorm of one): "
+            "this is ordinary attention, or MLA whose latent has another norm",
             node,
         )
 

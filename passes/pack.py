@@ -22,28 +22,17 @@ from mla_trt.passes.graph import (
     topological,
 )
 from mla_trt.passes.identify_inputs import static_size
-from mla_trt.passes.positions import BY_SEQUENCE, UNPACKED, CannotRebuild, PackedPositions, packed_sizes
+from mla_trt.passes.positions import (
+    BY_SEQUENCE,
+    ELEMENTWISE_OPS,
+    UNPACKED,
+    CannotRebuild,
+    PackedPositions,
+    packed_sizes,
+)
 from mla_trt.passes.probe import Probe, ProbeError
 
 _FEEDS_LOGITS = ("MatMul", "Gemm", "Einsum")
-ELEMENTWISE_OPS = (
-    "Add",
-    "Sub",
-    "Mul",
-    "Div",
-    "Pow",
-    "Where",
-    "And",
-    "Or",
-    "Equal",
-    "Less",
-    "LessOrEqual",
-    "Greater",
-    "GreaterOrEqual",
-    "Max",
-    "Min",
-    "Sum",
-)
 
 
 def drop_old_caches(graph: gs.Graph, probe: Probe, others: set[str]) -> None:

@@ -21,6 +21,25 @@ from mla_trt.passes.probe import Probe, ProbeError
 
 _TABLE_MOVES = ("Slice", "Gather", "GatherND", "GatherElements", "Split", "Squeeze", "Unsqueeze", "Reshape", "Expand")
 
+ELEMENTWISE_OPS = (
+    "Add",
+    "Sub",
+    "Mul",
+    "Div",
+    "Pow",
+    "Where",
+    "And",
+    "Or",
+    "Equal",
+    "Less",
+    "LessOrEqual",
+    "Greater",
+    "GreaterOrEqual",
+    "Max",
+    "Min",
+    "Sum",
+)
+
 
 # How a lowered graph lays its tokens out: all in one sequence's place [1, T]; one for each sequence's place [T, 1], where the export takes one
 # token of each; or as the export does [B, S], where recurrent layers keep sequences apart.
@@ -50,6 +69,7 @@ class PackedPositions:
         self._tokens = tokens
         self._layout = layout
         self._built: dict[int, gs.Tensor] = {}
+        self._placed: dict[int, bool] = {}  # of rebuilt tensors
         self._already_packed: set[int] = (
             set()
         )  # ids of tensors that come from inputs which stay, laid out by packed token
@@ -111,6 +131,10 @@ class PackedPositions:
             else:
                 self._check_constant(tensor, values)
             return tensor
+        if not node.domain and (node.op in ELEMENTWISE_OPS or node.op == "MatMul"):
+            inputs = [
+                self._one_row(old, new, values[0].ndim) or new for new, old in zip(inputs, node.inputs, strict=True)
+            ]
         outputs = [
             gs.Variable(self._emitter.names.new(f"{output.name}.packed"), dtype=output.dtype) for output in node.outputs
         ]
@@ -121,6 +145,32 @@ class PackedPositions:
         for old, new in zip(node.outputs, outputs, strict=True):
             self._built[id(old)] = new
         return self._built[id(tensor)]
+
+    def _is_placed(self, rebuilt: gs.Tensor) -> bool:
+        """Whether it is laid out by packed token: made of positions, or of an input that is."""
+        if rebuilt is self._positions or id(rebuilt) in self._already_packed:
+            return True
+        if id(rebuilt) not in self._placed:
+            node = producer(rebuilt)
+            self._placed[id(rebuilt)] = node is not None and any(
+                self._is_placed(item) for item in node.inputs if not is_empty(item)
+            )
+        return self._placed[id(rebuilt)]
+
+    def _one_row(self, tensor: gs.Tensor, rebuilt: gs.Tensor, rank: int) -> gs.Constant | None:
+        """Of what has a row for each of a fixed number of sequences, all alike whatever the positions, one: packed tokens are of any number."""
+        batch = self._probes[0].batch
+        if self._layout == UNPACKED or batch == 1 or "B" not in self._probes[0].interface.fixed:
+            return None
+        if is_empty(tensor) or self._is_placed(rebuilt):
+            return None
+        values = [self._value(probe, tensor) for probe in self._probes]
+        if not 0 < rank == values[0].ndim:
+            return None
+        row = values[0][:1]
+        if any(value.shape[0] != batch or (value != row).any() for value in values):
+            return None
+        return self._emitter.constant(f"{tensor.name}.row", row)
 
     @staticmethod
     def _value(probe: Probe, tensor: gs.Tensor) -> np.ndarray:

@@ -480,12 +480,15 @@ class Probe:
         return False
 
     def _adds_bias(self, node: gs.Node) -> bool:
-        """A constant vector added to data is a bias (part of a projection), unless it hides scores."""
+        """A constant vector added to data is a bias (part of a projection), unless it hides scores, or is a mask that hides none."""
         for item in node.inputs:
             if not is_empty(item) and self.is_known(item) and from_constants(item):
                 try:
                     size = math.prod(self.shape(item))
-                    if size > MAX_MATRIX or (size > 1 and not (self.known(item).astype(np.float64) < -1e4).any()):
+                    if size > MAX_MATRIX:
+                        return True
+                    values = self.known(item).astype(np.float64)
+                    if size > 1 and values.any() and not (values < -1e4).any():
                         return True
                 except ProbeError:
                     continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,23 +30,48 @@ MISPLACED = (
     "MatMulNBits",
 )
 SPELT_OUT = ("Attention", "RotaryEmbedding")
+ROUNDED_TO_INT8 = 4  # a value of MatMulNBits' accuracy_level
+FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
 
-def standardize(model: onnx.ModelProto) -> onnx.ModelProto:
+def standardize(model: onnx.ModelProto, base_dir: Path | None = None) -> onnx.ModelProto:
     """Returns the model in opset 26, of standard ops as far as they are known here.
 
+    Args:
+        model: an export; it is changed as well.
+        base_dir: folder of its external data, of which only what must be written differently is read.
+
     Raises:
-        BadModelError: the opset cannot be converted, or types and shapes contradict each other.
+        BadModelError: the opset cannot be converted, types and shapes contradict each other, or external data cannot be read.
     """
     try:
-        return _standardize(model)
+        return _standardize(model, base_dir)
     except MlaTrtError:
         raise
     except Exception as error:  # onnx's own errors have no common base
         raise BadModelError(f"the model contradicts itself: {' '.join(str(error).split())[:300]}") from None
 
 
-def _standardize(model: onnx.ModelProto) -> onnx.ModelProto:
+def forbid_rounded_activations(model: onnx.ModelProto) -> int:
+    """Takes the permission to round activations to int8 from every MatMulNBits, in place; returns how many had it.
+
+    The permission is no part of what the op computes, and whether ONNX Runtime uses it depends on the processor.
+    """
+    return _forbid_rounding(model.graph.node) + sum(_forbid_rounding(function.node) for function in model.functions)
+
+
+def _forbid_rounding(nodes: Iterable[onnx.NodeProto]) -> int:
+    count = 0
+    for node in nodes:
+        for attribute in node.attribute:
+            if node.op_type == "MatMulNBits" and attribute.name == "accuracy_level" and attribute.i == ROUNDED_TO_INT8:
+                attribute.i = 0
+                count += 1
+            count += sum(_forbid_rounding(graph.node) for graph in (attribute.g, *attribute.graphs))
+    return count
+
+
+def _standardize(model: onnx.ModelProto, base_dir: Path | None) -> onnx.ModelProto:
     for nodes in (model.graph.node, *(function.node for function in model.functions)):
         _check_splits(nodes)
     _check_attributes(model)
@@ -60,7 +86,7 @@ def _standardize(model: onnx.ModelProto) -> onnx.ModelProto:
                 model.opset_import.append(helper.make_opsetid(RUNTIME_DOMAIN, 1))
     inline_constant_branches(model)
     model = _convert_opset(model)
-    _expand_runtime_ops(model)
+    _expand_runtime_ops(model, base_dir)
     model = _spell_out(model)
     del model.graph.value_info[:]
     return onnx.shape_inference.infer_shapes(model)
@@ -116,20 +142,35 @@ def _convert_opset(model: onnx.ModelProto) -> onnx.ModelProto:
     if version == OPSET:
         return model
     try:
-        return onnx.version_converter.convert_version(model, OPSET)
+        try:
+            return onnx.version_converter.convert_version(model, OPSET)
+        except onnx.shape_inference.InferenceError:
+            _forget_types(model)
+            return onnx.version_converter.convert_version(model, OPSET)
     except (RuntimeError, ValueError, onnx.version_converter.ConvertError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise BadModelError(f"opset {version} cannot be converted to opset {OPSET}: {reason}") from None
 
 
+def _forget_types(model: onnx.ModelProto) -> None:
+    """Removes the element types, not the shapes, that a model states of its inner tensors, where they contradict its nodes: ONNX Runtime's float16
+    converter leaves some as they were. In any other model they stay, since those of what unknown ops make are found nowhere else."""
+    for info in model.graph.value_info:
+        if info.type.HasField("tensor_type"):
+            info.type.tensor_type.elem_type = TensorProto.UNDEFINED
+
+
 class _Rewriter:
     """Nodes that take the place of one node."""
 
-    def __init__(self, node: onnx.NodeProto, initializers: dict[str, TensorProto], graph: onnx.GraphProto) -> None:
+    def __init__(
+        self, node: onnx.NodeProto, constants: dict[str, TensorProto], graph: onnx.GraphProto, base_dir: Path | None
+    ) -> None:
         self.node = node
         self.nodes: list[onnx.NodeProto] = []
-        self.initializers = initializers
+        self.constants = constants
         self.graph = graph
+        self.base_dir = base_dir
         self.attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
 
     def has(self, index: int) -> bool:
@@ -151,7 +192,46 @@ class _Rewriter:
 
     def add_initializer(self, tensor: TensorProto) -> None:
         self.graph.initializer.append(tensor)
-        self.initializers[tensor.name] = tensor
+        self.constants[tensor.name] = tensor
+
+    def given(self, index: int, what: str) -> TensorProto:
+        """A constant input, not read.
+
+        Raises:
+            BadModelError: it is no constant.
+        """
+        tensor = self.constants.get(self.node.input[index])
+        if tensor is None:
+            raise BadModelError(f"node '{self.label}': {self.node.op_type} needs constant {what}")
+        return tensor
+
+    def read(self, tensor: TensorProto) -> np.ndarray:
+        """The values of a constant.
+
+        Raises:
+            BadModelError: its external data is missing or too short.
+        """
+        try:
+            return numpy_helper.to_array(tensor, str(self.base_dir or ""))
+        except (OSError, ValueError, onnx.checker.ValidationError) as error:
+            raise BadModelError(f"the weights of '{tensor.name or self.label}' cannot be read: {error}") from None
+
+    def reinterpreted(self, index: int, what: str, shape: list[int], element: int | None = None) -> str:
+        """A constant input with another shape, and another element type if one is given; its bytes stay what and where they are."""
+        name = f"{self.node.input[index]}/blocks"
+        source = self.given(index, what)
+        if name not in self.constants:
+            tensor = TensorProto()
+            tensor.CopyFrom(source)
+            tensor.name = name
+            tensor.data_type = element or source.data_type
+            tensor.dims[:] = shape
+            self.add_initializer(tensor)
+        return name
+
+    @property
+    def label(self) -> str:
+        return self.node.name or self.node.output[0]
 
 
 def _rms_norm(rw: _Rewriter) -> None:
@@ -234,50 +314,80 @@ def _matmul_nbits(rw: _Rewriter) -> None:
     """Block-quantised weights become DequantizeLinear + MatMul; the packed bytes are reinterpreted, not copied."""
     columns, rows = int(rw.attributes["K"]), int(rw.attributes["N"])
     bits, block = int(rw.attributes.get("bits", 4)), int(rw.attributes["block_size"])
-    label = rw.node.name or rw.node.output[0]
     if bits not in (4, 8):
-        raise BadModelError(f"node '{label}': MatMulNBits with {bits} bits is not supported (4 or 8 are)")
-    packed, scales = (rw.initializers.get(name) for name in rw.node.input[1:3])
-    if packed is None or scales is None:
-        raise BadModelError(f"node '{label}': MatMulNBits needs constant weights and scales")
+        raise BadModelError(f"node '{rw.label}': MatMulNBits with {bits} bits is not supported (4 or 8 are)")
     blocks = -(-columns // block)
-    weight = TensorProto()
-    weight.CopyFrom(packed)
-    weight.name = f"{packed.name}/blocks"
-    weight.data_type = TensorProto.UINT4 if bits == 4 else TensorProto.UINT8
-    del weight.dims[:]
-    weight.dims.extend([rows, blocks * block])
-    if weight.name not in rw.initializers:
-        rw.add_initializer(weight)
-    scale_name = f"{scales.name}/blocks"
-    if scale_name not in rw.initializers:
-        scale = TensorProto()
-        scale.CopyFrom(scales)
-        scale.name = scale_name
-        del scale.dims[:]
-        scale.dims.extend([rows, blocks])
-        rw.add_initializer(scale)
-    zero_type = weight.data_type
-    if rw.has(3):
-        points = numpy_helper.to_array(rw.initializers[rw.node.input[3]]).astype(np.uint8).reshape(rows, -1)
-        if bits == 4:
-            points = np.stack([points & 15, points >> 4], axis=-1).reshape(rows, -1)[:, :blocks]
+    kind = TensorProto.UINT4 if bits == 4 else TensorProto.UINT8
+    codes = rw.reinterpreted(1, "weights", [rows, blocks * block], kind)
+    scales = rw.reinterpreted(2, "scales", [rows, blocks])
+    points = rw.given(3, "zero points") if rw.has(3) else None
+    if points is not None and points.data_type not in (TensorProto.UINT8, *FLOATS):
+        found = TensorProto.DataType.Name(points.data_type).lower()
+        raise BadModelError(f"node '{rw.label}': MatMulNBits with zero points of {found} is not supported: use uint8")
+    has_floats = points is not None and points.data_type in FLOATS
+    if has_floats or rw.has(4):
+        dense = _with_groups(rw, codes, scales)
     else:
-        points = np.full((rows, blocks), 1 << (bits - 1), np.uint8)
-    zero_name = f"{rw.node.output[0]}/zero_point"
-    rw.add_initializer(helper.make_tensor(zero_name, zero_type, points.shape, points.reshape(-1).tolist()))
-    dense = rw.emit("DequantizeLinear", [weight.name, scale_name, zero_name], axis=1, block_size=block)
-    if blocks * block != columns:
-        bounds = [
-            rw.constant(np.array([value], np.int64), f"slice_{key}")
-            for key, value in (("start", 0), ("end", columns), ("axis", 1))
-        ]
-        dense = rw.emit("Slice", [dense, *bounds])
+        shifts = np.full((rows, blocks), 1 << (bits - 1), np.uint8)
+        if points is not None:
+            shifts = rw.read(points).reshape(rows, -1)
+            if bits == 4:
+                shifts = np.stack([shifts & 15, shifts >> 4], axis=-1).reshape(rows, -1)[:, :blocks]
+        zero_name = f"{rw.node.output[0]}/zero_point"
+        rw.add_initializer(helper.make_tensor(zero_name, kind, shifts.shape, shifts.reshape(-1).tolist()))
+        dense = _first_columns(rw, rw.emit("DequantizeLinear", [codes, scales, zero_name], axis=1, block_size=block))
     transposed = rw.emit("Transpose", [dense], perm=[1, 0])
     if rw.has(5):
         rw.emit("Add", [rw.emit("MatMul", [rw.node.input[0], transposed]), rw.node.input[5]], rw.node.output[0])
     else:
         rw.emit("MatMul", [rw.node.input[0], transposed], rw.node.output[0])
+
+
+def _first_columns(rw: _Rewriter, dense: str) -> str:
+    """The columns [N, K] of a weight whose last block is longer than K."""
+    columns = int(rw.attributes["K"])
+    if columns % int(rw.attributes["block_size"]) == 0:
+        return dense
+    bounds = [
+        rw.constant(np.array([value], np.int64), f"slice_{key}")
+        for key, value in (("start", 0), ("end", columns), ("axis", 1))
+    ]
+    return rw.emit("Slice", [dense, *bounds])
+
+
+def _with_groups(rw: _Rewriter, codes: str, scales: str) -> str:
+    """The weight [N, K] of a MatMulNBits as (codes - zero points) * scales: no DequantizeLinear has fractions as zero points, or groups
+    that are not blocks."""
+    columns, block = int(rw.attributes["K"]), int(rw.attributes["block_size"])
+    source = rw.constants[scales]
+    one = rw.constant(np.ones((), helper.tensor_dtype_to_np_dtype(source.data_type)), "one")
+    groups = np.arange(columns) // block
+    if rw.has(4):
+        groups = rw.read(rw.given(4, "group indices")).reshape(-1)[:columns]
+        if groups.size != columns or groups.min() < 0 or groups.max() >= source.dims[1]:
+            raise BadModelError(
+                f"node '{rw.label}': the group indices (g_idx) of MatMulNBits must be one of {source.dims[1]} groups for each of {columns} rows"
+            )
+    places = rw.constant(groups.astype(np.int64), "groups")
+    if rw.has(3):
+        stated = rw.given(3, "zero points")
+        if stated.data_type == TensorProto.UINT8:
+            # On CPUs, ONNX Runtime leaves out the zero points then: nothing could be compared with what it computes.
+            raise BadModelError(
+                f"node '{rw.label}': MatMulNBits with group indices (g_idx) and packed zero points is not supported, since ONNX Runtime computes it "
+                "differently on CPUs and GPUs: export zero points of the scales' type, or quantise symmetrically or without reordering (act_order)"
+            )
+        points = rw.reinterpreted(3, "zero points", list(source.dims))
+        if stated.data_type != source.data_type:
+            points = rw.emit("CastLike", [points, scales])
+        values = _first_columns(rw, rw.emit("DequantizeLinear", [codes, one]))
+        values = rw.emit("Sub", [values, rw.emit("Gather", [points, places], axis=1)])
+    else:
+        middle = f"{rw.node.output[0]}/zero_point"
+        bits = int(rw.attributes.get("bits", 4))
+        rw.add_initializer(helper.make_tensor(middle, rw.constants[codes].data_type, (), [1 << (bits - 1)]))
+        values = _first_columns(rw, rw.emit("DequantizeLinear", [codes, one, middle]))
+    return rw.emit("Mul", [values, rw.emit("Gather", [scales, places], axis=1)])
 
 
 def _dynamic_quantize_matmul(rw: _Rewriter) -> None:
@@ -376,10 +486,17 @@ _RUNTIME_OPS = {
 _RENAMED = ("DequantizeLinear", "QuantizeLinear", "GatherND", "Trilu", "Range")
 
 
-def _expand_runtime_ops(model: onnx.ModelProto) -> None:
+def _expand_runtime_ops(model: onnx.ModelProto, base_dir: Path | None) -> None:
     """Rewrites ONNX Runtime's fused ops, in place. Ops without a rule stay; they matter only if an attention reaches them."""
     graph = model.graph
-    initializers = {tensor.name: tensor for tensor in graph.initializer}
+    constants = {
+        node.output[0]: attribute.t
+        for node in graph.node
+        if node.op_type == "Constant"
+        for attribute in node.attribute
+        if attribute.name == "value"
+    }
+    constants |= {tensor.name: tensor for tensor in graph.initializer}
     nodes: list[onnx.NodeProto] = []
     changed = False
     for node in graph.node:
@@ -392,7 +509,7 @@ def _expand_runtime_ops(model: onnx.ModelProto) -> None:
         if rule is None:
             nodes.append(node)
             continue
-        rewriter = _Rewriter(node, initializers, graph)
+        rewriter = _Rewriter(node, constants, graph, base_dir)
         rule(rewriter)
         nodes.extend(copy.copy(emitted) for emitted in rewriter.nodes)
         changed = True
@@ -440,7 +557,11 @@ def _spell_out(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _tensor_types(model: onnx.ModelProto) -> dict[str, onnx.TypeProto]:
-    inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    try:
+        inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    except onnx.shape_inference.InferenceError:
+        _forget_types(model)
+        inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
     types = {
         info.name: info.type for info in (*inferred.graph.value_info, *inferred.graph.input, *inferred.graph.output)
     }

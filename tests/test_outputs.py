@@ -161,3 +161,98 @@ def test_embeddings_may_be_quantised_in_their_table(tmp_path: Path) -> None:
     for use in uses:
         use.node.input[use.index] = values
     lower_and_verify(editor, tmp_path)
+
+
+# Names that lowered models have for their inputs and outputs, in the export.
+
+
+def rename(model: onnx.ModelProto, old: str, new: str) -> None:
+    for node in model.graph.node:
+        node.input[:] = [new if name == old else name for name in node.input]
+        node.output[:] = [new if name == old else name for name in node.output]
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        if value.name == old:
+            value.name = new
+
+
+def renamed(folder: Path, old: str, new: str) -> Path:
+    model = onnx.load(EXAMPLES / f"{DENSE}.onnx")
+    names = [value.name for value in (*model.graph.input, *model.graph.output)]
+    old = next((name for name in names if name.startswith(old)), old)
+    rename(model, old, new)
+    assert new in [*(value.name for value in (*model.graph.input, *model.graph.output)), *model.graph.node[0].output]
+    onnx.save(model, folder / "export.onnx")
+    return folder / "export.onnx"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("past", "kv_cache.0"),
+        ("attention_mask", "block_table"),
+        ("attention_mask", "kv_cache_out.1"),
+        ("present", "kv_cache_out.0"),
+        ("first node's", "cache_lengths"),
+    ],
+)
+def test_names_of_what_goes_are_free(old: str, new: str, tmp_path: Path) -> None:
+    model = onnx.load(EXAMPLES / f"{DENSE}.onnx")
+    if old == "first node's":
+        old = model.graph.node[0].output[0]
+    export = renamed(tmp_path, old, new)
+    assert main(["lower", str(export), "-o", str(tmp_path / "lowered"), "--quiet"]) == 0
+    lowered = onnx.load(tmp_path / "lowered" / "model.onnx")
+    given = {value.name for value in lowered.graph.input}
+    assert {"query_offsets", "cache_lengths", "block_table", "kv_cache.0", "kv_cache.1"} <= given
+    assert {"kv_cache_out.0", "kv_cache_out.1"} <= {value.name for value in lowered.graph.output}
+
+
+def test_a_result_with_such_a_name_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    export = renamed(tmp_path, "logits", "kv_cache_out.0")
+    assert main(["lower", str(export), "-o", str(tmp_path / "lowered"), "--quiet"]) == 3
+    assert "the model's 'kv_cache_out.0' has a name that a lowered model has" in capsys.readouterr().err
+    assert not (tmp_path / "lowered").exists()
+
+
+# Fixed numbers of sequences, and masks that hide nothing.
+
+
+@pytest.mark.parametrize("sizes", [(2, 1), (3, 4)], ids=str)
+@pytest.mark.parametrize("name", [DENSE, "deepseek_v3__optimum0.1.0_tf4.57.6_op17__sdpa__dec__fp16"])
+def test_a_fixed_number_of_sequences(name: str, sizes: tuple[int, int], tmp_path: Path) -> None:
+    model = onnx.load(EXAMPLES / f"{name}.onnx")
+    (tokens,) = (value for value in model.graph.input if value.name == "input_ids")
+    letters = [dim.dim_param for dim in tokens.type.tensor_type.shape.dim]
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param in letters:
+                dim.dim_value = sizes[letters.index(dim.dim_param)]
+    onnx.save(model, tmp_path / "export.onnx")
+    assert main(["lower", str(tmp_path / "export.onnx"), "-o", str(tmp_path / "lowered"), "--quiet"]) == 0
+
+
+def test_a_mask_of_zeros_hides_nothing(tmp_path: Path) -> None:
+    editor = edit(DENSE)
+    for node in [node for node in editor.graph.node if node.op_type == "Softmax"]:
+        node.input[0] = editor.emit("Add", node.input[0], editor.constant(np.zeros((1, 4, 1, 1)), np.float32))
+    editor.refresh()
+    lower_and_verify(editor, tmp_path)
+
+
+@pytest.mark.parametrize("name", [DENSE, EXPANDED])
+def test_values_padded_to_the_width_of_keys(name: str, tmp_path: Path) -> None:
+    editor = edit(name)
+    for node in [node for node in editor.graph.node if node.op_type == "Softmax"]:
+        (use,) = editor.uses[node.output[0]]
+        product = use.node
+        assert product.op_type == "MatMul"
+        width = 20
+        padding = editor.constant([0, 0, 0, 0, 0, 0, 0, 40 - width], np.int64)
+        product.input[1] = editor.emit("Pad", product.input[1], padding)
+        readers = [(reader.node, reader.index) for reader in editor.uses[product.output[0]]]
+        bounds = [editor.constant([value], np.int64) for value in (0, width, 3)]
+        sliced = editor.emit("Slice", product.output[0], *bounds)
+        for reader, index in readers:
+            reader.input[index] = sliced
+    editor.refresh()
+    lower_and_verify(editor, tmp_path)
