@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from rich.console import Console
 from rich.table import Table
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from mla_trt.serving.triton_repository import Settings
 
 log = logging.getLogger("mla_trt")
+
+OUTPUT_STATUS = 1  # not 2: what a command writes may have been written
 
 EPILOGS = {
     "lower": """examples:
@@ -109,35 +113,75 @@ exit status: 0 done; 2 something is missing or does not compile.""",
 }
 
 
+class OutputError(Exception):
+    """Standard output cannot be written; the cause is the OSError."""
+
+
+class _Output:
+    """Standard output, whose errors cannot be taken for those of other files. (Rich would end the process where a pipe is closed.)"""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._errors():
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        with self._errors():
+            self._stream.flush()
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OutputError from error
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may have characters that a terminal does not
     options = _parser().parse_args(arguments)
     level = logging.WARNING - 10 * options.verbose if not options.quiet else logging.ERROR
     logging.basicConfig(level=max(level, logging.DEBUG), format="%(levelname)s %(message)s", stream=sys.stderr)
     _silence_graphsurgeon()
     try:
-        with ending_raises():
+        # A command that is started with a closed one has none.
+        output = redirect_stdout(cast(TextIO, _Output(sys.stdout))) if sys.stdout else nullcontext()
+        with ending_raises(), output:
             status: int = options.command(options)
+            print(end="", flush=True)
         return status
-    except MlaTrtError as error:
+    except (MlaTrtError, OSError) as error:
         if options.verbose > 1:
             log.exception("traceback")
         print(f"mla-trt: {_one_line(error)}", file=sys.stderr)
-        return error.exit_status
+        return error.exit_status if isinstance(error, MlaTrtError) else UsageError.exit_status
     except KeyboardInterrupt as end:
         status = exit_status(end)
         number = signal.Signals(status - 128)
         how = "interrupted" if number == signal.SIGINT else f"ended by {number.name}"
-        whole = options.command in (_lower, _build)  # the others write as they go
+        whole = options.command in (_lower, _build, _export)  # the others write as they go
         print(f"mla-trt: {how}{'; nothing was written' if whole else ''}", file=sys.stderr)
         return status
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except OutputError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in its buffer
+        if isinstance(error.__cause__, BrokenPipeError):  # whoever reads, as head does, has enough
+            return int(options.verdict)
+        print(f"mla-trt: standard output cannot be written: {_one_line(error.__cause__)}", file=sys.stderr)
+        return OUTPUT_STATUS
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _one_line(error: BaseException | None) -> str:
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = error.strerror if error.filename is None else f"'{error.filename}' cannot be used: {error.strerror}"
+    return " ".join(text.split())
 
 
 def _silence_graphsurgeon() -> None:
@@ -153,7 +197,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mla-trt",
         description="Lowers multi-head latent attention in ONNX models to fused ops over a paged latent cache.",
-        epilog="'mla-trt COMMAND --help' shows options and examples.",
+        epilog="'mla-trt COMMAND --help' shows options and examples. The exit status of all of them is 1 where standard output cannot be "
+        "written, and 128 and its number where a signal ended them.",
     )
     parser.add_argument("--version", action="version", version=f"mla-trt {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -383,10 +428,18 @@ def _command(
         epilog=epilog or EPILOGS[name],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(command=function)
+    # verdict: the status where the reader of the output goes away before its end
+    parser.set_defaults(command=function, verdict=0)
+    parser.register("type", Path, _path)
     parser.add_argument("-v", "--verbose", action="count", default=0, help="say more (-v passes, -vv tracebacks)")
     parser.add_argument("-q", "--quiet", action="store_true", help="say nothing but errors")
     return parser
+
+
+def _path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty: give one")
+    return Path(text)
 
 
 def _add_model_settings(parser: argparse.ArgumentParser, *, drain_seconds: int) -> None:
@@ -486,11 +539,12 @@ def _inspect(options: argparse.Namespace) -> int:
 
     model = load_model(options.model)
     report = inspect(model.proto, model.base_dir).report
+    options.verdict = 0 if report.layers and report.matched == len(report.layers) else 3
     if options.json:
         print(json.dumps(report.to_json(), indent=1))
     else:
         print_report(Console(), report.to_json())
-    return 0 if report.layers and report.matched == len(report.layers) else 3
+    return int(options.verdict)
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -504,11 +558,12 @@ def _verify(options: argparse.Namespace) -> int:
             verify_memory=_size(options.verify_memory, "--verify-memory"),
             progress=lambda text: status.update(text),
         )
+    options.verdict = 0 if report.passed else 4
     if options.json:
         print(json.dumps(report.to_json(), indent=1))
     elif not options.quiet:
         print_verification(Console(), report.to_json())
-    return 0 if report.passed else 4
+    return int(options.verdict)
 
 
 def _build(options: argparse.Namespace) -> int:

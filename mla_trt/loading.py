@@ -75,13 +75,20 @@ def load_model(path: Path) -> LoadedModel:
     Raises:
         BadModelError: the file is missing, is no ONNX model, is cut short, lacks weights, or contradicts itself.
     """
+    try:
+        return _load(path)
+    except OSError as error:
+        raise BadModelError(f"'{error.filename or path}' cannot be read: {error.strerror or error}") from None
+
+
+def _load(path: Path) -> LoadedModel:
     if not path.exists():
         raise BadModelError(f"'{path}' does not exist")
     if path.is_dir():
         raise BadModelError(f"'{path}' is a folder: give the .onnx file in it")
     try:
         proto = onnx.load(str(path), format="protobuf", load_external_data=False)
-    except (google.protobuf.message.DecodeError, ValueError, OSError) as error:
+    except (google.protobuf.message.DecodeError, ValueError) as error:
         raise BadModelError(
             f"'{path}' cannot be read as an ONNX model (damaged, cut short, or another format): {error}"
         ) from None

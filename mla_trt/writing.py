@@ -141,12 +141,12 @@ def check_writable(folder: Path) -> None:
     Raises:
         UsageError: it cannot.
     """
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"'{folder}' is a file: give a folder to write to")
     place = folder
-    while not place.exists():
-        place = place.parent
     try:
+        if folder.exists() and not folder.is_dir():
+            raise UsageError(f"'{folder}' is a file: give a folder to write to")
+        while not place.exists():
+            place = place.parent
         with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:

@@ -6,12 +6,13 @@ PyTorch is imported only when something is exported: the rest of the package wor
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from mla_trt.errors import UsageError
 from mla_trt.models.configs import ModelConfig, Size, get_config
+from mla_trt.writing import check_writable, folder_written_whole
 
 Exporter = Literal["dynamo", "torchscript"]
 Attention = Literal["eager", "sdpa"]
@@ -84,8 +85,10 @@ def export(
         settings: how to export; the defaults of `ExportSettings` when None.
 
     Raises:
-        UsageError: PyTorch or Transformers is not installed, or the settings do not go together.
+        UsageError: PyTorch or Transformers is not installed, the settings do not go together, or the output cannot be written.
+        MlaTrtError: PyTorch cannot export it. Nothing was written, as on every error.
     """
+    output = Path(output)
     settings = settings or ExportSettings()
     config = get_config(config) if isinstance(config, str) else config
     fields = config.fields(size, layers)
@@ -93,6 +96,9 @@ def export(
     missing = [name for name in REQUIRED if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(f"exporting needs {', '.join(missing)}: pip install 'mla-trt[export]'")
+    check_writable(output.parent)
+    if output.exists() and not output.is_file():
+        raise UsageError(f"'{output}' is a folder or a device: give a file to write the model to")
     from mla_trt.models.torch_export import build_model, write_model
 
     try:
@@ -101,7 +107,9 @@ def export(
         raise UsageError(
             f"Transformers refuses {config.name} with these settings: {str(error).splitlines()[0]}"
         ) from error
-    return write_model(model, Path(output), settings)
+    with folder_written_whole(output.parent) as draft:
+        result = write_model(model, draft / output.name, settings)
+    return replace(result, path=output)
 
 
 def _check(config: ModelConfig, settings: ExportSettings) -> None:

@@ -79,7 +79,6 @@ def write_model(model: torch.nn.Module, output: Path, settings: ExportSettings) 
     output_names = ["logits"]
     if settings.cache:
         output_names += [name.replace("past_", "present_", 1) for name in input_names if name.startswith("past_")]
-    output.parent.mkdir(parents=True, exist_ok=True)
     try:
         with exportable_models(), _quiet(), torch.no_grad():
             _trace(step, arguments, output, input_names, output_names, axes, settings)

@@ -17,6 +17,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from mla_trt.cli import main
+from mla_trt.errors import BadModelError, UsageError
+from mla_trt.loading import load_model
+from mla_trt.writing import check_writable
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "models" / "examples"
 EXAMPLE = EXAMPLES / "deepseek_v3__dynamo_op20__eager__dec.onnx"
@@ -254,6 +257,84 @@ def test_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["lower", str(EXAMPLE), "-o", str(file / "below")]) == 2
     assert "cannot be written" in capsys.readouterr().err
     assert file.read_text() == ""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["lower", str(EXAMPLE), "-o", "LONG"],
+        ["lower", "LONG", "-o", "out"],
+        ["inspect", "LONG"],
+        ["verify", "LONG", "out"],
+        ["verify", str(EXAMPLE), "LONG"],
+        ["run", "LONG", "--prompt-ids", "1"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_path_that_the_system_refuses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["x" * 300 if word == "LONG" else word for word in command]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"mla-trt: '{'x' * 300}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_may_not_be_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:  # root may search all
+        patch.setattr(Path, "exists", raises(PermissionError(13, "Permission denied", "ro/y")))
+        with pytest.raises(UsageError, match=r"^'ro/y' cannot be written: Permission denied$"):
+            check_writable(Path("ro/y"))
+        with pytest.raises(BadModelError, match=r"^'ro/y' cannot be read: Permission denied$"):
+            load_model(Path("ro/y"))
+
+
+@pytest.mark.parametrize(
+    "command", [["lower", str(EXAMPLE), "-o", ""], ["inspect", ""], ["bench", "kernels", "-o", ""]]
+)
+def test_an_empty_path_is_not_this_folder(capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(command)
+    assert end.value.code == 2
+    assert "the path is empty" in capsys.readouterr().err
+
+
+def piped(output: int, *command: str, **variables: str) -> tuple[int, str]:
+    """Runs a command with a standard output; returns its status and what it said to standard error."""
+    arguments = [sys.executable, "-m", "mla_trt", *command]
+    done = subprocess.run(arguments, stdout=output, stderr=subprocess.PIPE, text=True, env={**os.environ, **variables})
+    return done.returncode, done.stderr
+
+
+def test_a_reader_that_goes_away_changes_no_status(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        assert piped(writer, "lower", str(EXAMPLE), "-o", str(tmp_path / "out"), "--no-verify") == (0, "")
+        assert piped(writer, "inspect", str(EXAMPLE)) == (0, "")
+        assert piped(writer, "inspect", str(EXAMPLES / "deepseek_v4__dynamo_op20__eager__pre.onnx")) == (3, "")
+        assert piped(writer, "run", str(tmp_path / "out"), "--prompt-ids", "1") == (0, "")
+    finally:
+        os.close(writer)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize(
+    "command", [["inspect", str(EXAMPLE)], ["inspect", str(EXAMPLE), "--json"], ["export", "--list"]]
+)
+def test_output_that_cannot_be_written(command: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        said = "mla-trt: standard output cannot be written: No space left on device\n"
+        assert piped(full.fileno(), *command) == (1, said)
+
+
+def test_characters_that_the_terminal_lacks(tmp_path: Path) -> None:
+    written = tmp_path / "written"
+    with written.open("w") as output:
+        command = ["lower", str(EXAMPLE), "-o", str(tmp_path / "ö"), "--no-verify"]
+        assert piped(output.fileno(), *command, PYTHONIOENCODING="ascii") == (0, "")
+    assert "\\xf6/model.onnx" in written.read_text()
 
 
 def raises(error: BaseException) -> Callable[..., None]:

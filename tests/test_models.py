@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import os
 import subprocess
 import sys
 import tomllib
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,12 +19,13 @@ import onnx
 import onnxruntime
 import pytest
 
-from mla_trt.errors import UsageError
+from mla_trt.cli import main as command
+from mla_trt.errors import MlaTrtError, UsageError
 from mla_trt.lowering import LowerOptions
 from mla_trt.models import export as export_module
 from mla_trt.models.configs import CLASS_DEFAULTS, CONFIGS, ModelConfig, get_config
 from mla_trt.models.decoder import inverse_frequencies
-from mla_trt.models.export import ExportSettings, export
+from mla_trt.models.export import ExportResult, ExportSettings, export
 from mla_trt.models.full_size import KINDS, main, write_full_size
 from mla_trt.models.graph_writer import SCOPES_KEY
 from mla_trt.models.weights import SparseWeights, largest_file
@@ -143,6 +146,79 @@ def test_settings_that_do_not_go_together_are_refused(
 ) -> None:
     with pytest.raises(UsageError, match=message):
         export(name, tmp_path / "model.onnx", settings=settings)
+
+
+@pytest.fixture
+def exporter(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Stands in for what needs PyTorch: writes a model in two files, of which the first may be all that it can."""
+
+    def write_model(model: object, output: Path, settings: ExportSettings) -> ExportResult:
+        Path(f"{output}.data").write_text("weights")
+        if exporter.error is not None:
+            raise exporter.error
+        output.write_text("graph")
+        return ExportResult(output, (), ())
+
+    exporter = SimpleNamespace(error=None, built=0, write_model=write_model)
+
+    def build_model(*_: object) -> None:
+        exporter.built += 1
+
+    exporter.build_model = build_model
+    monkeypatch.setattr(export_module.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "mla_trt.models.torch_export", exporter)
+    return exporter
+
+
+def test_an_export_is_written_with_its_weights(exporter: SimpleNamespace, tmp_path: Path) -> None:
+    output = tmp_path / "new" / "model.onnx"
+    assert export("deepseek-v3", output).path == output
+    assert {file.name: file.read_text() for file in output.parent.iterdir()} == {
+        "model.onnx": "graph",
+        "model.onnx.data": "weights",
+    }
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (OSError(28, "No space left on device"), 2, "cannot be written: No space left on device; nothing was written"),
+        (MlaTrtError("the exporter failed"), 2, "the exporter failed"),
+        (KeyboardInterrupt(), 130, "interrupted; nothing was written"),
+    ],
+)
+def test_an_export_that_fails_leaves_nothing_new(
+    exporter: SimpleNamespace,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+    status: int,
+    message: str,
+) -> None:
+    exporter.error = error
+    (tmp_path / "model.onnx").write_text("before")
+    for output in (tmp_path / "model.onnx", tmp_path / "new" / "model.onnx"):
+        assert command(["export", "deepseek-v3", "-o", str(output)]) == status
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.endswith(message)
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("model.onnx", "before")]
+
+
+@pytest.mark.parametrize("output", [".", "pipe", "/proc/model.onnx", "file/model.onnx", "x" * 300])
+def test_an_output_that_cannot_be_is_refused_before_the_export(
+    exporter: SimpleNamespace,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    output: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    os.mkfifo("pipe")
+    exporter.error = MlaTrtError("this is too late")
+    assert command(["export", "deepseek-v3", "-o", output]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not exporter.built
 
 
 @needs_torch
