@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -285,40 +286,41 @@ class Lowerer:
             parts = [self.features(nope, f"{name}.query_nope"), self.features(rope, f"{name}.query_rope")]
             query = self.emitter.node("Concat", parts, f"{name}.query", axis=2)
         if match.query_token_scale is not None:
-            scale = self._token_scale(match, name)
-            if query.dtype is not None:
-                scale = self.emitter.cast(scale, query.dtype, f"{name}.query_scale")
-            query = self.emitter.node("Mul", [query, scale], f"{name}.query_scaled")
+            query = self._scaled_by_token(
+                query, match.query_token_scale, match.rotation, f"{name}.query", match.softmax
+            )
         return query
 
-    def _token_scale(self, match: MlaMatch, name: str) -> gs.Tensor:
-        """The tensor that scales each token's queries, as [T, 1, 1]."""
-        wanted = match.query_token_scale
-        assert wanted is not None
+    def _scaled_by_token(
+        self, query: gs.Tensor, wanted: np.ndarray, rotation: Rotation, wish: str, node: gs.Node
+    ) -> gs.Tensor:
+        """Queries [T, H, width] times factors [B, S, H or 1] that a tensor of the export has."""
+        scale = self._token_scale(wanted, rotation, f"{wish}_scale", node)
+        if query.dtype is not None:
+            scale = self.emitter.cast(scale, query.dtype, f"{wish}_scale")
+        return self.emitter.node("Mul", [query, scale], f"{wish}_scaled")
+
+    def _token_scale(self, wanted: np.ndarray, rotation: Rotation, wish: str, node: gs.Node) -> gs.Tensor:
+        """The tensor that scales each token's queries, as [T, 1, 1], or each head's, as [T, H, 1]."""
         reason = "no tensor holds the factor by which the queries of each token are scaled"
-        for tensor in match.rotation.factors:
-            value = np.asarray(self.probe.known(tensor), np.float64)
-            if value.size not in (wanted.shape[1], wanted.size):
+        for tensor in rotation.factors:
+            found = _as_token_scale(np.asarray(self.probe.known(tensor), np.float64), wanted)
+            if found is None:
                 continue
-            value = np.broadcast_to(value.reshape(-1, wanted.shape[1]), wanted.shape)
-            ratio = wanted / np.where(value == 0, np.nan, value)
-            if np.allclose(ratio, ratio[0, 0], rtol=1e-5):
-                try:
-                    scale = self.emitter.reshape(self.packed.rebuild(tensor), [-1, 1, 1], f"{name}.query_scale")
-                except CannotRebuild as error:
-                    reason = str(error)
-                    continue
-                if math.isclose(ratio[0, 0], 1.0, rel_tol=1e-6):
-                    return scale
-                return self.emitter.node(
-                    "Mul",
-                    [
-                        scale,
-                        self._constant(f"{name}.query_scale_factor", np.array(ratio[0, 0]), tensor.dtype or np.float32),
-                    ],
-                    f"{name}.query_scale",
-                )
-        raise NoMatch(f"the queries are scaled by position, but {reason}", match.softmax)
+            order, ratio = found
+            try:
+                scale = self.packed.rebuild(tensor)
+            except CannotRebuild as error:
+                reason = str(error)
+                continue
+            if order != sorted(order):
+                scale = self.emitter.node("Transpose", [scale], f"{wish}.tokens_first", perm=order)
+            scale = self.emitter.reshape(scale, [-1, wanted.shape[2], 1], wish)
+            if math.isclose(ratio, 1.0, rel_tol=1e-6):
+                return scale
+            factor = self._constant(f"{wish}_factor", np.array(ratio), tensor.dtype or np.float32)
+            return self.emitter.node("Mul", [scale, factor], wish)
+        raise NoMatch(f"the queries are scaled by position, but {reason}", node)
 
     def _latent(self, match: MlaMatch, name: str, inputs: dict[str, gs.Tensor]) -> None:
         inputs["latent"] = self.features(match.latent, f"{name}.latent")
@@ -447,7 +449,11 @@ class Lowerer:
             attributes.update(earlier)
             return []
         assert indexer is not None
-        inputs["index_query"] = self.features(indexer.query, f"{name}.index_query")
+        index_query = self.features(indexer.query, f"{name}.index_query")
+        if indexer.query_scale is not None:
+            wish = f"{name}.index_query"
+            index_query = self._scaled_by_token(index_query, indexer.query_scale, indexer.rotation, wish, indexer.node)
+        inputs["index_query"] = index_query
         inputs["index_key"] = self.features(indexer.key, f"{name}.index_key")
         weights = self.features(indexer.weights, f"{name}.index_weights")
         if indexer.weights.tensor.dtype not in (None, np.dtype(np.float32)):
@@ -562,6 +568,27 @@ def _table_view(value: np.ndarray, wanted: np.ndarray) -> tuple[str, float] | No
         if ratio and np.allclose(wanted, ratio * rows[0], rtol=1e-4, atol=1e-6):
             return pick, ratio
     return None
+
+
+def _as_token_scale(value: np.ndarray, wanted: np.ndarray) -> tuple[list[int], float] | None:
+    """The order of axes in which a tensor, times a ratio, is `wanted` [B, S, H]: that order, tokens first, and the ratio."""
+    axes = [axis for axis, size in enumerate(value.shape) if size != 1]
+    for moved in itertools.permutations(axes):
+        sizes = [value.shape[axis] for axis in moved]
+        for shape in itertools.product(*((1, size) if at < 2 else (size,) for at, size in enumerate(wanted.shape))):
+            if [size for size in shape if size != 1] != sizes:
+                continue
+            laid_out = np.broadcast_to(
+                value.transpose([*moved, *_others(axes, value.ndim)]).reshape(shape), wanted.shape
+            )
+            ratio = wanted / np.where(laid_out == 0, np.nan, laid_out)
+            if np.allclose(ratio, ratio[0, 0, 0], rtol=1e-5):
+                return [*moved, *_others(axes, value.ndim)], float(ratio[0, 0, 0])
+    return None
+
+
+def _others(axes: list[int], rank: int) -> list[int]:
+    return [axis for axis in range(rank) if axis not in axes]
 
 
 def typed_constant(emitter: Emitter, wish: str, values: np.ndarray, dtype: Any) -> gs.Constant:

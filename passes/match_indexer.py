@@ -38,6 +38,7 @@ class IndexerMatch:
         rope_dim: how many leading entries are rotated.
         hadamard: queries and keys are both turned by a Walsh-Hadamard transform, which leaves the scores as they are but for quantisation.
         top_k: keys selected at most.
+        query_scale: factors [B, S, Hi] of the queries that depend on the token or are not positive; None: there are none.
         key_rows: the keys as the scores meet them, [B, S, Di], and before the transform, in the probe's atoms.
     """
 
@@ -52,6 +53,7 @@ class IndexerMatch:
     rotation: Rotation
     hadamard: bool
     top_k: int
+    query_scale: np.ndarray | None
     key_rows: tuple[Linear, ...] = ()
 
 
@@ -264,8 +266,10 @@ def _read_parts(
     tolerance = 1e-6 * np.abs(reference).max()
     if not near(query_matrix, ratios[:, :, None, None] * reference, rtol=1e-4, atol=tolerance):
         raise NoMatch("index queries and index keys are rotated differently", product_node)
-    if not np.allclose(ratios, ratios[0, 0], rtol=1e-5) or ratios[0, 0] <= 0:
-        raise NoMatch("the index queries are scaled differently from token to token", product_node)
+    # The ReLU behind the product lets a positive factor of all pass, to the weights; others stay with the queries.
+    passes = bool(np.allclose(ratios, ratios[0, 0], rtol=1e-5)) and ratios[0, 0] > 0
+    of_head = ratios[0] if not passes and np.allclose(ratios, ratios[:1], rtol=1e-5) else np.ones(heads)
+    varies = not passes and not np.allclose(ratios, ratios[:1], rtol=1e-5)
     owner = probe.owner(key_number)
     norm = recognise_layer_norm(probe, owner)
     key_features = Features(owner, key_entries[order], np.ones(width))
@@ -285,7 +289,7 @@ def _read_parts(
     ):
         raise NoMatch("the index weights are no entries of one projection", node)
     # The plain entries' own factor is part of both sides of the product, the rotation's is part of cos and sin.
-    total = place.factor * (row_scale * scale * ratios[0, 0])[:, None] * key_size**2
+    total = place.factor * (row_scale * scale * (ratios[0, 0] if passes else 1.0))[:, None] * key_size**2
     if not np.allclose(total, total[:1], rtol=1e-5):
         raise NoMatch("the index weights are scaled differently from token to token", node)
     rotation = Rotation(interleaved, cos, sin, collect_factors(probe, sources), fixed)
@@ -294,13 +298,14 @@ def _read_parts(
         heads,
         width,
         len(rotated),
-        Features(probe.owner(query_number), entries[:, order], np.ones((heads, width))),
+        Features(probe.owner(query_number), entries[:, order], np.repeat(of_head[:, None], width, axis=1)),
         key_features,
         norm,
         Features(probe.owner(int(numbers[0])), place.entry[0], total[0]),
         rotation,
         hadamard,
         top_k,
+        ratios.reshape(batch, new, heads) if varies else None,
     )
 
 

@@ -241,10 +241,20 @@ def _is_latent(probe: Probe, projected: Projected, latent: Latent) -> bool:
 
 @dataclass(frozen=True)
 class NopePart:
+    """`token_scale` as that of the rope part."""
+
     query: Features
     token_scale: np.ndarray
     scale: float
     up: UpProjection | None
+
+
+def split_scale(scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Factors [B, S, H] as one for each token, [B, S, 1], times one for each head, [H]; where they are no such product, as they are, times ones."""
+    heads = scale / np.where(scale[:, :, :1] == 0, 1, scale[:, :, :1])
+    if np.allclose(heads, heads[:1, :1], rtol=1e-5):
+        return scale[:, :, :1], heads[0, 0]
+    return scale, np.ones(scale.shape[2])
 
 
 def read_nope(
@@ -319,7 +329,7 @@ def read_nope(
     outer = part.query.terms[0].coefficients[rows][..., dims]
     if not np.allclose(outer, outer[..., :1]):
         raise NoMatch("the absorbed queries are scaled differently from entry to entry", part.node)
-    token_scale = token_scale * outer[:, :, 0, 0]
+    token_scale = token_scale * outer[:, :, :1, 0]
     up = UpProjection(
         projected.weight,
         projected.view,
@@ -329,7 +339,7 @@ def read_nope(
         np.arange(width)[None, :, None],
         np.ones((1, 1, 1)),
     )
-    return NopePart(query, token_scale, float(token_scale[0, 0]), up)
+    return NopePart(query, token_scale, float(token_scale[0, 0, 0]), up)
 
 
 def _latent_order(probe: Probe, source: Term, latent: Latent, node: gs.Node) -> np.ndarray:
@@ -350,16 +360,17 @@ def _order_of(entries: np.ndarray, wanted: np.ndarray, node: gs.Node) -> np.ndar
 def _read_query(
     probe: Probe, source: Linear, rows: np.ndarray, part: ScorePart, key_factor: np.ndarray
 ) -> tuple[Features, np.ndarray, float]:
-    """Queries [rows, width] as entries of a tensor; factors are split into one for each token, one for all, and what remains for each entry."""
+    """Queries [rows, width] as entries of a tensor; factors are split into one for each token (and head, if need be), one for all, and what
+    remains for each entry."""
     term = single_term(take(source, (rows,)), "the queries", part.node)  # [B, S, H, width]
     place = locate(probe, term)
     numbers = np.unique(place.number)
     if len(numbers) != 1 or (place.entry < 0).any() or not (place.entry == place.entry[:1, :1]).all():
         raise NoMatch("the queries are no entries of one projection", part.node)
     factor = place.factor * part.scale[rows][..., None] * np.broadcast_to(key_factor, place.factor.shape[2:])
-    token_scale = factor[:, :, 0, 0]
-    remaining = factor / np.where(token_scale == 0, 1, token_scale)[:, :, None, None]
+    token_scale, _ = split_scale(factor[..., 0])
+    remaining = factor / np.where(token_scale == 0, 1, token_scale)[..., None]
     if not np.allclose(remaining, remaining[:1, :1], rtol=1e-5) or not np.isfinite(remaining).all():
         raise NoMatch("the queries' entries are scaled differently from token to token", part.node)
-    scale = float(token_scale[0, 0])
+    scale = float(token_scale[0, 0, 0])
     return Features(probe.owner(int(numbers[0])), place.entry[0, 0], remaining[0, 0]), token_scale, scale

@@ -16,7 +16,7 @@ from mla_trt.passes.match_exits import Exit, read_exits
 from mla_trt.passes.match_latent import Latent, divide_key, new_keys, read_latent, read_nope
 from mla_trt.passes.match_mask import check_far_mask, check_mask
 from mla_trt.passes.match_query import query_groups, sort_heads
-from mla_trt.passes.match_rope import Rotation, balance, read_rope
+from mla_trt.passes.match_rope import Rotation, balance, collect_factors, read_rope
 from mla_trt.passes.norms import RmsNorm, recognise_rms_norm
 from mla_trt.passes.probe import ONE, Linear, Probe, Term
 
@@ -106,13 +106,14 @@ def match_mla(probe: Probe, core: AttentionCore, norm_over_cache: RmsNorm | None
             raise NoMatch("the attention sink differs from token to token", node)
         sinks = sinks[0, 0]
     query_rope = Features(nope.query.tensor, np.zeros((rows.shape[2], 0), np.int64), np.ones((rows.shape[2], 0)))
-    rotation = Rotation(True, np.zeros((probe.sizes.new, 0)), np.zeros((probe.sizes.new, 0)), (), True)
+    none = np.zeros((probe.sizes.new, 0))
+    rotation = Rotation(True, none, none, collect_factors(probe, [nope_dims[0][0].query_tensor]), True)
     if rope is not None:
         ratio = rope.token_scale / nope.token_scale
-        if not np.allclose(ratio, ratio[0, 0], rtol=1e-4):
+        if not np.allclose(ratio, ratio[0, 0, 0], rtol=1e-4):
             raise NoMatch("rope and latent scores are scaled differently from token to token", node)
         query_rope = rope.query
-        rotation = balance(rope.rotation, float(ratio[0, 0]), node)
+        rotation = balance(rope.rotation, float(ratio[0, 0, 0]), node)
     token_scale = None if np.allclose(nope.token_scale, nope.scale, rtol=1e-6) else nope.token_scale / nope.scale
     cache = "none" if not len(latent.cached) else "expanded" if latent.cached_expanded else "latent"
     heads, rank = rows.shape[2], len(latent.index)

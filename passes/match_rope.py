@@ -11,7 +11,7 @@ import onnx_graphsurgeon as gs
 from mla_trt.passes.attention_core import NoMatch, ScorePart
 from mla_trt.passes.features import Features, locate, near, refuse_constants, shared_heads, take
 from mla_trt.passes.graph import producer
-from mla_trt.passes.match_latent import Latent
+from mla_trt.passes.match_latent import Latent, split_scale
 from mla_trt.passes.probe import ZERO, Linear, Probe
 
 TOLERANCE = 2e-3  # scales of half-precision exports are rounded to 11 bits
@@ -37,6 +37,8 @@ class Rotation:
 
 @dataclass(frozen=True)
 class RopePart:
+    """`token_scale` [B, S, 1], or [B, S, H] where the heads' ratios vary from token to token: what multiplies the scores."""
+
     key: Features
     query: Features
     rotation: Rotation
@@ -121,15 +123,13 @@ def read_rope(
     if not near(query_matrix, ratio[..., None, None] * reference, rtol=1e-4, atol=1e-6 * np.abs(reference).max()):
         raise NoMatch("queries and keys are rotated differently", node)
     token_scale = ratio * part.scale[rows]
-    head_scale = token_scale / token_scale[:, :, :1]
-    if not np.allclose(head_scale, head_scale[:1, :1], rtol=1e-5):
-        raise NoMatch("the rope scores of a head are scaled differently from token to token than those of others", node)
+    common, head_scale = split_scale(token_scale)
     count = len(entries)
     rotation = Rotation(interleaved, cos, sin, collect_factors(probe, [part.key_tensor, part.query_tensor]), fixed)
     key_features = Features(probe.owner(number), entries, np.ones(count))
-    head_factor = np.repeat(head_scale[0, 0][:, None], count, axis=1)
+    head_factor = np.repeat(head_scale[:, None], count, axis=1)
     query_features = Features(probe.owner(query_number), query_entries, head_factor)
-    return RopePart(key_features, query_features, rotation, token_scale[:, :, 0], float(token_scale[0, 0, 0]))
+    return RopePart(key_features, query_features, rotation, common, float(common[0, 0, 0]))
 
 
 def read_rotation(matrix: np.ndarray, node: gs.Node) -> tuple[np.ndarray, np.ndarray, bool, bool]:

@@ -256,3 +256,57 @@ def test_values_padded_to_the_width_of_keys(name: str, tmp_path: Path) -> None:
             reader.input[index] = sliced
     editor.refresh()
     lower_and_verify(editor, tmp_path)
+
+
+# Queries that are scaled by position, each head in its own way.
+
+
+def scaled_queries(
+    editor: Editor, product: onnx.NodeProto, heads: int, rng: np.random.Generator, *, heads_last: bool
+) -> None:
+    """Multiplies the queries [B, H, S, D] (or [B, S, H, D]) of a product by a[h] log(position + 1) + b[h]."""
+    logs = editor.emit(
+        "Log", editor.emit("Cast", editor.emit("Add", "position_ids", editor.constant(1, np.int64)), to=1)
+    )
+    axes = editor.constant([2, 3] if heads_last else [1, 3], np.int64)
+    logs = editor.emit("Unsqueeze", logs, axes)  # [B, S, 1, 1] or [B, 1, S, 1]
+    shape = (heads, 1) if heads_last else (heads, 1, 1)
+    slope, start = (editor.constant(rng.standard_normal(shape), np.float32) for _ in range(2))
+    factor = editor.emit("Add", editor.emit("Mul", logs, slope), start)
+    product.input[0] = editor.emit("Mul", product.input[0], factor)
+
+
+def product_behind(editor: Editor, name: str) -> onnx.NodeProto:
+    makers = {output: node for node in editor.graph.node for output in node.output}
+    node = makers[name]
+    while node.op_type != "MatMul":
+        node = makers[node.input[0]]
+    return node
+
+
+@pytest.mark.parametrize("name", [DENSE, SPARSE])
+def test_each_head_is_scaled_by_position(name: str, tmp_path: Path) -> None:
+    editor, rng = edit(name), np.random.default_rng(0)
+    for node in list(editor.graph.node):
+        if node.op_type == "Softmax":
+            scaled_queries(editor, product_behind(editor, node.input[0]), 4, rng, heads_last=False)
+        if node.op_type == "Relu":
+            scaled_queries(editor, product_behind(editor, node.input[0]), 16, rng, heads_last=True)
+    editor.refresh()
+    _, lowered = lower_and_verify(editor, tmp_path)
+    scaled = {output for node in lowered.graph.node if node.op_type == "Mul" for output in node.output}
+    for node in lowered.graph.node:
+        if node.op_type in ("MlaAttention", "MlaSparseAttention"):
+            assert node.input[0] in scaled
+
+
+@pytest.mark.parametrize("factors", [[-1.0] * 16, [0.5, -2.0] * 8], ids=["all alike", "by head"])
+def test_index_queries_have_factors_below_zero(factors: list[float], tmp_path: Path) -> None:
+    editor = edit(SPARSE)
+    for node in list(editor.graph.node):
+        if node.op_type == "Relu":
+            product = product_behind(editor, node.input[0])
+            row = editor.constant(np.array(factors)[:, None], np.float32)
+            product.input[0] = editor.emit("Mul", product.input[0], row)
+    editor.refresh()
+    lower_and_verify(editor, tmp_path)

@@ -147,8 +147,8 @@ def build_file(
     path = source / MODEL_FILE if source.is_dir() else source
     if not path.exists():
         raise UsageError(f"'{path}' does not exist: give the folder that 'mla-trt lower' wrote")
-    if output.is_dir():
-        raise UsageError(f"'{output}' is a folder: give a file to write the engine to")
+    if output.exists() and not output.is_file():
+        raise UsageError(f"'{output}' is a folder or a device: give a file to write the engine to")
     model = load_model(path).proto
     metadata = LoweredMetadata.of(model)
     inputs, outputs = engine_tensors(model, metadata)
