@@ -352,7 +352,8 @@ def side_role(tensor: gs.Tensor, data: set[int]) -> str:
     uses = [(current, node) for current, node in _descendants(tensor, data) if node.op not in ("Shape", "Size")]
     if not uses:
         return roles.UNUSED
-    multiplies = any(node.op == "Mul" and any(id(item) in data for item in node.inputs) for _, node in uses)
+    products = ("Mul", "MatMul", "Einsum")  # of rotation matrices the latter
+    multiplies = any(node.op in products and any(id(item) in data for item in node.inputs) for _, node in uses)
     integer = _is_integer(tensor)
     if integer and (picks := _picks_results(uses, data)):
         return picks
@@ -457,6 +458,9 @@ def describe(
     if role in (roles.TOKENS, roles.SECOND_TOKENS):
         letters = ["B", "S"] if batched else ["S"]
         axes[: len(letters)] = letters
+    elif role == roles.UNUSED:  # but its shape may be read: of token ids beside embeddings
+        known = dict(zip(tokens.shape, ["B", "S"] if batched else ["S"], strict=False))
+        axes = [size if isinstance(size, int) else known.get(size, "?") for size in shape]
     elif role == roles.POSITIONS and rank:
         axes[-1] = _positions_axis(tensor, tokens, batched)
         if rank >= 2:

@@ -390,6 +390,19 @@ def _with_groups(rw: _Rewriter, codes: str, scales: str) -> str:
     return rw.emit("Mul", [values, rw.emit("Gather", [scales, places], axis=1)])
 
 
+def _gather_block_quantized(rw: _Rewriter) -> None:
+    """A lookup in a table of codes with a scale for each block of a row: the table is decoded, as a constant is."""
+    found = TensorProto.DataType.Name(rw.given(0, "codes").data_type).lower()
+    if found not in ("int4", "uint4"):
+        raise BadModelError(
+            f"node '{rw.label}': GatherBlockQuantized with codes in {found} is not supported: use int4 or uint4"
+        )
+    points = [rw.node.input[3]] if rw.has(3) else []
+    axis, block = int(rw.attributes.get("quantize_axis", 1)), int(rw.attributes.get("block_size", 128))
+    table = rw.emit("DequantizeLinear", [rw.node.input[0], rw.node.input[2], *points], axis=axis, block_size=block)
+    rw.emit("Gather", [table, rw.node.input[1]], rw.node.output[0], axis=int(rw.attributes.get("gather_axis", 0)))
+
+
 def _dynamic_quantize_matmul(rw: _Rewriter) -> None:
     """DynamicQuantizeMatMul (A, B, b_scale, b_zero_point, bias) as quantize_dynamic writes it before it is fused."""
     a, b, b_scale = rw.node.input[:3]
@@ -477,6 +490,7 @@ _RUNTIME_OPS = {
     "BiasGelu": _gelu,
     "FastGelu": _gelu,
     "MatMulNBits": _matmul_nbits,
+    "GatherBlockQuantized": _gather_block_quantized,
     "DynamicQuantizeMatMul": _dynamic_quantize_matmul,
     "MatMulIntegerToFloat": _matmul_integer_to_float,
     "QAttention": _quantized_attention,

@@ -9,11 +9,15 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 import pytest
 from model_editor import Editor
 from onnx import TensorProto, helper
 
+from mla_trt import interface as roles
 from mla_trt.cli import main
+from mla_trt.engines.engine_onnxruntime import embedded_vocabulary
+from mla_trt.passes.identify_inputs import identify_inputs
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "models" / "examples"
 DENSE = "deepseek_v3__dynamo_op20__eager__dec"
@@ -310,3 +314,61 @@ def test_index_queries_have_factors_below_zero(factors: list[float], tmp_path: P
             product.input[0] = editor.emit("Mul", product.input[0], row)
     editor.refresh()
     lower_and_verify(editor, tmp_path)
+
+
+def test_token_ids_of_which_only_the_shape_is_read(tmp_path: Path) -> None:
+    editor = edit(DENSE)
+    (lookup,) = (node for node in editor.graph.node if node.op_type == "Gather" and "input_ids" in node.input)
+    (tokens,) = (value for value in editor.graph.input if value.name == "input_ids")
+    dims = [dim.dim_param for dim in tokens.type.tensor_type.shape.dim]
+    width = editor.constants[lookup.input[0]].dims[1]
+    editor.graph.node.remove(lookup)
+    editor.graph.input.append(helper.make_tensor_value_info(lookup.output[0], TensorProto.FLOAT, [*dims, width]))
+    assert any(node.op_type == "Shape" and node.input[0] == "input_ids" for node in editor.graph.node)
+    editor.refresh()
+    _, lowered = lower_and_verify(editor, tmp_path)
+    assert "input_ids" not in [value.name for value in lowered.graph.input]
+
+
+def test_a_table_of_embeddings_in_blocks_of_codes(tmp_path: Path) -> None:
+    editor = edit(DENSE)
+    (lookup,) = (node for node in editor.graph.node if node.op_type == "Gather" and "input_ids" in node.input)
+    rows, width = editor.constants[lookup.input[0]].dims
+    rng = np.random.default_rng(0)
+    codes = helper.make_tensor("codes", TensorProto.INT4, (rows, width), rng.integers(-8, 8, rows * width).tolist())
+    editor.graph.initializer.append(codes)
+    scales = editor.constant(rng.uniform(0.05, 0.2, (rows, width // 32)), np.float32)
+    lookup.input[:] = ["codes", "input_ids", scales]
+    lookup.op_type, lookup.domain = "GatherBlockQuantized", "com.microsoft"
+    del lookup.attribute[:]
+    lookup.attribute.append(helper.make_attribute("block_size", 32))
+    editor.model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    editor.refresh()
+    _, lowered = lower_and_verify(editor, tmp_path)
+    assert embedded_vocabulary(lowered, "input_ids") == rows
+
+
+@pytest.mark.parametrize("product", ["Einsum", "MatMul"])
+def test_what_chooses_rotation_matrices_are_positions(product: str) -> None:
+    rows = gs.Variable("rows", np.float32)
+    graph = gs.Graph(
+        inputs=[gs.Variable("ids", np.int64, ["B", "S"]), gs.Variable("at", np.int64, ["B", "S"])],
+        outputs=[gs.Variable("turned", np.float32)],
+    )
+    table = gs.Constant("table", np.zeros((9, 4, 4), np.float32))
+    weight = gs.Constant("weight", np.zeros((4, 4), np.float32))
+    embedded, matrices = gs.Variable("embedded", np.float32), gs.Variable("matrices", np.float32)
+    graph.nodes = [
+        gs.Node(
+            "Gather",
+            "lookup",
+            {},
+            [gs.Constant("embeddings", np.zeros((7, 4), np.float32)), graph.inputs[0]],
+            [embedded],
+        ),
+        gs.Node("MatMul", "projection", {}, [embedded, weight], [rows]),
+        gs.Node("Gather", "choice", {}, [table, graph.inputs[1]], [matrices]),
+        gs.Node(product, "rotation", {}, [matrices, rows], graph.outputs),
+    ]
+    (found,) = (entry for entry in identify_inputs(graph).inputs if entry.name == "at")
+    assert (found.role, found.axes) == (roles.POSITIONS, ("B", "S"))

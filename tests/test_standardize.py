@@ -253,3 +253,36 @@ def test_stated_types_of_what_unknown_ops_make_are_used(opset: int) -> None:
     opsets = [helper.make_opsetid("", opset), helper.make_opsetid("other", 1)]
     model = standardize(helper.make_model(graph, opset_imports=opsets, ir_version=10))
     assert "Attention" not in {node.op_type for node in model.graph.node}
+
+
+@pytest.mark.parametrize("element", [TensorProto.INT4, TensorProto.UINT4])
+@pytest.mark.parametrize("with_points", [False, True])
+def test_a_table_of_embeddings_in_blocks(element: int, with_points: bool) -> None:
+    rng = np.random.default_rng(0)
+    low = 0 if element == TensorProto.UINT4 else -8
+    codes, points = (rng.integers(low, low + 16, shape) for shape in ((10, 64), (10, 2)))
+    scales = rng.standard_normal((10, 2)).astype(np.float32)
+    constants = [
+        helper.make_tensor("codes", element, codes.shape, codes.reshape(-1).tolist()),
+        numpy_helper.from_array(scales, "scales"),
+        helper.make_tensor("points", element, points.shape, points.reshape(-1).tolist()),
+    ]
+    names = ["codes", "ids", "scales", *(["points"] if with_points else [])]
+    node = helper.make_node("GatherBlockQuantized", names, ["y"], domain="com.microsoft", block_size=32)
+    graph = helper.make_graph(
+        [node],
+        "g",
+        [helper.make_tensor_value_info("ids", TensorProto.INT64, ["S"])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["S", 64])],
+        constants,
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    feed = {"ids": np.array([3, 0, 9, 3])}
+    (expected,) = onnxruntime.InferenceSession(model.SerializeToString()).run(None, feed)
+    shifts = np.repeat(points, 32, axis=1) if with_points else 0
+    np.testing.assert_allclose(expected, ((codes - shifts) * np.repeat(scales, 32, axis=1))[feed["ids"]], rtol=1e-6)
+    standard = standardize(model)
+    assert all(entry.domain == "" for entry in standard.graph.node)
+    (found,) = onnxruntime.InferenceSession(standard.SerializeToString()).run(None, feed)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)

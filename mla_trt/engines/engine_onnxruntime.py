@@ -120,10 +120,15 @@ def load_structure(path: Path | str) -> onnx.ModelProto:
 def embedded_vocabulary(model: onnx.ModelProto, token_input: str) -> int | None:
     """Rows of the embedding table that token ids look up, where the look-up is the first thing done with them."""
     tables = {tensor.name: tensor.dims[0] for tensor in model.graph.initializer if len(tensor.dims) == 2}
+    decoded: dict[str, int] = {}  # of tables of codes
     names = {token_input}
     for node in model.graph.node:
         if node.op_type == "Gather" and node.input[1] in names:
-            return tables.get(node.input[0])
+            return tables.get(node.input[0]) or decoded.get(node.input[0])
+        if node.op_type == "DequantizeLinear" and node.input[0] in tables:
+            decoded[node.output[0]] = tables[node.input[0]]
+        if node.op_type in ("Cast", "Mul", "Reshape") and node.input[0] in decoded:  # scaled block by block
+            decoded[node.output[0]] = decoded[node.input[0]]
         if node.op_type in ("Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze") and node.input[0] in names:
             names.add(node.output[0])
     return None
