@@ -127,6 +127,15 @@ __device__ void multiply_codes(float (&products)[32], const uint8_t* memory, int
     pin(products);
 }
 
+// Pairs of outputs as float16 or bf16.
+__device__ void pack_outputs(const float (&sums)[32], int32_t type, uint32_t (&words)[16]) {
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+        __half2 const halves = __floats2half2_rn(sums[2 * i], sums[2 * i + 1]);
+        words[i] = type == MLA_FLOAT16 ? reinterpret_cast<const uint32_t&>(halves) : pack(sums[2 * i], sums[2 * i + 1]);
+    }
+}
+
 // 16 tokens x 64 outputs of a warp from `row` on. `token` is that of the warp's first.
 __device__ void store_outputs(const Projection& work, const float (&sums)[32], uint8_t* staged, int head, int64_t token, int row) {
     int const lane = threadIdx.x % warp_size, g = lane / 4, t = lane % 4;
@@ -144,11 +153,7 @@ __device__ void store_outputs(const Projection& work, const float (&sums)[32], u
         return;
     }
     uint32_t words[16];
-#pragma unroll
-    for (int i = 0; i < 16; ++i) {
-        __half2 const halves = __floats2half2_rn(sums[2 * i], sums[2 * i + 1]);
-        words[i] = work.out.type == MLA_FLOAT16 ? reinterpret_cast<const uint32_t&>(halves) : pack(sums[2 * i], sums[2 * i + 1]);
-    }
+    pack_outputs(sums, work.out.type, words);
     __syncwarp();  // what was staged before has been read
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -183,11 +188,7 @@ __device__ void store_turned(const Projection& work, const float (&sums)[32], ui
         return;
     }
     uint32_t words[16];
-#pragma unroll
-    for (int i = 0; i < 16; ++i) {
-        __half2 const halves = __floats2half2_rn(sums[2 * i], sums[2 * i + 1]);
-        words[i] = work.out.type == MLA_FLOAT16 ? reinterpret_cast<const uint32_t&>(halves) : pack(sums[2 * i], sums[2 * i + 1]);
-    }
+    pack_outputs(sums, work.out.type, words);
     __syncwarp();  // what was staged before has been read
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
