@@ -19,8 +19,8 @@ namespace {
 using namespace hopper;
 
 constexpr int tile_rows = 128;  // outputs
-constexpr int pieces = 2;  // of a step's columns: 128 bytes in bf16
-constexpr int piece_bytes = tile_rows * 128;  // of w
+[[maybe_unused]] constexpr int pieces = 2;  // of a step's columns: 128 bytes in bf16
+[[maybe_unused]] constexpr int piece_bytes = tile_rows * 128;  // of w
 constexpr int staged_bytes = 16 * 128;  // a warp's outputs
 constexpr int most_stages = 4;
 constexpr int64_t fewest_tokens = 17;  // projection.cu is faster for fewer (measured on an H100)
