@@ -17,7 +17,7 @@ from mla_trt.passes.match_latent import Latent, divide_key, new_keys, read_laten
 from mla_trt.passes.match_mask import check_far_mask, check_mask
 from mla_trt.passes.match_query import query_groups, sort_heads
 from mla_trt.passes.match_rope import Rotation, balance, collect_factors, read_rope
-from mla_trt.passes.norms import RmsNorm, recognise_rms_norm
+from mla_trt.passes.norms import RmsNorm, recognise_layer_norm, recognise_rms_norm
 from mla_trt.passes.probe import ONE, Linear, Probe, Term
 
 
@@ -198,9 +198,11 @@ def _source_is_projection(probe: Probe, tensor: gs.Tensor) -> bool:
 
 
 def _check_low_rank(probe: Probe, source: gs.Tensor, node: gs.Node) -> None:
-    if not _source_is_projection(probe, source):
+    # A latent with a LayerNorm is taken as that gives it, without a norm of the op's.
+    other = recognise_layer_norm(probe, source)
+    if not _source_is_projection(probe, source if other is None else other.source):
         raise NoMatch(
-            "keys and values are projected from the hidden state itself, not from a low-rank latent (a projection of it, or the RMSNorm of one): "
+            "keys and values are projected from the hidden state itself, not from a low-rank latent (a projection of it, or a norm of one): "
             "this is ordinary attention, or MLA whose latent has another norm",
             node,
         )

@@ -372,3 +372,21 @@ def test_what_chooses_rotation_matrices_are_positions(product: str) -> None:
     ]
     (found,) = (entry for entry in identify_inputs(graph).inputs if entry.name == "at")
     assert (found.role, found.axes) == (roles.POSITIONS, ("B", "S"))
+
+
+def test_latents_with_a_layer_norm(tmp_path: Path) -> None:
+    editor = edit(DENSE)
+    makers = {output: node for node in editor.graph.node for output in node.output}
+    weighted = [node for node in editor.graph.node if any("kv_a_layernorm" in name for name in node.input)]
+    assert len(weighted) == 2
+    for node in weighted:
+        weight, inner = sorted(node.input, key=lambda name: name in makers)
+        latent = next(name for name in makers[inner].input if makers[name].op_type != "Reciprocal")
+        bias = editor.constant(np.linspace(-1, 1, 32), np.float32)
+        normed = editor.emit("LayerNormalization", latent, weight, bias, axis=-1)
+        for use in editor.uses[node.output[0]]:
+            use.node.input[use.index] = normed
+    editor.refresh()
+    report, lowered = lower_and_verify(editor, tmp_path)
+    assert "LayerNormalization" in {node.op_type for node in lowered.graph.node}
+    assert [layer["kv_lora_rank"] for layer in report["layers"]] == [32, 32]
