@@ -401,6 +401,10 @@ def lower(
         BadModelError: the model cannot be read.
         NoMlaError: it has no MLA, or cannot be lowered whole.
     """
+    if any(node.domain == "mla_trt" for node in model.graph.node):
+        raise NoMlaError(
+            "the model has been lowered already: give its folder to 'mla-trt run' or 'mla-trt build', or lower the export anew"
+        )
     shaped = {node.input[0] for node in model.graph.node if node.op_type in ("Shape", "Size") and plan}
     found = inspect(model, base_dir, progress)
     report, graph, probe = found.report, found.graph, found.probes[0]

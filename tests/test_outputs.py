@@ -390,3 +390,10 @@ def test_latents_with_a_layer_norm(tmp_path: Path) -> None:
     report, lowered = lower_and_verify(editor, tmp_path)
     assert "LayerNormalization" in {node.op_type for node in lowered.graph.node}
     assert [layer["kv_lora_rank"] for layer in report["layers"]] == [32, 32]
+
+
+def test_a_lowered_model_is_not_lowered_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, again = tmp_path / "first", tmp_path / "again"
+    assert main(["lower", str(EXAMPLES / f"{DENSE}.onnx"), "-o", str(first), "--quiet", "--no-verify"]) == 0
+    assert main(["lower", str(first / "model.onnx"), "-o", str(again), "--quiet"]) == 3
+    assert "the model has been lowered already" in capsys.readouterr().err
