@@ -10,8 +10,8 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
@@ -23,6 +23,7 @@ from mla_trt.bench.options import add_bench_arguments
 from mla_trt.errors import MlaTrtError, UsageError
 from mla_trt.serving.options import add_serve_arguments
 from mla_trt.signals import ending_raises, exit_status
+from mla_trt.standard_output import Output, OutputError
 
 if TYPE_CHECKING:
     from mla_trt.serving.triton_repository import Settings
@@ -113,35 +114,6 @@ exit status: 0 done; 2 something is missing or does not compile.""",
 }
 
 
-class OutputError(Exception):
-    """Standard output cannot be written; the cause is the OSError."""
-
-
-class _Output:
-    """Standard output, whose errors cannot be taken for those of other files. (Rich would end the process where a pipe is closed.)"""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        with self._errors():
-            return self._stream.write(text)
-
-    def flush(self) -> None:
-        with self._errors():
-            self._stream.flush()
-
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise OutputError from error
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -152,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _silence_graphsurgeon()
     try:
         # A command that is started with a closed one has none.
-        output = redirect_stdout(cast(TextIO, _Output(sys.stdout))) if sys.stdout else nullcontext()
+        output = redirect_stdout(cast(TextIO, Output(sys.stdout))) if sys.stdout else nullcontext()
         with ending_raises(), output:
             status: int = options.command(options)
             print(end="", flush=True)

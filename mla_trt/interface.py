@@ -28,7 +28,7 @@ TOKEN_INDEX = (
     "token_index"  # which new tokens results are wanted of: [S] for each of them, [B] one of each sequence, [] one
 )
 TOKEN_COUNT = "token_count"  # of how many of the last tokens results are wanted
-UNUSED = "unused"  # reaches no output
+UNUSED = "unused"  # no output depends on more than its shape
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,8 @@ def test_an_axis_of_unknown_meaning_is_named(folder: Path) -> None:
     onnx.save(model, folder / "model.onnx")
     with pytest.raises(BadModelError, match="the input 'input_ids' has an axis 'anything'"):
         build_file(folder, folder.parent / "model.engine", BuildOptions())
+    with pytest.raises(UsageError, match="'/dev/null' is a folder or a device"):
+        build_file(folder, Path("/dev/null"), BuildOptions())
     with pytest.raises(UsageError, match="is a folder"):
         build_file(folder, folder.parent, BuildOptions())
 

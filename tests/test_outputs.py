@@ -3,14 +3,13 @@ inputs and rope tables read in unusual ways."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import pytest
+from edited_exports import DENSE, EXAMPLES, EXPANDED, SPARSE, edit, lower_and_verify
 from model_editor import Editor
 from onnx import TensorProto, helper
 
@@ -18,26 +17,6 @@ from mla_trt import interface as roles
 from mla_trt.cli import main
 from mla_trt.engines.engine_onnxruntime import embedded_vocabulary
 from mla_trt.passes.identify_inputs import identify_inputs
-
-EXAMPLES = Path(__file__).resolve().parent.parent / "models" / "examples"
-DENSE = "deepseek_v3__dynamo_op20__eager__dec"
-SPARSE = "deepseek_v32__dynamo_op20__eager__dec"
-EXPANDED = "hub_deepseek_v2_orig__dynamo_op20__eager__dec"
-
-
-def edit(name: str) -> Editor:
-    return Editor(onnx.load(EXAMPLES / f"{name}.onnx"), seed=0)
-
-
-def lower_and_verify(editor: Editor, folder: Path) -> tuple[dict[str, Any], onnx.ModelProto]:
-    """The report and the lowered model of an edited export, verified by the command."""
-    onnx.save(editor.finish(), folder / "export.onnx")
-    assert main(["lower", str(folder / "export.onnx"), "-o", str(folder / "lowered"), "--quiet"]) == 0
-    report = json.loads((folder / "lowered" / "report.json").read_text())
-    assert report["matched"] == report["attention_cores"] == 2
-    assert report["verification"]["passed"]
-    assert report["verification"]["rewrite_max_error"] <= 1e-4
-    return report, onnx.load(folder / "lowered" / "model.onnx")
 
 
 def add_input(editor: Editor, name: str, dims: list[str]) -> None:
@@ -218,7 +197,7 @@ def test_a_result_with_such_a_name_is_refused(tmp_path: Path, capsys: pytest.Cap
     assert not (tmp_path / "lowered").exists()
 
 
-# Fixed numbers of sequences, and masks that hide nothing.
+# Fixed numbers of sequences.
 
 
 @pytest.mark.parametrize("sizes", [(2, 1), (3, 4)], ids=str)
@@ -233,87 +212,6 @@ def test_a_fixed_number_of_sequences(name: str, sizes: tuple[int, int], tmp_path
                 dim.dim_value = sizes[letters.index(dim.dim_param)]
     onnx.save(model, tmp_path / "export.onnx")
     assert main(["lower", str(tmp_path / "export.onnx"), "-o", str(tmp_path / "lowered"), "--quiet"]) == 0
-
-
-def test_a_mask_of_zeros_hides_nothing(tmp_path: Path) -> None:
-    editor = edit(DENSE)
-    for node in [node for node in editor.graph.node if node.op_type == "Softmax"]:
-        node.input[0] = editor.emit("Add", node.input[0], editor.constant(np.zeros((1, 4, 1, 1)), np.float32))
-    editor.refresh()
-    lower_and_verify(editor, tmp_path)
-
-
-@pytest.mark.parametrize("name", [DENSE, EXPANDED])
-def test_values_padded_to_the_width_of_keys(name: str, tmp_path: Path) -> None:
-    editor = edit(name)
-    for node in [node for node in editor.graph.node if node.op_type == "Softmax"]:
-        (use,) = editor.uses[node.output[0]]
-        product = use.node
-        assert product.op_type == "MatMul"
-        width = 20
-        padding = editor.constant([0, 0, 0, 0, 0, 0, 0, 40 - width], np.int64)
-        product.input[1] = editor.emit("Pad", product.input[1], padding)
-        readers = [(reader.node, reader.index) for reader in editor.uses[product.output[0]]]
-        bounds = [editor.constant([value], np.int64) for value in (0, width, 3)]
-        sliced = editor.emit("Slice", product.output[0], *bounds)
-        for reader, index in readers:
-            reader.input[index] = sliced
-    editor.refresh()
-    lower_and_verify(editor, tmp_path)
-
-
-# Queries that are scaled by position, each head in its own way.
-
-
-def scaled_queries(
-    editor: Editor, product: onnx.NodeProto, heads: int, rng: np.random.Generator, *, heads_last: bool
-) -> None:
-    """Multiplies the queries [B, H, S, D] (or [B, S, H, D]) of a product by a[h] log(position + 1) + b[h]."""
-    logs = editor.emit(
-        "Log", editor.emit("Cast", editor.emit("Add", "position_ids", editor.constant(1, np.int64)), to=1)
-    )
-    axes = editor.constant([2, 3] if heads_last else [1, 3], np.int64)
-    logs = editor.emit("Unsqueeze", logs, axes)  # [B, S, 1, 1] or [B, 1, S, 1]
-    shape = (heads, 1) if heads_last else (heads, 1, 1)
-    slope, start = (editor.constant(rng.standard_normal(shape), np.float32) for _ in range(2))
-    factor = editor.emit("Add", editor.emit("Mul", logs, slope), start)
-    product.input[0] = editor.emit("Mul", product.input[0], factor)
-
-
-def product_behind(editor: Editor, name: str) -> onnx.NodeProto:
-    makers = {output: node for node in editor.graph.node for output in node.output}
-    node = makers[name]
-    while node.op_type != "MatMul":
-        node = makers[node.input[0]]
-    return node
-
-
-@pytest.mark.parametrize("name", [DENSE, SPARSE])
-def test_each_head_is_scaled_by_position(name: str, tmp_path: Path) -> None:
-    editor, rng = edit(name), np.random.default_rng(0)
-    for node in list(editor.graph.node):
-        if node.op_type == "Softmax":
-            scaled_queries(editor, product_behind(editor, node.input[0]), 4, rng, heads_last=False)
-        if node.op_type == "Relu":
-            scaled_queries(editor, product_behind(editor, node.input[0]), 16, rng, heads_last=True)
-    editor.refresh()
-    _, lowered = lower_and_verify(editor, tmp_path)
-    scaled = {output for node in lowered.graph.node if node.op_type == "Mul" for output in node.output}
-    for node in lowered.graph.node:
-        if node.op_type in ("MlaAttention", "MlaSparseAttention"):
-            assert node.input[0] in scaled
-
-
-@pytest.mark.parametrize("factors", [[-1.0] * 16, [0.5, -2.0] * 8], ids=["all alike", "by head"])
-def test_index_queries_have_factors_below_zero(factors: list[float], tmp_path: Path) -> None:
-    editor = edit(SPARSE)
-    for node in list(editor.graph.node):
-        if node.op_type == "Relu":
-            product = product_behind(editor, node.input[0])
-            row = editor.constant(np.array(factors)[:, None], np.float32)
-            product.input[0] = editor.emit("Mul", product.input[0], row)
-    editor.refresh()
-    lower_and_verify(editor, tmp_path)
 
 
 def test_token_ids_of_which_only_the_shape_is_read(tmp_path: Path) -> None:
@@ -372,28 +270,3 @@ def test_what_chooses_rotation_matrices_are_positions(product: str) -> None:
     ]
     (found,) = (entry for entry in identify_inputs(graph).inputs if entry.name == "at")
     assert (found.role, found.axes) == (roles.POSITIONS, ("B", "S"))
-
-
-def test_latents_with_a_layer_norm(tmp_path: Path) -> None:
-    editor = edit(DENSE)
-    makers = {output: node for node in editor.graph.node for output in node.output}
-    weighted = [node for node in editor.graph.node if any("kv_a_layernorm" in name for name in node.input)]
-    assert len(weighted) == 2
-    for node in weighted:
-        weight, inner = sorted(node.input, key=lambda name: name in makers)
-        latent = next(name for name in makers[inner].input if makers[name].op_type != "Reciprocal")
-        bias = editor.constant(np.linspace(-1, 1, 32), np.float32)
-        normed = editor.emit("LayerNormalization", latent, weight, bias, axis=-1)
-        for use in editor.uses[node.output[0]]:
-            use.node.input[use.index] = normed
-    editor.refresh()
-    report, lowered = lower_and_verify(editor, tmp_path)
-    assert "LayerNormalization" in {node.op_type for node in lowered.graph.node}
-    assert [layer["kv_lora_rank"] for layer in report["layers"]] == [32, 32]
-
-
-def test_a_lowered_model_is_not_lowered_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    first, again = tmp_path / "first", tmp_path / "again"
-    assert main(["lower", str(EXAMPLES / f"{DENSE}.onnx"), "-o", str(first), "--quiet", "--no-verify"]) == 0
-    assert main(["lower", str(first / "model.onnx"), "-o", str(again), "--quiet"]) == 3
-    assert "the model has been lowered already" in capsys.readouterr().err

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import pytest
 import small_models
+from edited_exports import DENSE, EXAMPLES, EXPANDED, SPARSE, edit
 from model_editor import Editor
 from onnx import TensorProto, helper, numpy_helper
 from small_models import ints
@@ -20,15 +20,7 @@ from mla_trt.passes.einsum import einsum_shape
 from mla_trt.passes.merge_equal import merge_equal
 from mla_trt.passes.simplify import simplify
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "models" / "examples"
-DENSE = "deepseek_v3__dynamo_op20__eager__dec"
-SPARSE = "deepseek_v32__dynamo_op20__eager__dec"
-EXPANDED = "hub_deepseek_v2_orig__dynamo_op20__eager__dec"
 LAST = np.iinfo(np.int64).max
-
-
-def edit(name: str) -> Editor:
-    return Editor(onnx.load(EXAMPLES / f"{name}.onnx"), seed=0)
 
 
 def refusal(editor: Editor, error: type[MlaTrtError] = NoMlaError) -> str:
@@ -329,3 +321,9 @@ def test_the_shape_of_an_einsum(equation: str, shapes: list[tuple[int, ...]], ex
 def test_an_einsum_that_does_not_fit(equation: str, shapes: list[tuple[int, ...]]) -> None:
     with pytest.raises(BadModelError):
         einsum_shape(equation, shapes)
+
+
+def test_a_lowered_model_is_not_lowered_again() -> None:
+    lowered = lower(onnx.load(EXAMPLES / f"{DENSE}.onnx"), LowerOptions()).model
+    with pytest.raises(NoMlaError, match="has been lowered already: give its folder to 'mla-trt run'"):
+        lower(lowered, LowerOptions())

@@ -91,38 +91,28 @@ __device__ void decode_w(const uint8_t* memory, int line, int unit, uint32_t (&a
     }
 }
 
-// 64 outputs of a group times 64 tokens over 128 columns: a quarter of them is decoded while the one before is multiplied. `x`: its first
-// piece's tile.
+// A quarter of 128 columns: decoded, and its products ordered. `x`: the tile of its piece, in which it begins at `step`.
+template <int step, bool clear = false>
+__device__ void order_quarter(float (&products)[32], uint32_t (&a)[2][4], const uint8_t* memory, int line, int unit, uint32_t x) {
+    decode_w(memory, line, unit, a);
+    if (clear) pin(products);
+    pin(a);
+    product_fence();
+    product_bf16<step, clear>(products, a[0], x);
+    product_bf16<step + 1>(products, a[1], x);
+    product_commit();
+}
+
+// 64 outputs of a group times 64 tokens over 128 columns: a quarter is decoded while the one before is multiplied. `x`: its first piece's tile.
 template <int next_x>
 __device__ void multiply_codes(float (&products)[32], const uint8_t* memory, int line, uint32_t x) {
     uint32_t a[2][4], b[2][4];
-    decode_w(memory, line, 0, a);
-    pin(products);
-    pin(a);
-    product_fence();
-    product_bf16<0, true>(products, a[0], x);
-    product_bf16<1>(products, a[1], x);
-    product_commit();
-    decode_w(memory, line, 2, b);
-    pin(b);
-    product_fence();
-    product_bf16<2>(products, b[0], x);
-    product_bf16<3>(products, b[1], x);
-    product_commit();
+    order_quarter<0, true>(products, a, memory, line, 0, x);
+    order_quarter<2>(products, b, memory, line, 2, x);
     product_wait<1>();
-    decode_w(memory, line, 4, a);
-    pin(a);
-    product_fence();
-    product_bf16<0>(products, a[0], x + next_x);
-    product_bf16<1>(products, a[1], x + next_x);
-    product_commit();
+    order_quarter<0>(products, a, memory, line, 4, x + next_x);
     product_wait<1>();
-    decode_w(memory, line, 6, b);
-    pin(b);
-    product_fence();
-    product_bf16<2>(products, b[0], x + next_x);
-    product_bf16<3>(products, b[1], x + next_x);
-    product_commit();
+    order_quarter<2>(products, b, memory, line, 6, x + next_x);
     product_wait();
     pin(products);
 }

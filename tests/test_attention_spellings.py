@@ -1,0 +1,110 @@
+"""Attention that few exports write so: masks that hide nothing, padded values, queries that each head scales, other norms."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from edited_exports import DENSE, EXPANDED, SPARSE, edit, lower_and_verify
+from model_editor import Editor
+
+
+def test_a_mask_of_zeros_hides_nothing(tmp_path: Path) -> None:
+    editor = edit(DENSE)
+    for node in [node for node in editor.graph.node if node.op_type == "Softmax"]:
+        node.input[0] = editor.emit("Add", node.input[0], editor.constant(np.zeros((1, 4, 1, 1)), np.float32))
+    editor.refresh()
+    lower_and_verify(editor, tmp_path)
+
+
+@pytest.mark.parametrize("name", [DENSE, EXPANDED])
+def test_values_padded_to_the_width_of_keys(name: str, tmp_path: Path) -> None:
+    editor = edit(name)
+    for node in [node for node in editor.graph.node if node.op_type == "Softmax"]:
+        (use,) = editor.uses[node.output[0]]
+        product = use.node
+        assert product.op_type == "MatMul"
+        width = 20
+        padding = editor.constant([0, 0, 0, 0, 0, 0, 0, 40 - width], np.int64)
+        product.input[1] = editor.emit("Pad", product.input[1], padding)
+        readers = [(reader.node, reader.index) for reader in editor.uses[product.output[0]]]
+        bounds = [editor.constant([value], np.int64) for value in (0, width, 3)]
+        sliced = editor.emit("Slice", product.output[0], *bounds)
+        for reader, index in readers:
+            reader.input[index] = sliced
+    editor.refresh()
+    lower_and_verify(editor, tmp_path)
+
+
+# Queries that are scaled by position, each head in its own way.
+
+
+def scaled_queries(
+    editor: Editor, product: onnx.NodeProto, heads: int, rng: np.random.Generator, *, heads_last: bool
+) -> None:
+    """Multiplies the queries [B, H, S, D] (or [B, S, H, D]) of a product by a[h] log(position + 1) + b[h]."""
+    logs = editor.emit(
+        "Log", editor.emit("Cast", editor.emit("Add", "position_ids", editor.constant(1, np.int64)), to=1)
+    )
+    axes = editor.constant([2, 3] if heads_last else [1, 3], np.int64)
+    logs = editor.emit("Unsqueeze", logs, axes)  # [B, S, 1, 1] or [B, 1, S, 1]
+    shape = (heads, 1) if heads_last else (heads, 1, 1)
+    slope, start = (editor.constant(rng.standard_normal(shape), np.float32) for _ in range(2))
+    factor = editor.emit("Add", editor.emit("Mul", logs, slope), start)
+    product.input[0] = editor.emit("Mul", product.input[0], factor)
+
+
+def product_behind(editor: Editor, name: str) -> onnx.NodeProto:
+    makers = {output: node for node in editor.graph.node for output in node.output}
+    node = makers[name]
+    while node.op_type != "MatMul":
+        node = makers[node.input[0]]
+    return node
+
+
+@pytest.mark.parametrize("name", [DENSE, SPARSE])
+def test_each_head_is_scaled_by_position(name: str, tmp_path: Path) -> None:
+    editor, rng = edit(name), np.random.default_rng(0)
+    for node in list(editor.graph.node):
+        if node.op_type == "Softmax":
+            scaled_queries(editor, product_behind(editor, node.input[0]), 4, rng, heads_last=False)
+        if node.op_type == "Relu":
+            scaled_queries(editor, product_behind(editor, node.input[0]), 16, rng, heads_last=True)
+    editor.refresh()
+    _, lowered = lower_and_verify(editor, tmp_path)
+    scaled = {output for node in lowered.graph.node if node.op_type == "Mul" for output in node.output}
+    for node in lowered.graph.node:
+        if node.op_type in ("MlaAttention", "MlaSparseAttention"):
+            assert node.input[0] in scaled
+
+
+@pytest.mark.parametrize("factors", [[-1.0] * 16, [0.5, -2.0] * 8], ids=["all alike", "by head"])
+def test_index_queries_have_factors_below_zero(factors: list[float], tmp_path: Path) -> None:
+    editor = edit(SPARSE)
+    for node in list(editor.graph.node):
+        if node.op_type == "Relu":
+            product = product_behind(editor, node.input[0])
+            row = editor.constant(np.array(factors)[:, None], np.float32)
+            product.input[0] = editor.emit("Mul", product.input[0], row)
+    editor.refresh()
+    lower_and_verify(editor, tmp_path)
+
+
+def test_latents_with_a_layer_norm(tmp_path: Path) -> None:
+    editor = edit(DENSE)
+    makers = {output: node for node in editor.graph.node for output in node.output}
+    weighted = [node for node in editor.graph.node if any("kv_a_layernorm" in name for name in node.input)]
+    assert len(weighted) == 2
+    for node in weighted:
+        weight, inner = sorted(node.input, key=lambda name: name in makers)
+        latent = next(name for name in makers[inner].input if makers[name].op_type != "Reciprocal")
+        bias = editor.constant(np.linspace(-1, 1, 32), np.float32)
+        normed = editor.emit("LayerNormalization", latent, weight, bias, axis=-1)
+        for use in editor.uses[node.output[0]]:
+            use.node.input[use.index] = normed
+    editor.refresh()
+    report, lowered = lower_and_verify(editor, tmp_path)
+    assert "LayerNormalization" in {node.op_type for node in lowered.graph.node}
+    assert [layer["kv_lora_rank"] for layer in report["layers"]] == [32, 32]
