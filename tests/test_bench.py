@@ -185,7 +185,7 @@ BUILD = "0.1.0 sm_90a"
 COMMAND = "mla-trt bench kernels --cases decode"
 CEILINGS = Ceilings("NVIDIA H200", 4.29e12, 7.5e14, None)
 RESULTS = [
-    Result("decode-a", 1e-3, 100.0, 0.01, 650.0, 2.7, 0.9, "FlashMLA", 110.0, 1.1),
+    Result("decode-a", 1e-3, 100.0, 0.01, 650.0, 2.7, 0.9, "FlashMLA", 110.0, 1.1, 120.0),
     Result("decode-b", 1e-3, 50.0, 0.01, 650.0, 2.7, 0.9, peer_note="flash_mla: No module named 'flash_mla'"),
     Result("decode-c", 0.5, note="wrong: error 5.0e-01 > 1e-02"),
 ]
@@ -195,8 +195,8 @@ def test_a_wrong_kernel_has_no_figure() -> None:
     rows = markdown(COMMAND, BUILD, CEILINGS, RESULTS).splitlines()
     assert rows[0] == f"    {COMMAND}"
     assert rows[2].startswith("NVIDIA H200: copy 4.29 TB/s, matrix product bf16 750 TFLOP/s, fp8 not measured.")
-    assert rows[6] == "| decode-a | 100.0 | 1.0% | 650 | 2.70 | 90% | 1.0e-03 | FlashMLA | 110.0 | 1.10 |"
-    assert rows[7].endswith("| flash_mla: No module named 'flash_mla' |  |  |")
+    assert rows[6] == "| decode-a | 100.0 | 1.0% | 650 | 2.70 | 90% | 1.0e-03 | FlashMLA | 110.0 | 1.10 | 120.0; 1.20 |"
+    assert rows[7].endswith("| flash_mla: No module named 'flash_mla' |  |  |  |")
     assert rows[8].startswith("| decode-c | wrong: error 5.0e-01 > 1e-02 |")
     assert len({row.count("|") for row in rows[4:]}) == 1
 
@@ -226,11 +226,16 @@ def test_figures_have_the_command_that_made_them(
 
 def test_the_ratio_and_the_ceiling() -> None:
     case = bench_cases.Case("MlaDecoding", {}, {}, flops=7.5e14 * 1e-4, bytes=1.0)
-    result = bench._result("x", case, CEILINGS, 0.0, [200.0, 198.0, 230.0], "FlashMLA", [300.0], "")
+    result = bench._result(
+        "x", case, CEILINGS, 0.0, [200.0, 198.0, 230.0], "FlashMLA", [[300.0], [320.0, 310.0, 330.0]], ""
+    )
     assert result.us == 200.0
     assert result.of_ceiling == pytest.approx(0.5)
     assert result.ratio == pytest.approx(1.5)
+    assert result.planning_us == 320.0
     assert result.spread == pytest.approx(0.16)
+    alone = bench._result("x", case, CEILINGS, 0.0, [200.0], "", [], "none")
+    assert (alone.peer_us, alone.ratio, alone.planning_us) == (None, None, None)
 
 
 def test_uneven_cases_are_compared_with_even_ones_by_their_share_of_the_ceiling() -> None:

@@ -442,7 +442,7 @@ def _cases() -> dict[str, Callable[[], Case]]:
             cases[f"append-{row_format}-{128 * new}"] = functools.partial(append, row_format, 128, new)
     for tokens in (1, 8, 128):
         cases[f"branch-fp8-{tokens}"] = functools.partial(composed, tokens, codes=True, branch=True)
-    for batch, keys in ((1, 32), (16, 4), (64, 4), (128, 4)):
+    for batch, keys in ((1, 32), (4, 32), (16, 4), (64, 4), (128, 4)):
         for kind, codes, branch in (
             ("branch-fp8", True, True),
             ("attention", False, False),

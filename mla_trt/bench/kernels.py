@@ -86,14 +86,14 @@ def _repeats(milliseconds_once: float, sets: int) -> int:
 class _Theirs:
     """A peer's kernel over all sets, as a graph of torch's."""
 
-    def __init__(self, peer: peers.Peer) -> None:
+    def __init__(self, name: str, calls: peers.Calls) -> None:
         self.torch = importlib.import_module("torch")
-        self.peer = peer
+        self.name, self.calls = name, calls
         for _ in range(2):
             self._pass()
         self.torch.cuda.synchronize()
-        repeats = _repeats(self._timed(self._pass), len(peer.calls))
-        self.launches = repeats * len(peer.calls)
+        repeats = _repeats(self._timed(self._pass), len(calls))
+        self.launches = repeats * len(calls)
         self.graph = self.torch.cuda.CUDAGraph()
         with self.torch.cuda.graph(self.graph):
             for _ in range(repeats):
@@ -101,7 +101,7 @@ class _Theirs:
         self.time()
 
     def _pass(self) -> None:
-        for call in self.peer.calls:
+        for call in self.calls:
             call()
 
     def _timed(self, work: Callable[[], None]) -> float:
@@ -151,12 +151,11 @@ def bench_case(
         elif case.neighbour is not None:
             beside = _Beside(case.neighbour, library, CASES[case.neighbour]())
         if beside is not None:
-            times, even_times = _alternate(ours, beside.ours)
+            times, even_times = _alternate([ours, beside.ours])
             return _beside(name, case, beside, ceilings, error, times, even_times)
-        theirs, peer_note = _make_peer(case, count) if with_peer else (None, "")
-        times, peer_times = _alternate(ours, theirs)
-        peer = theirs.peer.name if theirs else ""
-        return _result(name, case, ceilings, error, times, peer, peer_times, peer_note)
+        theirs, peer_note = _make_peer(case, count) if with_peer else ([], "")
+        times, *peer_times = _alternate([ours, *theirs])
+        return _result(name, case, ceilings, error, times, theirs[0].name if theirs else "", peer_times, peer_note)
     except CudaError:
         raise
     except MlaTrtError as problem:
@@ -197,25 +196,25 @@ def _release(sets: Sequence[CaseData], ours: _Ours | None) -> None:
         sys.modules["torch"].cuda.empty_cache()
 
 
-def _make_peer(case: Case, sets: int) -> tuple[_Theirs | None, str]:
+def _make_peer(case: Case, sets: int) -> tuple[list[_Theirs], str]:
+    """A peer's kernel, and where it has a plan the same with that, too; or why there is none."""
     if case.peer is None:
-        return None, ""
+        return [], ""
     function, arguments = case.peer
     try:
-        return _Theirs(getattr(peers, function)(sets, **arguments)), ""
+        peer = getattr(peers, function)(sets, **arguments)
+        return [_Theirs(peer.name, calls) for calls in (peer.calls, peer.planning) if calls], ""
     except (MlaTrtError, RuntimeError, TypeError, AssertionError) as problem:
-        return None, " ".join(str(problem).split())[:200]
+        return [], " ".join(str(problem).split())[:200]
 
 
-def _alternate(ours: _Ours, theirs: _Ours | _Theirs | None) -> tuple[list[float], list[float]]:
-    times: list[float] = []
-    peer_times: list[float] = []
+def _alternate(graphs: Sequence[_Ours | _Theirs]) -> list[list[float]]:
+    """The times of each."""
+    rounds: list[list[float]] = []
     until = time.monotonic() + SECONDS
-    while len(times) < 3 or (len(times) < ROUNDS and time.monotonic() < until):
-        times.append(ours.time())
-        if theirs is not None:
-            peer_times.append(theirs.time())
-    return times, peer_times
+    while len(rounds) < 3 or (len(rounds) < ROUNDS and time.monotonic() < until):
+        rounds.append([graph.time() for graph in graphs])
+    return [list(times) for times in zip(*rounds, strict=True)]
 
 
 def _result(
@@ -225,12 +224,14 @@ def _result(
     error: float,
     times: Sequence[float],
     peer: str,
-    peer_times: Sequence[float],
+    peer_times: Sequence[Sequence[float]],
     peer_note: str,
 ) -> Result:
+    """``peer_times``: of the peer, and of the same with its plan; as many of them as there are."""
     us = median(times)
     rate = ceilings.fp8 if case.precision == "fp8" else ceilings.bf16
     floor = max(case.bytes / ceilings.copy, case.flops / rate if rate else 0.0)
+    peer_us, planning_us, *_ = [*map(median, peer_times), None, None]
     return Result(
         name,
         error=error,
@@ -240,8 +241,9 @@ def _result(
         terabytes=case.bytes / us / 1e6,
         of_ceiling=1e6 * floor / us,
         peer=peer,
-        peer_us=median(peer_times) if peer_times else None,
-        ratio=median(peer_times) / us if peer_times else None,
+        peer_us=peer_us,
+        ratio=None if peer_us is None else peer_us / us,
+        planning_us=planning_us,
         peer_note=peer_note,
     )
 
@@ -256,7 +258,7 @@ def _beside(
     even_times: Sequence[float],
 ) -> Result:
     """The result of a case whose peer is ours too: the ratio is that of the shares of the ceiling."""
-    result = _result(name, case, ceilings, error, times, beside.name, even_times, "")
+    result = _result(name, case, ceilings, error, times, beside.name, [even_times], "")
     even = _result(beside.name, beside.case, ceilings, 0.0, even_times, "", [], "")
     assert result.of_ceiling is not None
     assert even.of_ceiling is not None

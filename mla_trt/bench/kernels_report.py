@@ -30,7 +30,8 @@ class Ceilings:
 class Result:
     """One case. Times are medians of a launch in us; ``spread`` is (slowest - fastest) / median of the rounds.
 
-    ``note`` says why there is no figure, ``peer_note`` why there is no peer.
+    ``note`` says why there is no figure, ``peer_note`` why there is no peer. ``planning_us`` is a peer's time where it makes a plan of the
+    sequences' lengths in each launch, as our op does; in ``peer_us`` it has the plan already.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Result:
     peer: str = ""
     peer_us: float | None = None
     ratio: float | None = None
+    planning_us: float | None = None
     peer_note: str = ""
     note: str = ""
 
@@ -59,14 +61,15 @@ def markdown(command: str, build: str, ceilings: Ceilings, results: Sequence[Res
         f"{ceilings.gpu}: copy {ceilings.copy / 1e12:.2f} TB/s, matrix product bf16 {rate(ceilings.bf16)}, fp8 {rate(ceilings.fp8)}. "
         f"Kernels: {build}. Times are medians of a launch in a CUDA graph; spread is slowest minus fastest round. Of the ceiling: the time that "
         "the least bytes or operations take at these rates, over the time taken. The peer of an uneven case is a case of ours of an even "
-        "shape: how many times as fast then compares their shares of the ceiling.",
+        "shape: how many times as fast then compares their shares of the ceiling. Our attention plans each step in the op; a peer with a plan of "
+        "its own has made it before, and in the last column, with how many times as fast as that we are, makes it in each launch.",
         "",
-        "| case | us | spread | TFLOP/s | TB/s | of the ceiling | error | peer | peer us | times as fast |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| case | us | spread | TFLOP/s | TB/s | of the ceiling | error | peer | peer us | times as fast | with its plan |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
         if result.us is None:
-            lines.append(f"| {result.name} | {result.note} |" + " |" * 8)
+            lines.append(f"| {result.name} | {result.note} |" + " |" * 9)
             continue
         cells = (
             result.name,
@@ -79,6 +82,7 @@ def markdown(command: str, build: str, ceilings: Ceilings, results: Sequence[Res
             result.peer or result.peer_note.replace("|", "\\|"),
             "" if result.peer_us is None else f"{result.peer_us:.1f}",
             "" if result.ratio is None else f"{result.ratio:.2f}",
+            "" if result.planning_us is None else f"{result.planning_us:.1f}; {result.planning_us / result.us:.2f}",
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

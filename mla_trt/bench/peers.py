@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mla_trt.errors import MlaTrtError
@@ -33,11 +33,13 @@ class Peer:
         name: of the kernel.
         calls: one for each set.
         error: relative (Frobenius) of what was checked.
+        planning: the same, each of which makes a plan of the sequences' lengths first; none where there is no plan.
     """
 
     name: str
     calls: Calls
     error: float
+    planning: Calls = field(default_factory=list)
 
 
 def _module(name: str) -> Any:
@@ -47,10 +49,10 @@ def _module(name: str) -> Any:
         raise NoPeerError(f"{name}: {' '.join(str(error).split())[:120]}") from None
 
 
-def _peer(name: str, calls: Calls, error: float, tolerance: float) -> Peer:
+def _peer(name: str, calls: Calls, error: float, tolerance: float, planning: Calls | None = None) -> Peer:
     if not error <= tolerance:
         raise NoPeerError(f"{name} is off by {error:.1e}")
-    return Peer(name, calls, error)
+    return Peer(name, calls, error, planning or [])
 
 
 def _relative(found: Any, expected: Any) -> float:
@@ -74,9 +76,10 @@ def _paged(torch: Any, batch: int, keys: int) -> tuple[Any, Any]:
 
 
 def flash_mla_dense(sets: int, batch: int, heads: int, keys: int, new: int) -> Peer:
-    """FlashMLA's dense decode over bf16 rows."""
+    """FlashMLA's dense decode over bf16 rows. A plan is made by the first call that has it."""
     torch, flash_mla = _module("torch"), _module("flash_mla")
     calls: Calls = []
+    planning: Calls = []
     error = 0.0
     for number in range(sets):
         query = torch.randn(batch, new, heads, WIDTH, device="cuda", dtype=torch.bfloat16)
@@ -87,11 +90,15 @@ def flash_mla_dense(sets: int, batch: int, heads: int, keys: int, new: int) -> P
         def call(q: Any = query, kv: Any = cache, t: Any = table, n: Any = lengths, p: Any = plan) -> Any:
             return flash_mla.flash_mla_with_kvcache(q, kv, t, n, RANK, p, None, SCALE, causal=True)
 
+        def plan_and_call(call: Callable[..., Any] = call) -> Any:
+            return call(p=flash_mla.get_mla_metadata()[0])
+
         calls.append(call)
+        planning.append(plan_and_call)
         if number == 0:
             rows = cache[table[-1].long()].view(keys, WIDTH).float()
             error = _relative(call()[0][-1], _causal_attention(torch, query[-1], rows, new))
-    return _peer("FlashMLA", calls, error, 6e-3)
+    return _peer("FlashMLA", calls, error, 6e-3, planning)
 
 
 def vllm_flash_mla_dense_fp8(sets: int, batch: int, heads: int, keys: int, new: int) -> Peer:
@@ -99,6 +106,7 @@ def vllm_flash_mla_dense_fp8(sets: int, batch: int, heads: int, keys: int, new: 
     torch, fork = _module("torch"), _module("flash_mla_vllm")
     e4m3, one = torch.float8_e4m3fn, torch.ones(1, device="cuda")
     calls: Calls = []
+    planning: Calls = []
     error = 0.0
     for number in range(sets):
         query = torch.randn(batch, new, heads, WIDTH, device="cuda", dtype=torch.bfloat16).to(e4m3)
@@ -111,11 +119,16 @@ def vllm_flash_mla_dense_fp8(sets: int, batch: int, heads: int, keys: int, new: 
         ) -> Any:
             return fork.flash_mla_with_kvcache_fp8(q, kv, t, n, RANK, p, s, SCALE, True, one, one)
 
+        def plan_and_call(call: Callable[..., Any] = call, n: Any = lengths) -> Any:
+            plan, splits = fork.get_mla_metadata_dense_fp8(n, new * heads, 1)
+            return call(p=plan, s=splits)
+
         calls.append(call)
+        planning.append(plan_and_call)
         if number == 0:
             rows = cache[table[-1].long()].view(keys, WIDTH).float()
             error = _relative(call()[0][-1], _causal_attention(torch, query[-1], rows, new))
-    return _peer("vLLM's FlashMLA", calls, error, 6e-2)  # its weights are rounded to fp8
+    return _peer("vLLM's FlashMLA", calls, error, 6e-2, planning)  # its weights are rounded to fp8
 
 
 def _ds_mla_rows(torch: Any, pages: int) -> Any:

@@ -103,7 +103,7 @@ struct Attention {
 };
 
 // Finds that, takes the scratch memory from the call's workspace, where it may be used until `attend` has been called, and launches the plan
-// where there is one. `beside`: the kernel before makes nothing that the plan needs, and the plan is made meanwhile. `leaves_parts`: what the host cuts stays in parts, for `project_parts`.
+// where there is one. `beside`: the kernel before makes nothing that the plan needs, and the plan is made meanwhile. `leaves_parts`: what is cut stays in parts, for `project_parts`.
 int begin_attention(Call& call, const Attend& work, bool beside, Attention* attention);
 int attend(const Attend& work, const Attention& attention, bool leaves_parts, cudaStream_t stream);
 

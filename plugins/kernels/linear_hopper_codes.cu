@@ -8,97 +8,17 @@
 // Scales multiply the sums of a step, where there are registers for these: of up to 64 tokens. Else they multiply the weights, which are what
 // bf16 holds of code times scale. Of many tokens each tile would do so again: weights are decoded to memory first (`decode_weights`), and the
 // products are those of bf16.
-#include "linear_sums.cuh"
+#include "linear_codes_few.cuh"
 
 namespace mla {
 namespace {
 
 using namespace linear_tiles;
 
-constexpr int scale_block = 128;  // columns and outputs that have one scale; a step is one of columns
 constexpr int decoding_threads = 256;
 constexpr int conversions = 200;  // about how many cycles those of a step and a group take
 
-// Three groups read the first 128 outputs as four do, and the last 64 as rows of half the width.
-template <int tokens_, int groups>
-struct CodesBlock {
-    static constexpr int tokens = tokens_, tiles = groups, columns = tiles * 64;
-    static constexpr int consumers = tiles * group_threads, threads = consumers + group_threads;
-    static constexpr int row = columns + 4;  // floats of a row of sums: where half a warp writes no bank is met twice
-    static constexpr int x_tile = tokens * step_bytes, x_bytes = 2 * x_tile;  // 64 columns of x, and a step's
-    static constexpr int w_tile = scale_block * step_bytes, w_bytes = tiles * w_tile / 2;  // a step of 128 outputs, and of all
-    static constexpr int stage_bytes = x_bytes + w_bytes, most = budget / stage_bytes;
-    static constexpr int stages = most < most_stages ? most : most_stages, bytes = stages * stage_bytes;
-    static_assert(tokens * row * 4 <= bytes && tokens % most_cluster == 0);
-
-    // Of a part the map of rows of 128 outputs, and behind those of all parts that of 64.
-    template <int parts>
-    __device__ static void order_w(const Operands<parts>& operands, const Tile& tile, int step, uint32_t stage, uint32_t there) {
-        copy_box(stage + x_bytes, &operands.w[tile.part], there, tile.first_output, step * scale_block, 0, 0);
-        copy_box(stage + x_bytes + w_tile, &operands.w[tile.part + (groups == 4 ? 0 : most_linear_parts)], there, tile.first_output + scale_block,
-                 step * scale_block, 0, 0);
-    }
-    template <int parts>
-    __device__ static void order_x(const Operands<parts>& operands, const Tile& tile, int step, uint32_t stage, uint32_t there) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) copy_box(stage + i * x_tile, &operands.x, there, (2 * step + i) * step_bytes, tile.first_token, 0, 0);
-    }
-};
-
-struct Codes {
-    Operands<2 * most_linear_parts> operands;
-    Result results[most_linear_parts];
-    const float* scales[most_linear_parts];
-    const float* squares;  // of x's rows, [square_steps, tokens]
-    int square_steps;
-    float mean, epsilon;
-};
-
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-
-constexpr int chunk = 32;  // columns of a step whose codes are in registers at a time
-
-// A block's scale, as two terms of bf16 each twice: their sum has 16 bits of it.
-struct Scale {
-    __nv_bfloat162 high, low;
-
-    __device__ explicit Scale(float scale) {
-        float const rounded = __bfloat162float(__float2bfloat16_rn(scale));
-        high = __floats2bfloat162_rn(rounded, rounded);
-        low = __floats2bfloat162_rn(scale - rounded, scale - rounded);
-    }
-    // Two codes as they come from `code_pair`, times the scale.
-    __device__ uint32_t times(uint32_t pair) const {
-        uint32_t const bits = decode_pair(pair);
-        auto const values = reinterpret_cast<const __nv_bfloat162&>(bits);
-        __nv_bfloat162 const scaled = __hfma2(values, high, __hmul2(values, low));
-        return reinterpret_cast<const uint32_t&>(scaled);
-    }
-};
-
-// The fragments of two products, each of 16 columns, from four matrices of eight columns. `decode`: what two codes become that come from
-// `code_pair`.
-template <class Decode>
-__device__ inline void make_fragments(uint32_t (&a)[2][4], const uint32_t (&codes)[4], Decode decode) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        a[i / 2][i % 2 * 2] = decode(code_pair<codes_02>(codes[i]));
-        a[i / 2][i % 2 * 2 + 1] = decode(code_pair<codes_13>(codes[i]));
-    }
-}
-
-// Where a lane's codes lie in a stage: of the first of a step's rows, and from a chunk's to the next one's.
-struct Line {
-    uint32_t first, stride;
-};
-
-template <class B>
-__device__ inline Line line_of(int warp, int lane) {
-    bool const half = B::tiles == 3 && warp >= 8;
-    int const unit = warp % (half ? 4 : 8), bytes = half ? step_bytes / 2 : step_bytes;
-    int const permuted = unit ^ (half ? lane >> 1 & 3 : lane & 7);  // as the copy engine does
-    return {static_cast<uint32_t>(B::x_bytes + warp / 8 * B::w_tile + lane * bytes + (permuted << 4)), static_cast<uint32_t>(chunk * bytes)};
-}
 
 // Adds a step's products to the sums; `clear`: they are zero before.
 template <class B, bool clear, class Decode>
@@ -108,7 +28,7 @@ __device__ inline void multiply_step(float (&sums)[B::tokens / 2], const Line& l
     constexpr int sets = B::tiles == 4 && B::tokens > 64 ? 1 : 2;
     uint32_t a[sets][2][4];
 #pragma unroll
-    for (int c = 0; c < scale_block / chunk; ++c) {
+    for (int c = 0; c < chunks; ++c) {
         uint32_t codes[4];
         ldmatrix_x4_transposed(codes, x_tiles + line.first + c * line.stride);
         product_wait<sets - 1>();
@@ -226,6 +146,9 @@ __global__ void __launch_bounds__(B::threads, 1) linear_codes_kernel(const __gri
     if (warp >= B::consumers / warp_size) {
         registers_decrease<32>();
         if (warp == B::consumers / warp_size && elect_lane()) order_operands<B>(ring, operands, 1, steps, [&](int) { return Tile{part, first_token, first_output, first}; });
+        if constexpr (B::few) {
+            if (warp > B::consumers / warp_size) load_rows<B>(ring, work, first_token, first, steps);
+        }
         __syncwarp();
         cluster_barrier();
     } else {
@@ -236,9 +159,14 @@ __global__ void __launch_bounds__(B::threads, 1) linear_codes_kernel(const __gri
         const float* const scales = work.scales[part];
         int const own = min((first_output + warp / 4 * 64) / scale_block, blocks_of_outputs - 1);
         float sums[B::tokens / 2];
-        multiply_codes<B>(ring, warp, steps, sums, [&](int step) {
-            return scales == nullptr ? 1.0f : scales[static_cast<int64_t>(first + step) * blocks_of_outputs + own];
-        });
+        if constexpr (B::few) {
+            const float* const from = scales == nullptr ? &no_scale : scales + static_cast<int64_t>(first) * blocks_of_outputs + own;
+            multiply_few<B>(ring, warp, steps, sums, from, scales == nullptr ? 0 : blocks_of_outputs);
+        } else {
+            multiply_codes<B>(ring, warp, steps, sums, [&](int step) {
+                return scales == nullptr ? 1.0f : scales[static_cast<int64_t>(first + step) * blocks_of_outputs + own];
+            });
+        }
         named_sync(1, B::consumers);  // all have used the operands, and the factors are there
         float* const there = tile + lane % 4 * 2 * B::row + warp * 16 + lane / 4 * 2;
 #pragma unroll
@@ -280,6 +208,9 @@ int make_operands(const Linear& work, Codes* codes) {
             }
         }
     }
+    codes->x = static_cast<const __nv_bfloat16*>(work.x);
+    codes->columns = static_cast<int>(work.columns);
+    if (B::few) return MLA_OK;
     int const rows = static_cast<int>(std::min<int64_t>(B::tokens, round_up<int64_t>(work.tokens, 8)));
     operands.x_bytes = 2 * rows * step_bytes;
     return make_map(&operands.x, work.x, work.columns, work.tokens, rows);
@@ -347,6 +278,7 @@ int decode_weights(const Linear& work, __nv_bfloat16* memory, Linear* decoded, c
 
 int linear_hopper_codes(const Linear& work, const Device& device, cudaStream_t stream) {
     if (work.count == 0) return MLA_OK;
+    if (work.tokens <= 8) return launch_codes<8>(work, device, stream);
     if (work.tokens <= 16) return launch_codes<16>(work, device, stream);
     return work.tokens <= 64 ? launch_codes<64>(work, device, stream) : launch_codes<128>(work, device, stream);
 }

@@ -33,8 +33,7 @@ struct Projection {
 // one begin before they end.
 int project(const Projection& work, cudaStream_t stream);
 
-// The same on SM90 of one or two tokens whose x, the output of an attention, is still in parts that the host cut. The kernel before is that
-// attention.
+// The same on SM90 of few tokens whose x, the output of an attention, is still in parts, or some of it is. The kernel before is that attention.
 bool project_takes_parts(const Projection& work, const Attention& attention);
 int project_parts(const Projection& work, const Attend& attend, const Partials& partials, cudaStream_t stream);
 

@@ -132,25 +132,30 @@ def test_codes_of_many_tokens(tokens: int, dtype: str, dimensions: tuple[int, in
     _check(*layer_case(rng, step, "fp8", dimensions, weights="e4m3", dtype=dtype), step)
 
 
-# The product with W_UV of one or two tokens merges the parts of one sequence's keys, or of a token's list, itself.
-ONE_SEQUENCE = {
+# The product with W_UV of up to eight tokens merges the parts of their keys, or of their lists, itself.
+FEW_TOKENS = {
     "a token": ([1], [700], 0),
     "two": ([2], [700], 0),
     "three": ([3], [700], 0),
     "a token and padding": ([1], [700], 1),
     "no new token": ([0], [700], 2),
+    "two sequences": ([1, 1], [700, 2100], 0),
+    "four, of which not all are in parts": ([1, 1, 1, 1], [0, 2100, 63, 700], 0),
+    "new tokens and padding": ([3, 0, 2], [1500, 70, 5], 2),
+    "eight": ([1] * 8, [1023, 3, 64, 0, 500, 2, 1000, 63], 0),
+    "nine": ([1] * 9, [1023, 3, 64, 0, 500, 2, 1000, 63, 700], 0),
 }
 MANY_PARTS = ([1], [6100], 0)  # of 64 keys: more than a warp has lanes
 E4M3_PRODUCTS = 5e-2
 
 
 @pytest.mark.small
-@pytest.mark.parametrize("case", [*ONE_SEQUENCE.values(), MANY_PARTS], ids=[*ONE_SEQUENCE, "many parts"])
+@pytest.mark.parametrize("case", [*FEW_TOKENS.values(), MANY_PARTS], ids=[*FEW_TOKENS, "many parts"])
 @pytest.mark.parametrize("weights", ["bf16", "e4m3"])
 @pytest.mark.parametrize(
     ("row_format", "terms"), [*((row_format, 0) for row_format in ROW_FORMATS), ("fp8", 2), ("fp8_flat", 2)]
 )
-def test_one_sequence(row_format: str, terms: int, weights: str, case: tuple[list[int], list[int], int]) -> None:
+def test_few_tokens(row_format: str, terms: int, weights: str, case: tuple[list[int], list[int], int]) -> None:
     rng = np.random.default_rng(17)
     step = step_of(rng, *case[:2], padding=case[2])
     dimensions = DIMENSIONS["deepseek of 8 GPUs"]
@@ -376,8 +381,8 @@ def test_decode_branch_token_counts(tokens: int) -> None:
 
 @pytest.mark.small
 @pytest.mark.parametrize("terms", [0, 2])
-@pytest.mark.parametrize("case", [*ONE_SEQUENCE.values(), MANY_PARTS], ids=[*ONE_SEQUENCE, "many parts"])
-def test_decode_branch_one_sequence(case: tuple[list[int], list[int], int], terms: int) -> None:
+@pytest.mark.parametrize("case", [*FEW_TOKENS.values(), MANY_PARTS], ids=[*FEW_TOKENS, "many parts"])
+def test_decode_branch_of_few_tokens(case: tuple[list[int], list[int], int], terms: int) -> None:
     rng = np.random.default_rng(18)
     step = step_of(rng, *case[:2], padding=case[2])
     inputs, attributes = branch_case(rng, step, DIMENSIONS["deepseek of 8 GPUs"], "bf16")

@@ -230,17 +230,22 @@ def test_rows_of_zeros_and_of_any_scale(epsilon: float, dtype: str) -> None:
 
 
 @pytest.mark.small
-def test_what_is_not_a_number_stays_in_its_token() -> None:
-    inputs = _inputs(8, 70, SMALL["not tiles"][0])
-    inputs["hidden"][3, 5], inputs["hidden"][68, 100] = np.nan, np.inf
+@pytest.mark.parametrize("codes", [False, True], ids=["bf16", "codes"])
+@pytest.mark.parametrize("tokens", [6, 70])
+def test_what_is_not_a_number_stays_in_its_token(tokens: int, codes: bool) -> None:
+    inputs = _inputs(8, tokens, SMALL["not tiles"][0])
+    if codes:
+        inputs = _coded(inputs, 8)
+    last = tokens - 2
+    inputs["hidden"][3, 5], inputs["hidden"][last, 100] = np.nan, np.inf
     with np.errstate(invalid="ignore"):
         expected = _expected(inputs)
     found = run_op(OP, inputs, list(expected))
-    there = np.delete(np.arange(70), [3, 68])
+    there = np.delete(np.arange(tokens), [3, last])
     _compare(*({name: values[there] for name, values in which.items()} for which in (found, expected)), inputs)
     for name, values in found.items():
         assert np.isnan(values[3]).all(), name
-        assert not np.isfinite(values[68]).any(), name
+        assert not np.isfinite(values[last]).any(), name
 
 
 @pytest.mark.small
@@ -254,7 +259,7 @@ def test_calls_in_a_row(case: str, tokens: int) -> None:
 
 
 @pytest.mark.small
-@pytest.mark.parametrize("tokens", [0, 1, 15, 16, 17, 63, 64, 65, 128, 129, 300])
+@pytest.mark.parametrize("tokens", [0, 1, 7, 8, 9, 15, 16, 17, 63, 64, 65, 128, 129, 300])
 @pytest.mark.parametrize("case", ["tiles", "many columns", "wide latent of the query", "not tiles"])
 def test_codes(case: str, tokens: int) -> None:
     _check(_coded(_inputs(15, tokens, *SMALL[case]), 15))
@@ -294,7 +299,7 @@ def test_codes_of_any_scale(power: int) -> None:
     _check(inputs)
 
 
-@pytest.mark.parametrize("tokens", [1, 64, 128, 300, 600])
+@pytest.mark.parametrize("tokens", [1, 16, 64, 128, 300, 600])
 def test_a_thousand_repeats(tokens: int) -> None:
     inputs = _inputs(10, tokens, (7168, 1536, 16, 192, 512, 64, 64, 128))
     for given in (inputs, _coded(inputs, 10)):
@@ -310,7 +315,7 @@ def _of_model(name: str, codes: bool) -> tuple[dict[str, Array], dict[str, Array
     return inputs, _expected(inputs)
 
 
-@pytest.mark.parametrize("tokens", [1, 16, 64, 65, 128, 200, 256, 257, 2048])
+@pytest.mark.parametrize("tokens", [1, 8, 9, 16, 64, 65, 128, 200, 256, 257, 2048])
 @pytest.mark.parametrize("codes", [False, True], ids=["bf16", "codes"])
 @pytest.mark.parametrize("model", MODELS)
 def test_sizes_of_models(model: str, codes: bool, tokens: int) -> None:

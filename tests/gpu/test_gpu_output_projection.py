@@ -61,7 +61,7 @@ def _check(inputs: dict[str, Array], **options: int | bool) -> None:
 
 
 @pytest.mark.small
-@pytest.mark.parametrize("tokens", [0, 1, 16, 17, 64, 65, 128, 129, 300])
+@pytest.mark.parametrize("tokens", [0, 1, 8, 9, 16, 17, 64, 65, 128, 129, 300])
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
 def test_sizes(sizes: tuple[int, int, int], tokens: int) -> None:
     _check(_inputs(1, tokens, sizes))
