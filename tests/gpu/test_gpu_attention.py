@@ -142,6 +142,7 @@ FEW_TOKENS = {
     "two sequences": ([1, 1], [700, 2100], 0),
     "four, of which not all are in parts": ([1, 1, 1, 1], [0, 2100, 63, 700], 0),
     "new tokens and padding": ([3, 0, 2], [1500, 70, 5], 2),
+    "six, of which a plan for 16 multiprocessors cuts parts again": ([1] * 6, [2111] * 6, 0),
     "eight": ([1] * 8, [1023, 3, 64, 0, 500, 2, 1000, 63], 0),
     "nine": ([1] * 9, [1023, 3, 64, 0, 500, 2, 1000, 63, 700], 0),
 }
@@ -169,6 +170,18 @@ def test_few_tokens(row_format: str, terms: int, weights: str, case: tuple[list[
     inputs["indices"] = rng.integers(-1, 702, (step.tokens, 300)).astype(np.int32)
     attributes |= {"index_head_dim": 0, "top_k": 300}
     _check(inputs, attributes, step, "MlaSparseAttention", ["output", "kv_cache_out"], tolerance)
+
+
+@pytest.mark.small
+@pytest.mark.parametrize(
+    "dimensions", [(20, 128, 64, 72, 512), (12, 192, 64, 256, 512), (128, 64, 64, 40, 512)], ids=str
+)
+@pytest.mark.parametrize("weights", ["bf16", "e4m3"])
+def test_few_tokens_of_any_dimensions(weights: str, dimensions: tuple[int, int, int, int, int]) -> None:
+    """Of heads whose outputs blocks share, and whose number is no multiple of what a product of a warp has."""
+    rng = np.random.default_rng(20)
+    step = step_of(rng, [1, 2, 1], [700, 70, 1300])
+    _check(*layer_case(rng, step, "bf16", dimensions, weights=weights, dtype="bf16"), step, repeat=3)
 
 
 @pytest.mark.small
