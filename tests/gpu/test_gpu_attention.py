@@ -142,7 +142,6 @@ FEW_TOKENS = {
     "two sequences": ([1, 1], [700, 2100], 0),
     "four, of which not all are in parts": ([1, 1, 1, 1], [0, 2100, 63, 700], 0),
     "new tokens and padding": ([3, 0, 2], [1500, 70, 5], 2),
-    "six, of which a plan for 16 multiprocessors cuts parts again": ([1] * 6, [2111] * 6, 0),
     "eight": ([1] * 8, [1023, 3, 64, 0, 500, 2, 1000, 63], 0),
     "nine": ([1] * 9, [1023, 3, 64, 0, 500, 2, 1000, 63, 700], 0),
 }
@@ -170,6 +169,15 @@ def test_few_tokens(row_format: str, terms: int, weights: str, case: tuple[list[
     inputs["indices"] = rng.integers(-1, 702, (step.tokens, 300)).astype(np.int32)
     attributes |= {"index_head_dim": 0, "top_k": 300}
     _check(inputs, attributes, step, "MlaSparseAttention", ["output", "kv_cache_out"], tolerance)
+
+
+@pytest.mark.small
+@pytest.mark.parametrize("weights", ["bf16", "e4m3"])
+def test_few_tokens_whose_parts_are_cut_again(weights: str) -> None:
+    """By a plan for the emulated GPU's 16 multiprocessors, of three parts each."""
+    rng = np.random.default_rng(21)
+    step = step_of(rng, [1] * 6, [2111] * 6)
+    _check(*layer_case(rng, step, "bf16", DIMENSIONS["deepseek of 8 GPUs"], weights=weights, dtype="bf16"), step)
 
 
 @pytest.mark.small
