@@ -18,19 +18,20 @@ namespace {
 
 using namespace hopper;
 
-constexpr int threads = 512, warps = threads / warp_size;
+constexpr int threads = 512;
 constexpr int most_tokens = 8;
 constexpr int columns = threads;  // R
 constexpr int tile_rows = 16, most_rows = 128;  // of a product of a warp, and of a block
 constexpr int line_bytes = 128;  // of a row, in a piece of the weights that has a barrier
+
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+constexpr int warps = threads / warp_size;
+constexpr int groups = columns / scale_group;  // of columns, which have a scale each
 constexpr int most_pieces = columns * 2 / line_bytes;
 constexpr int slices = 4;  // of columns; a warp merges four of one in each lane
 constexpr int takers = warps / slices;  // that share tokens, or one's parts
 constexpr int x_row = columns + 8;  // values: where eight rows are read at once no bank is met twice
-
-#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-
-constexpr int groups = columns / scale_group;  // of columns, which have a scale each
 constexpr int batch = 8;  // parts whose values are in flight
 
 // Where a row's parts are.

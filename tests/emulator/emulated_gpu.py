@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cuda_stand_in import HostRuntime, Status
-from emulator_library import EmulatorError, build
+from emulator_library import EmulatorError, built
 
 from mla_trt import cuda
 from mla_trt.plugins.kernel_library import Call, KernelLibrary
@@ -69,9 +69,9 @@ class EmulatedGpu:
     """
 
     def __init__(self, *, early: bool = False, hopper: bool = True) -> None:
-        path = build()
-        self.library = KernelLibrary(path)
-        self._machine = ctypes.CDLL(str(path))
+        with built() as path:
+            self.library = KernelLibrary(path)
+            self._machine = ctypes.CDLL(str(path))
         self._machine.emulator_synchronize.restype = ctypes.c_char_p
         self._early, self._hopper = early, hopper
         self._runtime = EmulatedRuntime(self._run)

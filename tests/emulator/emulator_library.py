@@ -5,12 +5,14 @@ What C++ does not know of CUDA C++ is rewritten: launches, and declarations of s
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -62,8 +64,10 @@ def _static(match: re.Match[str]) -> str:
     return " ".join(made)
 
 
-def build(sources: Path = KERNELS) -> Path:
-    """The library of a folder's sources, which may include the kernels' headers; from the cache where nothing has changed.
+@contextlib.contextmanager
+def built(sources: Path = KERNELS) -> Iterator[Path]:
+    """The library of a folder's sources, which may include the kernels' headers; from the cache where nothing has changed. It is there until
+    the context ends, then a process with other sources may remove it, which who has loaded it does not notice.
 
     Raises:
         EmulatorError: a source does not compile.
@@ -83,7 +87,7 @@ def build(sources: Path = KERNELS) -> Path:
                 old.unlink()
             with tempfile.TemporaryDirectory(dir=folder) as work:
                 os.replace(_compile(Path(work), sources, toolkit), library)
-    return library
+        yield library
 
 
 def _files(folder: Path) -> list[Path]:

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import pytest
-from emulator_library import build
+from emulator_library import built
 
 ROW = np.arange(256, dtype=np.uint8)
 LATE, EARLY = 0, 1
@@ -18,7 +18,8 @@ LATE, EARLY = 0, 1
 
 @pytest.fixture(scope="module")
 def machine() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(build(Path(__file__).parent / "cases")))
+    with built(Path(__file__).parent / "cases") as path:
+        library = ctypes.CDLL(str(path))
     library.emulator_synchronize.restype = ctypes.c_char_p
     library.run_case.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_bool]
     library.run_product.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_bool]

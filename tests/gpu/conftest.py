@@ -25,6 +25,7 @@ from emulated_gpu import EmulatedGpu  # noqa: E402
 from mla_trt.cuda import CudaError, NoGpuError, check_usable, find_gpu  # noqa: E402
 from mla_trt.errors import MlaTrtError  # noqa: E402
 from mla_trt.plugins.library import KERNELS, find_library  # noqa: E402
+from mla_trt.plugins.toolchain import find_nvcc  # noqa: E402
 
 _lost: list[str] = []
 
@@ -95,9 +96,10 @@ def _emulated_gpu(early: bool, portable: bool) -> EmulatedGpu | str:
     if platform.machine() != "x86_64" or shutil.which("g++") is None:
         return "kernels run on a CPU only on x86-64 (with AVX2) and where g++ is installed"
     try:
-        return EmulatedGpu(early=early, hopper=not portable)
+        find_nvcc()  # CUDA's headers are beside it
     except MlaTrtError as error:
         return str(error)
+    return EmulatedGpu(early=early, hopper=not portable)
 
 
 @pytest.hookimpl(tryfirst=True)
