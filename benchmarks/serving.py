@@ -157,7 +157,7 @@ def ask_server(address: str, model: str, prompts: Sequence[np.ndarray], new: int
     Raises:
         MlaTrtError: an error response, or nothing for long.
     """
-    triton = importlib.import_module("tritonclient.grpc")
+    triton, errors = importlib.import_module("tritonclient.grpc"), importlib.import_module("tritonclient.utils")
     changed = threading.Condition()
     times: Times = [[] for _ in prompts]
     failures: list[str] = []
@@ -182,6 +182,10 @@ def ask_server(address: str, model: str, prompts: Sequence[np.ndarray], new: int
 
     try:
         for case, client in enumerate(clients):
+            try:
+                client.is_server_live()  # connects now, so that all requests begin together
+            except errors.InferenceServerException as error:
+                raise RequestFailedError(f"{address}: {error}") from error
             client.start_stream(lambda result, error, case=case: receive(case, result, error))
         began = time.perf_counter()
         for client, prompt in zip(clients, prompts, strict=True):

@@ -181,6 +181,13 @@ def test_the_benchmark_measures_a_server(server: TritonServer, tmp_path: Path) -
     assert_whole(server)
 
 
+def test_the_benchmark_says_that_nobody_listens(tmp_path: Path) -> None:
+    cases = ["--batches", "2", "--contexts", "20", "--steps", "8", "--vocabulary", "64", "-o", str(tmp_path)]
+    assert serving.main(["--server", "127.0.0.1:9", "--model", "small", *cases]) == 1
+    (entry,) = json.loads((tmp_path / "serving.json").read_text())["results"]
+    assert entry["note"].startswith("127.0.0.1:9: ")
+
+
 def test_a_request_beyond_the_engine_is_refused(server: TritonServer) -> None:
     answer = Answer(server, "small", [1] * 200, max_new_tokens=41 + 1).wait()
     assert "the engine takes 240" in str(answer.error)
