@@ -15,8 +15,8 @@ __device__ inline uint32_t row_place(int row, int unit) {
     return static_cast<uint32_t>(unit / units * B::x_tile + row * step_bytes + ((unit ^ row) % units << 4));
 }
 
-// Rows of few tokens come by lanes: bulk copies would wait behind those of the weights, which are under way for microseconds before the kernel
-// before ends.
+// Rows of few tokens come by lanes, which is faster than bulk copies. Supposed: those wait behind the weights', which are under way for
+// microseconds before the kernel before ends.
 template <class B>
 __device__ inline void load_rows(const Ring& ring, const Codes& work, int first_token, int first, int steps) {
     constexpr int row_units = scale_block / 8;
@@ -38,8 +38,8 @@ __device__ inline void load_rows(const Ring& ring, const Codes& work, int first_
     }
 }
 
-// As `multiply_codes`, of rows from `load_rows`, by products of a warp: those of a group take as long for 16 tokens as for 64. `scales`: of the
-// first step; `stride` further is the next one's.
+// As `multiply_codes`, of rows from `load_rows`, by products of a warp: of so few tokens a group's take longer. `scales`: of the first step;
+// `stride` further is the next one's.
 template <class B>
 __device__ inline void multiply_few(const Ring& ring, int warp, int steps, float (&sums)[B::tokens / 2], const float* scales, int stride) {
     constexpr int tiles = B::tokens / 8;

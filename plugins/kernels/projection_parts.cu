@@ -2,7 +2,7 @@
 // means with its share of the head's weights (bf16 or e4m3), which come by the copy engine meanwhile.
 //
 // Such a step is as long as what its short kernels wait for, one behind the other, and their instructions come from memory too. So there is
-// little code: no tensor cores, and loops that are not unrolled.
+// little code: most loops are not unrolled, and what only a plan needs is not in the variant for what the host has cut.
 #include <algorithm>
 
 #include "attend_items.cuh"
