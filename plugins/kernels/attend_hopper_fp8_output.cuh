@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attend_hopper_fp8_query.cuh"
+#include "code_fragments.cuh"
 
 namespace mla {
 namespace hopper {
@@ -29,23 +30,11 @@ struct NarrowPair {
     }
 };
 
-// 64 columns x 128 keys of a piece as fragments of four products. Lane 4 g + t of warp w has columns 16 w + 2 g (rows g of the
-// product) and the next (rows g + 8), and of each 16 keys 2 t, 2 t + 1, 8 + 2 t, 9 + 2 t. First as they come, [i / 4][i % 4] being
-// keys 8 i + 2 t and the next in two columns; `line` is the address of the lane's first 16 bytes.
+// 64 columns x 128 keys of a piece, of which `make_code_fragments` makes those of four products; the columns of warp w are 16 w and the 15
+// behind it. `line` is the address of the lane's first 16 bytes.
 __device__ inline void value_fragments(uint32_t (&a)[4][4], uint32_t line) {
 #pragma unroll
     for (int k = 0; k < 4; ++k) ldmatrix_x4_transposed(a[k], line + k * 4096);
-}
-
-__device__ inline void make_fragments(uint32_t (&a)[4][4]) {
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-        uint32_t const r[4] = {a[k][0], a[k][1], a[k][2], a[k][3]};
-        a[k][0] = __byte_perm(r[0], r[1], 0x6420);
-        a[k][1] = __byte_perm(r[0], r[1], 0x7531);
-        a[k][2] = __byte_perm(r[2], r[3], 0x6420);
-        a[k][3] = __byte_perm(r[2], r[3], 0x7531);
-    }
 }
 
 // 256 columns of the output, which are staged in shared memory in the end. Beside that it orders keys.
@@ -114,7 +103,7 @@ __device__ void output_group(const Attend& work, const Partials& partials, const
             if (m == 0) ring.wait(n, piece);  // of the next tile; when a tile's weights are there, all of it is
             uint32_t const line = place + ring.slot(n, piece) * piece_bytes;
             value_fragments(a, (F::halved ? side : m % 2) == 0 ? line : line ^ 64);
-            make_fragments(a);
+            make_code_fragments(a);
         };
         // the piece that step m used is in registers, by now of all warps
         auto use_up = [&](int m) {

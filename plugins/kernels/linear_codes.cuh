@@ -7,19 +7,27 @@ namespace mla {
 namespace linear_tiles {
 
 constexpr int scale_block = 128;  // columns and outputs that have one scale; a step is one of columns
+constexpr int rows_together = 4;  // whose 128 columns a warp makes codes of
 
-// Three groups read the first 128 outputs as four do, and the last 64 as rows of half the width.
+// Three groups read the first 128 outputs as four do, and the last 64 as rows of half the width. One warp behind them orders copies; of few tokens
+// others make codes of the rows of x.
 template <int tokens_, int groups>
 struct CodesBlock {
     static constexpr int tokens = tokens_, tiles = groups, columns = tiles * 64;
-    static constexpr int consumers = tiles * group_threads, threads = consumers + group_threads;
-    static constexpr bool few = tokens <= 16;  // then all but one warp of the group that orders copies bring rows of x
-    static constexpr int row_loaders = few ? group_threads - warp_size : 0;
+    static constexpr bool few = tokens <= 16;
+    static constexpr int other_groups = few ? 2 : 1;
+    static constexpr int consumers = tiles * group_threads, threads = consumers + other_groups * group_threads;
+    static constexpr int row_makers = other_groups * group_threads / warp_size - 1;  // warps, each of which makes `rows_together` at a time
+    static constexpr int row_arrivals = few ? tokens / rows_together : 0;
+    static constexpr int product_registers = few ? (tiles == 4 ? 88 : 120) : tiles == 4 ? 112 : 152;  // of a thread
+    static constexpr int other_registers = few ? 56 : 32;
     static constexpr int row = columns + 4;  // floats of a row of sums: where half a warp writes no bank is met twice
-    static constexpr int x_tile = tokens * step_bytes, x_bytes = 2 * x_tile;  // 64 columns of x, and a step's
+    static constexpr int x_tile = tokens * step_bytes, x_bytes = 2 * x_tile;  // 64 columns of x, or 128 codes of one term, and a step's
     static constexpr int w_tile = scale_block * step_bytes, w_bytes = tiles * w_tile / 2;  // a step of 128 outputs, and of all
     static constexpr int stage_bytes = x_bytes + w_bytes, most = budget / stage_bytes;
-    static constexpr int stages = most < most_stages ? most : most_stages, bytes = stages * stage_bytes;
+    static constexpr int stages = most < most_stages ? most : most_stages;
+    static constexpr int scales_start = stages * stage_bytes, scales_bytes = few ? tokens * 4 : 0;  // of the rows, [stages][tokens]
+    static constexpr int bytes = scales_start + stages * scales_bytes;
     static_assert(tokens * row * 4 <= bytes && tokens % most_cluster == 0);
 
     // Of a part the map of rows of 128 outputs, and behind those of all parts that of 64.
@@ -40,8 +48,6 @@ struct Codes {
     Operands<2 * most_linear_parts> operands;
     Result results[most_linear_parts];
     const float* scales[most_linear_parts];
-    const __nv_bfloat16* x;
-    int columns;
     const float* squares;  // of x's rows, [square_steps, tokens]
     int square_steps;
     float mean, epsilon;

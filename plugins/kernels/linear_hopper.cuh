@@ -56,7 +56,7 @@ struct Block {
     static constexpr int tiles = columns / 64;
     static constexpr int x_bytes = groups * tile_bytes, w_bytes = tiles * tile_bytes, stage_bytes = x_bytes + w_bytes;
     static constexpr int most = budget / stage_bytes, stages = most < most_stages ? most : most_stages, bytes = stages * stage_bytes;
-    static constexpr int row_loaders = 0;  // threads that bring rows of x, where the copy engine does not
+    static constexpr int row_arrivals = 0;  // at a step's barrier, of warps that make of its rows of x what is multiplied
 
     template <int parts>
     __device__ static void order_w(const Operands<parts>& operands, const Tile& tile, int step, uint32_t stage, uint32_t there) {
@@ -90,8 +90,9 @@ __device__ inline Ring make_ring(uint64_t* full, uint64_t* empty, const uint8_t*
     Ring const ring{shared_address(full), shared_address(empty), shared_address(memory)};
     if (threadIdx.x == 0) {
         for (int i = 0; i < B::stages; ++i) {
-            barrier_init(ring.there + 8 * i, 1 + B::row_loaders);
+            barrier_init(ring.there + 8 * i, 1 + B::row_arrivals);
             barrier_init(ring.used + 8 * i, B::consumers / warp_size);
+            if (B::row_arrivals > 0) barrier_init(ring.there + 8 * (B::stages + i), 1);  // rows for these warps
         }
         fence_barrier_init();
     }
@@ -99,15 +100,17 @@ __device__ inline Ring make_ring(uint64_t* full, uint64_t* empty, const uint8_t*
     return ring;
 }
 
-// Orders `steps` steps of both operands for each of so many tiles; those of x only if no threads bring them. One thread.
+// Orders `steps` steps of both operands for each of so many tiles. One thread.
 template <class B, int parts, class TileAt>
 __device__ inline void order_operands(const Ring& ring, const Operands<parts>& operands, int tiles, int steps, TileAt tile_at) {
     auto order_w = [&](const Tile& tile, int step, int stage) {
-        barrier_expect(ring.there + 8 * stage, operands.x_bytes + B::w_bytes);
+        barrier_expect(ring.there + 8 * stage, B::w_bytes + (B::row_arrivals == 0 ? operands.x_bytes : 0));
         B::order_w(operands, tile, tile.first + step, ring.base + stage * B::stage_bytes, ring.there + 8 * stage);
     };
     auto order_x = [&](const Tile& tile, int step, int stage) {
-        if constexpr (B::row_loaders == 0) B::order_x(operands, tile, tile.first + step, ring.base + stage * B::stage_bytes, ring.there + 8 * stage);
+        uint32_t const there = ring.there + 8 * (B::row_arrivals == 0 ? stage : B::stages + stage);
+        if (B::row_arrivals > 0) barrier_expect(there, operands.x_bytes);
+        B::order_x(operands, tile, tile.first + step, ring.base + stage * B::stage_bytes, there);
     };
     // Weights need not wait for the kernel before, unless it makes them.
     if (operands.weights_made) wait_for_kernel_before();

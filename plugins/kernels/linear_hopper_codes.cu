@@ -2,8 +2,8 @@
 //
 // The weight is the product's A: `ldmatrix` with transposition gives a lane codes of two outputs, 2 g and 2 g + 1, of the columns 2 t and
 // 2 t + 1, which are rows g and g + 8 of a fragment; so outputs are rows, tokens columns of the sums, and codes go from shared memory to
-// registers once, where they become bf16. A block has 64 outputs for each of three or four groups, of up to 128 tokens; up to eight blocks, a
-// cluster, share the columns.
+// registers once, where they become bf16; of up to 16 tokens they stay codes, and rows become codes, too (linear_codes_few.cuh). A block has 64
+// outputs for each of three or four groups, of up to 128 tokens; up to eight blocks, a cluster, share the columns.
 //
 // Scales multiply the sums of a step, where there are registers for these: of up to 64 tokens. Else they multiply the weights, which are what
 // bf16 holds of code times scale. Of many tokens each tile would do so again: weights are decoded to memory first (`decode_weights`), and the
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(B::threads, 1) linear_codes_kernel(const __gri
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     let_next_kernel_begin();
     extern __shared__ __align__(1024) uint8_t memory[];
-    __shared__ uint64_t full[B::stages], empty[B::stages];
+    __shared__ uint64_t full[2 * B::stages], empty[B::stages];  // in the second half those of rows as they come
     __shared__ float factors[B::tokens];
     Ring const ring = make_ring<B>(full, empty, memory);
     auto const& operands = work.operands;
@@ -144,15 +144,16 @@ __global__ void __launch_bounds__(B::threads, 1) linear_codes_kernel(const __gri
     int const warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
     float* const tile = reinterpret_cast<float*>(memory);  // [tokens][B::row], where the operands were
     if (warp >= B::consumers / warp_size) {
-        registers_decrease<32>();
-        if (warp == B::consumers / warp_size && elect_lane()) order_operands<B>(ring, operands, 1, steps, [&](int) { return Tile{part, first_token, first_output, first}; });
+        registers_decrease<B::other_registers>();
+        int const other = warp - B::consumers / warp_size;
+        if (other == 0 && elect_lane()) order_operands<B>(ring, operands, 1, steps, [&](int) { return Tile{part, first_token, first_output, first}; });
         if constexpr (B::few) {
-            if (warp > B::consumers / warp_size) load_rows<B>(ring, work, first_token, first, steps);
+            if (other > 0) make_rows<B>(ring, work, steps, memory);
         }
         __syncwarp();
         cluster_barrier();
     } else {
-        registers_increase<B::tiles == 4 ? 112 : 152>();
+        registers_increase<B::product_registers>();
         if (work.squares != nullptr) wait_for_kernel_before();
         if (threadIdx.x < B::tokens) factors[threadIdx.x] = inverse_root(work, first_token + static_cast<int>(threadIdx.x));
         int const blocks_of_outputs = ceil_div(outputs, scale_block);
@@ -161,7 +162,7 @@ __global__ void __launch_bounds__(B::threads, 1) linear_codes_kernel(const __gri
         float sums[B::tokens / 2];
         if constexpr (B::few) {
             const float* const from = scales == nullptr ? &no_scale : scales + static_cast<int64_t>(first) * blocks_of_outputs + own;
-            multiply_few<B>(ring, warp, steps, sums, from, scales == nullptr ? 0 : blocks_of_outputs);
+            multiply_few<B>(ring, memory, warp, steps, sums, from, scales == nullptr ? 0 : blocks_of_outputs);
         } else {
             multiply_codes<B>(ring, warp, steps, sums, [&](int step) {
                 return scales == nullptr ? 1.0f : scales[static_cast<int64_t>(first + step) * blocks_of_outputs + own];
@@ -208,9 +209,6 @@ int make_operands(const Linear& work, Codes* codes) {
             }
         }
     }
-    codes->x = static_cast<const __nv_bfloat16*>(work.x);
-    codes->columns = static_cast<int>(work.columns);
-    if (B::few) return MLA_OK;
     int const rows = static_cast<int>(std::min<int64_t>(B::tokens, round_up<int64_t>(work.tokens, 8)));
     operands.x_bytes = 2 * rows * step_bytes;
     return make_map(&operands.x, work.x, work.columns, work.tokens, rows);

@@ -87,6 +87,33 @@ def test_weights_are_what_bf16_holds_of_code_times_scale(rows: tuple[int, int], 
 
 
 @pytest.mark.small
+@pytest.mark.parametrize("tokens", [1, 8, 16, 17])
+@pytest.mark.parametrize("power", [-126, -120, -40, 0, 90, 110])
+def test_rows_of_any_scale(power: int, tokens: int) -> None:
+    """Each token is compared by itself, and each 128 of its values are of another scale than those beside them."""
+    inputs = _inputs(10, tokens, (6, 64, 256))
+    scales = np.exp2(np.random.default_rng(10).integers(-6, 1, (tokens, 3, 1)))
+    rows = inputs["attended"].astype(np.float64).reshape(tokens, 3, 128)
+    rows *= scales / np.abs(rows).max(axis=2, keepdims=True) * 2.0**power
+    inputs["attended"] = rows.reshape(inputs["attended"].shape).astype(HALF_TYPES["bf16"])
+    inputs["w_o_scale"] *= np.float32(2.0**-power)
+    found = run_op(OP, inputs, ["hidden"], repeat=2)["hidden"]
+    expected = _expected(inputs)
+    units = np.broadcast_to(np.abs(expected).max(axis=1, keepdims=True), expected.shape)
+    compare("hidden", found, expected, TOLERANCE["bf16"] + CODE_ROUNDING, units=units)
+
+
+@pytest.mark.small
+@pytest.mark.parametrize("tokens", [1, 16, 17])
+def test_small_values_beside_a_large_one(tokens: int) -> None:
+    """One value of 128 is 2^12 times as large as the others, and the weights' rows that it meets are zero."""
+    inputs = _inputs(11, tokens, (2, 64, 256))
+    inputs["attended"][:, :, 5] = np.float32(2.0**12)
+    inputs["w_o"][:, 5] = 0
+    _check(inputs)
+
+
+@pytest.mark.small
 @pytest.mark.parametrize("tokens", [5, 70])
 @pytest.mark.parametrize("weight", [*HALF_TYPES, "codes"])
 @pytest.mark.parametrize("dtype", HALF_TYPES)
