@@ -33,8 +33,10 @@ def simplify(graph: gs.Graph) -> int:
         _einsum_as_transpose,
         _einsum_as_matmul,
         _merge,
+        _slice_before_product,
         _explicit_softmax,
         _shifted_softmax,
+        _drop_tests_for_infinity,
         _drop_row_guards,
     ):
         if rule(graph, names):
@@ -248,6 +250,67 @@ def _merge(graph: gs.Graph, names: Names) -> int:
     return merge_equal(graph)
 
 
+def _slice_before_product(graph: gs.Graph, names: Names) -> int:
+    """A product of two tensors of which only some last columns are read is one with these columns of its right operand: where values are whole
+    cached rows, it is the latent's part of the result that is wanted."""
+    changed = 0
+    outputs = {id(tensor) for tensor in graph.outputs}
+    for node in [node for node in graph.nodes if node.op == "MatMul"]:
+        if any(isinstance(operand, gs.Constant) for operand in node.inputs):
+            continue
+        passed, tensor = [], node.outputs[0]
+        while tensor.shape is not None and len(tensor.outputs) == 1 and id(tensor) not in outputs:
+            passed.append(tensor)
+            (reader,) = tensor.outputs
+            if (part := _last_columns(reader, len(tensor.shape))) is not None:
+                if id(part[0]) not in outputs:
+                    _multiply_columns(graph, names, node, passed, *part)
+                    changed += 1
+                break
+            if reader.op != "Transpose" or reader.attrs.get("perm", [])[-1:] != [len(tensor.shape) - 1]:
+                break
+            tensor = reader.outputs[0]
+    return changed
+
+
+def _last_columns(node: gs.Node, rank: int) -> tuple[gs.Tensor, list[int]] | None:
+    """What a Slice leaves of the last axis of its input, or a Split of which one part is read, and that part's start, end and step; None where the
+    node is something else."""
+    numbers = [small_constant(item) for item in node.inputs[1:] if not is_empty(item)]
+    if any(number is None for number in numbers):
+        return None
+    values = [number.reshape(-1).tolist() for number in numbers if number is not None]
+    last = ([-1], [rank - 1])
+    if node.op == "Slice" and len(values) >= 3 and values[2] in last:
+        start, end, step = values[0][0], values[1][0], values[3][0] if len(values) > 3 else 1
+        return node.outputs[0], [start, end, step]
+    if node.op == "Split" and len(values) == 1 and [node.attrs.get("axis", 0)] in last:
+        read = [place for place, part in enumerate(node.outputs) if part.outputs]
+        if len(read) == 1:
+            start = sum(values[0][: read[0]])
+            return node.outputs[read[0]], [start, start + values[0][read[0]], 1]
+    return None
+
+
+def _multiply_columns(
+    graph: gs.Graph, names: Names, product: gs.Node, passed: list[gs.Tensor], part: gs.Tensor, bounds: list[int]
+) -> None:
+    """Cuts the right operand instead of what is behind the product; `passed`: the tensors until there."""
+    start, end, step, axis = (
+        gs.Constant(names.new(f"{part.name}_{name}"), np.array([value], np.int64))
+        for name, value in zip(("start", "end", "step", "axis"), [*bounds, -1], strict=True)
+    )
+    right = product.inputs[1]
+    columns = gs.Variable(names.new(f"{right.name}_columns"), dtype=right.dtype)
+    graph.nodes.append(
+        gs.Node("Slice", names.new(f"{product.name}/Slice"), {}, [right, start, end, axis, step], [columns])
+    )
+    product.inputs[1] = columns
+    for tensor in passed:
+        tensor.shape = None if part.shape is None else [*tensor.shape[:-1], part.shape[-1]]
+    replace_uses(graph, part, passed[-1])
+
+
 def _shifted_softmax(graph: gs.Graph, names: Names) -> int:
     """Softmax(x - ReduceMax(x)) is Softmax(x)."""
     changed = 0
@@ -275,6 +338,31 @@ def _shapes_behind_casts(graph: gs.Graph, names: Names) -> int:
                 node.inputs[0] = cast.inputs[0]
                 cast = producer(node.inputs[0])
                 changed += 1
+    return changed
+
+
+def _drop_tests_for_infinity(graph: gs.Graph, names: Names) -> int:
+    """Probabilities lie between 0 and 1 or are no numbers: what a test for infinity would choose instead (nan_to_num) never comes."""
+    changed = 0
+    for node in graph.nodes:
+        softmax = producer(node.inputs[0]) if node.op in ("IsInf", "Equal") else None
+        if softmax is None or softmax.op != "Softmax":
+            continue
+        if node.op == "Equal":
+            other = small_constant(node.inputs[1])
+            if other is None or other.dtype.kind != "f" or not np.isinf(other).all():
+                continue
+        never = [node.outputs[0]]
+        while never:
+            test = never.pop()
+            for reader in list(test.outputs):
+                if reader.op == "And":
+                    never.append(reader.outputs[0])
+                elif (
+                    reader.op == "Where" and reader.inputs[0] is test and not isinstance(reader.inputs[2], gs.Constant)
+                ):
+                    replace_uses(graph, reader.outputs[0], reader.inputs[2])
+                    changed += 1
     return changed
 
 

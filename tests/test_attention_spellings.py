@@ -38,6 +38,58 @@ def test_values_padded_to_the_width_of_keys(name: str, tmp_path: Path) -> None:
     lower_and_verify(editor, tmp_path)
 
 
+@pytest.mark.parametrize("cut_by", ["Slice", "Split"])
+@pytest.mark.parametrize("behind", ["product", "transpose"])
+def test_values_are_part_of_wider_rows(behind: str, cut_by: str, tmp_path: Path) -> None:
+    """Keys and values are one tensor, whose rotated part the probabilities meet as well, and of the result only some columns are wanted."""
+    editor = edit(DENSE)
+    for node in [node for node in editor.graph.node if node.op_type == "Softmax"]:
+        (use,) = editor.uses[node.output[0]]
+        product, scores = use.node, product_behind(editor, node.input[0])
+        assert product.op_type == "MatMul"
+        width = 20
+        keys = editor.emit("Transpose", scores.input[1], perm=[0, 1, 3, 2])
+        product.input[1] = editor.emit("Concat", product.input[1], keys, axis=-1)
+        (reader,) = editor.uses[product.output[0]]
+        assert reader.node.op_type == "Transpose"
+        cut = product if behind == "product" else reader.node
+        readers = [(item.node, item.index) for item in editor.uses[cut.output[0]]]
+        if cut_by == "Slice":
+            bounds = [editor.constant([value], np.int64) for value in (0, width, -1)]
+            part = editor.emit("Slice", cut.output[0], *bounds)
+        else:
+            sizes = editor.constant([width, 40], np.int64)
+            part, _ = editor.emit("Split", cut.output[0], sizes, outputs=2, axis=-1)
+        for item, index in readers:
+            item.input[index] = part
+    editor.refresh()
+    lower_and_verify(editor, tmp_path)
+
+
+@pytest.mark.parametrize("by", ["IsInf", "Equal"])
+def test_probabilities_without_nan_and_infinity(by: str, tmp_path: Path) -> None:
+    """What exporters make of torch.nan_to_num."""
+    editor = edit(DENSE)
+    zero, largest, least = (editor.constant(value, np.float32) for value in (0, 3.4e38, -3.4e38))
+    for node in [node for node in editor.graph.node if node.op_type == "Softmax"]:
+        name = node.output[0]
+        readers = [(use.node, use.index) for use in editor.uses[name]]
+        if by == "IsInf":
+            infinite = editor.emit("IsInf", name)
+            below, above = (editor.emit("And", editor.emit(op, name, zero), infinite) for op in ("Less", "Greater"))
+        else:
+            below, above = (
+                editor.emit("Equal", name, editor.constant(value, np.float32)) for value in (-np.inf, np.inf)
+            )
+        safe = editor.emit("Where", editor.emit("IsNaN", name), zero, name)
+        safe = editor.emit("Where", below, least, safe)
+        safe = editor.emit("Where", above, largest, safe)
+        for reader, index in readers:
+            reader.input[index] = safe
+    editor.refresh()
+    lower_and_verify(editor, tmp_path)
+
+
 # Queries that are scaled by position, each head in its own way.
 
 
