@@ -16,7 +16,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from mla_trt import interface as roles
-from mla_trt.passes.graph import Emitter, is_empty, producer
+from mla_trt.passes.graph import Emitter, is_empty, outer_inputs, producer
 from mla_trt.passes.probe import Probe, ProbeError
 
 _TABLE_MOVES = ("Slice", "Gather", "GatherND", "GatherElements", "Split", "Squeeze", "Unsqueeze", "Reshape", "Expand")
@@ -110,7 +110,7 @@ class PackedPositions:
         may_be_positions = not isinstance(tensor, gs.Constant) or (
             "S" in self._probes[0].interface.fixed and values[0].size > 1
         )
-        if may_be_positions and (axes := self._position_axes(values)) is not None:
+        if may_be_positions and (axes := self._position_axes(values)) is not None and self._follows_positions(tensor):
             return self._insert_positions(tensor, values[0], axes)
         node = producer(tensor)
         if isinstance(tensor, gs.Constant):
@@ -180,6 +180,25 @@ class PackedPositions:
             return np.asarray(probe.known(tensor))
         except ProbeError as error:
             raise CannotRebuild(str(error)) from None
+
+    def _follows_positions(self, tensor: gs.Tensor) -> bool:
+        """Whether values that are the positions on every probe are so by more than chance. Where the export fixed all sizes positions are the same
+        on every probe, and a size may be what they are; who has an input of positions takes them from there."""
+        first = self._probes[0]
+        given = {entry.name for entry in first.interface.inputs if entry.role == roles.POSITIONS}
+        if not given or any(not np.array_equal(probe.positions, first.positions) for probe in self._probes):
+            return True
+        seen: set[int] = set()
+        stack = [tensor]
+        while stack:
+            item = stack.pop()
+            if item.name in given:
+                return True
+            node = producer(item)
+            if node is not None and id(node) not in seen and node.op not in ("Shape", "Size"):
+                seen.add(id(node))
+                stack.extend(outer_inputs(node))
+        return False
 
     def _position_axes(self, values: list[np.ndarray]) -> tuple[int, int] | None:
         """The axes (sequence or -1, token) of values that are the positions on every probe, else None."""

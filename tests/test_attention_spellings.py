@@ -160,3 +160,24 @@ def test_latents_with_a_layer_norm(tmp_path: Path) -> None:
     report, lowered = lower_and_verify(editor, tmp_path)
     assert "LayerNormalization" in {node.op_type for node in lowered.graph.node}
     assert [layer["kv_lora_rank"] for layer in report["layers"]] == [32, 32]
+
+
+def test_a_size_is_what_the_only_position_is(tmp_path: Path) -> None:
+    """The export takes one token behind 16, so that each is at position 16; and cosines are 16 wide, of which it takes half."""
+    editor, cached = edit(DENSE), 16
+    for value in editor.graph.input:
+        fixed = {1: 1} if value.name in ("input_ids", "position_ids") else {1: cached + 1}
+        if value.name.startswith("past"):
+            fixed = {2: cached}
+        for axis, size in fixed.items():
+            value.type.tensor_type.shape.dim[axis].dim_value = size
+    for value in editor.graph.output:
+        value.type.tensor_type.ClearField("shape")
+    for name in ("cos", "sin"):
+        (use,) = editor.uses[name]
+        assert use.node.op_type == "Slice"
+        bounds = [editor.constant([value], np.int64) for value in (2, 3, 0)]
+        width = editor.emit("Slice", editor.emit("Shape", name), *bounds)
+        use.node.input[2] = editor.emit("Div", width, editor.constant([2], np.int64))
+    editor.refresh()
+    lower_and_verify(editor, tmp_path)
