@@ -375,6 +375,12 @@ class Lowerer:
             except CannotRebuild as error:
                 reason = str(error)
                 continue
+            if not self.packed.is_placed(table):
+                reason = (
+                    f"the {label} of the rotation is that of one position, whatever the positions are: export the model with positions as an "
+                    "input, or with a free number of cached tokens"
+                )
+                continue
             wish = f"rope.{label}"
             tolerance = 1e-6 if tensor.dtype in (None, np.dtype(np.float32)) else TOLERANCE
             width = self.probe.shape(tensor)[-1] if pick != "pair" else 1

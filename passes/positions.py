@@ -146,14 +146,14 @@ class PackedPositions:
             self._built[id(old)] = new
         return self._built[id(tensor)]
 
-    def _is_placed(self, rebuilt: gs.Tensor) -> bool:
+    def is_placed(self, rebuilt: gs.Tensor) -> bool:
         """Whether it is laid out by packed token: made of positions, or of an input that is."""
         if rebuilt is self._positions or id(rebuilt) in self._already_packed:
             return True
         if id(rebuilt) not in self._placed:
             node = producer(rebuilt)
             self._placed[id(rebuilt)] = node is not None and any(
-                self._is_placed(item) for item in node.inputs if not is_empty(item)
+                self.is_placed(item) for item in node.inputs if not is_empty(item)
             )
         return self._placed[id(rebuilt)]
 
@@ -162,7 +162,7 @@ class PackedPositions:
         batch = self._probes[0].batch
         if self._layout == UNPACKED or batch == 1 or "B" not in self._probes[0].interface.fixed:
             return None
-        if is_empty(tensor) or self._is_placed(rebuilt):
+        if is_empty(tensor) or self.is_placed(rebuilt):
             return None
         values = [self._value(probe, tensor) for probe in self._probes]
         if not 0 < rank == values[0].ndim:

@@ -21,6 +21,20 @@ def edit(name: str) -> Editor:
     return Editor(onnx.load(EXAMPLES / f"{name}.onnx"), seed=0)
 
 
+def fix_sizes(editor: Editor, *, cached: int, batch: int | None = None) -> None:
+    """Makes of DENSE an export that takes one token behind `cached` ones, of any number of sequences or of so many."""
+    for value in editor.graph.input:
+        sizes = {1: 1} if value.name in ("input_ids", "position_ids") else {1: cached + 1}
+        if value.name.startswith("past"):
+            sizes = {2: cached}
+        if batch is not None:
+            sizes[0] = batch
+        for axis, size in sizes.items():
+            value.type.tensor_type.shape.dim[axis].dim_value = size
+    for value in editor.graph.output:
+        value.type.tensor_type.ClearField("shape")
+
+
 def lower_and_verify(editor: Editor, folder: Path) -> tuple[dict[str, Any], onnx.ModelProto]:
     """The report and the lowered model of an edited export, verified by the command."""
     onnx.save(editor.finish(), folder / "export.onnx")

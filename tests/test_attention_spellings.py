@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from edited_exports import DENSE, EXPANDED, SPARSE, edit, lower_and_verify
+from edited_exports import DENSE, EXPANDED, SPARSE, edit, fix_sizes, lower_and_verify
 from model_editor import Editor
 
 
@@ -164,15 +164,8 @@ def test_latents_with_a_layer_norm(tmp_path: Path) -> None:
 
 def test_a_size_is_what_the_only_position_is(tmp_path: Path) -> None:
     """The export takes one token behind 16, so that each is at position 16; and cosines are 16 wide, of which it takes half."""
-    editor, cached = edit(DENSE), 16
-    for value in editor.graph.input:
-        fixed = {1: 1} if value.name in ("input_ids", "position_ids") else {1: cached + 1}
-        if value.name.startswith("past"):
-            fixed = {2: cached}
-        for axis, size in fixed.items():
-            value.type.tensor_type.shape.dim[axis].dim_value = size
-    for value in editor.graph.output:
-        value.type.tensor_type.ClearField("shape")
+    editor = edit(DENSE)
+    fix_sizes(editor, cached=16)
     for name in ("cos", "sin"):
         (use,) = editor.uses[name]
         assert use.node.op_type == "Slice"

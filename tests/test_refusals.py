@@ -9,7 +9,7 @@ import onnx
 import onnx_graphsurgeon as gs
 import pytest
 import small_models
-from edited_exports import DENSE, EXAMPLES, EXPANDED, SPARSE, edit
+from edited_exports import DENSE, EXAMPLES, EXPANDED, SPARSE, edit, fix_sizes
 from model_editor import Editor
 from onnx import TensorProto, helper, numpy_helper
 from small_models import ints
@@ -113,6 +113,19 @@ def test_probabilities_and_values_in_each_others_place() -> None:
 def as_result(editor: Editor, name: str, shape: list[str]) -> None:
     result = editor.emit("Cast", name, to=TensorProto.FLOAT)
     editor.graph.output.append(helper.make_tensor_value_info(result, TensorProto.FLOAT, shape))
+
+
+@pytest.mark.parametrize("batch", [None, 2])
+def test_a_rotation_that_is_that_of_one_position(batch: int | None) -> None:
+    """The export was traced with positions as numbers: its rotation does not follow them."""
+    editor = edit(DENSE)
+    fix_sizes(editor, cached=6, batch=batch)
+    angles = 6 * np.exp2(-np.arange(8.0))
+    for name, values in (("cos", np.cos(angles)), ("sin", np.sin(angles))):
+        (use,) = editor.uses[name]
+        use.node.input[0] = editor.constant(np.tile(values, 2).reshape(1, 1, 16), np.float32)
+    editor.refresh()
+    assert "of the rotation is that of one position" in refusal(editor)
 
 
 def test_scores_as_a_result() -> None:
