@@ -180,7 +180,8 @@ def _is_reduction(tensor: gs.Tensor, op: str, of: gs.Tensor) -> int | None:
 
 
 def _explicit_softmax(graph: gs.Graph, names: Names) -> int:
-    """Exp(x) divided by ReduceSum(Exp(x)), or multiplied with its reciprocal, is Softmax(x), and so is Exp(LogSoftmax(x))."""
+    """Exp(x) divided by ReduceSum(Exp(x)), or multiplied with its reciprocal, is Softmax(x), and so are Exp(LogSoftmax(x)) and
+    Exp(x - ReduceLogSumExp(x))."""
     changed = 0
     for node in [node for node in graph.nodes if node.op in ("Div", "Mul", "Exp")]:
         if node.op == "Exp":
@@ -188,6 +189,11 @@ def _explicit_softmax(graph: gs.Graph, names: Names) -> int:
             logarithm = producer(node.inputs[0])
             if logarithm is not None and logarithm.op == "LogSoftmax":
                 exponential, axis = logarithm, logarithm.attrs.get("axis", -1)
+            elif logarithm is not None and logarithm.op == "Sub":
+                exponential, axis = (
+                    logarithm,
+                    _is_reduction(logarithm.inputs[1], "ReduceLogSumExp", logarithm.inputs[0]),
+                )
         else:
             exponential, axis = _normalised(node)
         if exponential is None or axis is None:

@@ -66,6 +66,15 @@ def test_values_are_part_of_wider_rows(behind: str, cut_by: str, tmp_path: Path)
     lower_and_verify(editor, tmp_path)
 
 
+def test_softmax_by_the_logarithm_of_its_sum(tmp_path: Path) -> None:
+    editor = edit(DENSE)
+    for node in [node for node in editor.graph.node if node.op_type == "Softmax"]:
+        total = editor.emit("ReduceLogSumExp", node.input[0], editor.constant([-1], np.int64), keepdims=1)
+        editor.replace(node, editor.emit("Exp", editor.emit("Sub", node.input[0], total)))
+    editor.refresh()
+    lower_and_verify(editor, tmp_path)
+
+
 @pytest.mark.parametrize("by", ["IsInf", "Equal"])
 def test_probabilities_without_nan_and_infinity(by: str, tmp_path: Path) -> None:
     """What exporters make of torch.nan_to_num."""
