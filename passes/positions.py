@@ -133,7 +133,7 @@ class PackedPositions:
             return tensor
         if not node.domain and (node.op in ELEMENTWISE_OPS or node.op == "MatMul"):
             inputs = [
-                self._one_row(old, new, values[0].ndim) or new for new, old in zip(inputs, node.inputs, strict=True)
+                self._once(node, old, new, values[0].ndim) or new for new, old in zip(inputs, node.inputs, strict=True)
             ]
         outputs = [
             gs.Variable(self._emitter.names.new(f"{output.name}.packed"), dtype=output.dtype) for output in node.outputs
@@ -157,20 +157,40 @@ class PackedPositions:
             )
         return self._placed[id(rebuilt)]
 
-    def _one_row(self, tensor: gs.Tensor, rebuilt: gs.Tensor, rank: int) -> gs.Constant | None:
-        """Of what has a row for each of a fixed number of sequences, all alike whatever the positions, one: packed tokens are of any number."""
-        batch = self._probes[0].batch
-        if self._layout == UNPACKED or batch == 1 or "B" not in self._probes[0].interface.fixed:
-            return None
-        if is_empty(tensor) or self.is_placed(rebuilt):
+    def _once(self, node: gs.Node, tensor: gs.Tensor, rebuilt: gs.Tensor, rank: int) -> gs.Constant | None:
+        """Of an operand that has a row for each of a fixed number of sequences or tokens, all alike whatever the positions, one: packed tokens are of
+        any number. `rank`: that of the result."""
+        first = self._probes[0]
+        if self._layout == UNPACKED or is_empty(tensor) or self.is_placed(rebuilt):
             return None
         values = [self._value(probe, tensor) for probe in self._probes]
-        if not 0 < rank == values[0].ndim:
+        value = values[0]
+        if any(not np.array_equal(other, value) for other in values):
             return None
-        row = values[0][:1]
-        if any(value.shape[0] != batch or (value != row).any() for value in values):
-            return None
-        return self._emitter.constant(f"{tensor.name}.row", row)
+        axes = self._token_axes(node, value) if "S" in first.interface.fixed else set()
+        if (
+            first.batch > 1
+            and "B" in first.interface.fixed
+            and 0 < rank == value.ndim
+            and value.shape[0] == first.batch
+        ):
+            axes.add(-rank)
+        alike = [axis for axis in axes if (value == value.take([0], axis)).all()]
+        for axis in alike:
+            value = value.take([0], axis)
+        return self._emitter.constant(f"{tensor.name}.row", value) if alike else None
+
+    def _token_axes(self, node: gs.Node, value: np.ndarray) -> set[int]:
+        """Axes of an operand, from the last on, that other operands have for tokens: they differ along them."""
+        new, axes = self._probes[0].sizes.new, set()
+        for other in node.inputs:
+            if new == 1 or is_empty(other) or not self.is_placed(self._built.get(id(other), other)):
+                continue
+            placed = self._value(self._probes[0], other)
+            for axis in range(-min(placed.ndim, value.ndim), 0):
+                if placed.shape[axis] == value.shape[axis] == new and (placed != placed.take([0], axis)).any():
+                    axes.add(axis)
+        return axes
 
     @staticmethod
     def _value(probe: Probe, tensor: gs.Tensor) -> np.ndarray:

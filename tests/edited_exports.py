@@ -21,10 +21,10 @@ def edit(name: str) -> Editor:
     return Editor(onnx.load(EXAMPLES / f"{name}.onnx"), seed=0)
 
 
-def fix_sizes(editor: Editor, *, cached: int, batch: int | None = None) -> None:
-    """Makes of DENSE an export that takes one token behind `cached` ones, of any number of sequences or of so many."""
+def fix_sizes(editor: Editor, *, cached: int, new: int = 1, batch: int | None = None) -> None:
+    """Makes of DENSE an export that takes `new` tokens behind `cached` ones, of any number of sequences or of so many."""
     for value in editor.graph.input:
-        sizes = {1: 1} if value.name in ("input_ids", "position_ids") else {1: cached + 1}
+        sizes = {1: new} if value.name in ("input_ids", "position_ids") else {1: cached + new}
         if value.name.startswith("past"):
             sizes = {2: cached}
         if batch is not None:

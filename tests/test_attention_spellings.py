@@ -183,3 +183,16 @@ def test_a_size_is_what_the_only_position_is(tmp_path: Path) -> None:
         use.node.input[2] = editor.emit("Div", width, editor.constant([2], np.int64))
     editor.refresh()
     lower_and_verify(editor, tmp_path)
+
+
+@pytest.mark.parametrize("batch", [None, 1, 2])
+def test_factors_for_a_fixed_number_of_tokens(batch: int | None, tmp_path: Path) -> None:
+    """What torch.polar leaves of a modulus of one: ones for each of three tokens, times the cosines."""
+    editor = edit(DENSE)
+    fix_sizes(editor, cached=9, new=3, batch=batch)
+    for name in ("cos", "sin"):
+        (use,) = editor.uses[name]
+        ones = editor.constant(np.ones((batch or 1, 3, 16)), np.float32)
+        use.node.input[0] = editor.emit("Mul", ones, name)
+    editor.refresh()
+    lower_and_verify(editor, tmp_path)
