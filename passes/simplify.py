@@ -262,14 +262,15 @@ def _slice_before_product(graph: gs.Graph, names: Names) -> int:
     changed = 0
     outputs = {id(tensor) for tensor in graph.outputs}
     for node in [node for node in graph.nodes if node.op == "MatMul"]:
-        if any(isinstance(operand, gs.Constant) for operand in node.inputs):
-            continue
+        right = node.inputs[1]
+        if right.shape is None or len(right.shape) < 2 or any(isinstance(item, gs.Constant) for item in node.inputs):
+            continue  # a vector has no columns
         passed, tensor = [], node.outputs[0]
         while tensor.shape is not None and len(tensor.outputs) == 1 and id(tensor) not in outputs:
             passed.append(tensor)
             (reader,) = tensor.outputs
             if (part := _last_columns(reader, len(tensor.shape))) is not None:
-                if id(part[0]) not in outputs:
+                if not any(id(item) in outputs for item in reader.outputs):
                     _multiply_columns(graph, names, node, passed, *part)
                     changed += 1
                 break

@@ -301,6 +301,36 @@ def test_ellipses_for_different_numbers_of_axes_become_a_matmul() -> None:
     assert sorted(node.op for node in graph.nodes) == ["MatMul", "Transpose"]
 
 
+@pytest.mark.parametrize("case", ["columns", "a vector", "the other part is a result"])
+def test_columns_of_a_product(case: str) -> None:
+    """Only a matrix has columns, and of the product nothing else may be wanted."""
+    right = [6] if case == "a vector" else [6, 5]
+    nodes = [
+        helper.make_node("MatMul", ["a", "b"], ["product"]),
+        helper.make_node("Split", ["product", "sizes"], ["wanted", "other"], axis=-1),
+        helper.make_node("Neg", ["wanted"], ["result"]),
+    ]
+    results = ["result", "other"] if case == "the other part is a result" else ["result"]
+    floats = TensorProto.FLOAT
+    graph = helper.make_graph(
+        nodes,
+        "columns",
+        [helper.make_tensor_value_info("a", floats, [5, 6]), helper.make_tensor_value_info("b", floats, right)],
+        [helper.make_tensor_value_info(name, floats, None) for name in results],
+        [numpy_helper.from_array(np.array([2, 3]), "sizes")],
+    )
+    model = onnx.shape_inference.infer_shapes(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]))
+    given = {name: np.random.default_rng(0).standard_normal(size) for name, size in (("a", [5, 6]), ("b", right))}
+    given = {name: values.astype(np.float32) for name, values in given.items()}
+    before = onnx.reference.ReferenceEvaluator(model).run(None, given)
+    simplified = gs.import_onnx(model)
+    simplify(simplified)
+    assert ("Slice" in {node.op for node in simplified.nodes}) == (case == "columns")
+    after = onnx.reference.ReferenceEvaluator(gs.export_onnx(simplified.toposort())).run(None, given)
+    for one, other in zip(before, after, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5)
+
+
 def test_equal_nodes_become_one() -> None:
     nodes = [
         helper.make_node("Mul", ["a", "a"], ["square"]),
