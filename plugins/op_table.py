@@ -18,6 +18,7 @@ HEADER = Path(__file__).parent / "kernels" / "op_table.h"
 KINDS = {
     "f32, f16 or bf16": "Kind::any_float",
     "f32": "Kind::f32",
+    "f32 (rows of a table)": "Kind::table",
     "i32": "Kind::i32",
     "f32, f16, bf16 or e4m3": "Kind::weight",
     "e4m3": "Kind::e4m3",
@@ -67,7 +68,7 @@ def header() -> str:
     for op in OPS.values():
         lines += _indices(op)
     lines += [
-        "enum class Kind { any_float, f32, i32, weight, e4m3, any };",
+        "enum class Kind { any_float, f32, table, i32, weight, e4m3, any };",
         "",
         "struct TensorSpec {",
         "    const char* name;",

@@ -17,6 +17,7 @@ from onnx import helper
 
 from mla_trt.engines.bfloat16 import to_bfloat16
 from mla_trt.engines.decoded_weights import decode_weights
+from mla_trt.engines.direct_tensors import read_directly
 from mla_trt.engines.engine import PAGE_COPIES
 from mla_trt.engines.engine_file import COPIES, EngineTensor
 from mla_trt.engines.input_projections import take_input_projections
@@ -187,6 +188,7 @@ def write_plugin_model(
     taken = take_input_projections(on_disk, weight_file, coded=coded) if input_projections or coded else 0
     if coded and taken + take_output_projections(on_disk, weight_file) == 0:
         log.warning("--weights fp8 changes nothing: no layer has large bfloat16 matrices beside it (see --dtype bf16)")
+    read_directly(on_disk)
     compact(model)
     if pages is not None:
         if resident:

@@ -28,12 +28,12 @@ class StaticProbe:
         self._model = model
         self._constants = {tensor.name: tensor for tensor in model.proto.graph.initializer}
         graph = onnx.shape_inference.infer_shapes(_told(model.proto)).graph
+        values = {value.name: value.type.tensor_type for value in (*graph.input, *graph.value_info, *graph.output)}
+        self._dtypes = {name: kind.elem_type for name, kind in values.items()}
         self._dims = {
-            value.name: tuple(
-                dim.dim_value if dim.HasField("dim_value") else None for dim in value.type.tensor_type.shape.dim
-            )
-            for value in (*graph.input, *graph.value_info, *graph.output)
-            if value.type.tensor_type.HasField("shape")
+            name: tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in kind.shape.dim)
+            for name, kind in values.items()
+            if kind.HasField("shape")
         }
 
     @cached_property
@@ -44,6 +44,11 @@ class StaticProbe:
     def dims(self, name: str) -> tuple[int | None, ...] | None:
         """The sizes of a tensor, None where one is not fixed; None where not even their number is known."""
         return self._dims.get(name)
+
+    def dtype(self, name: str) -> int | None:
+        """The ONNX type of a tensor that is made of the model's inputs; what comes of ops may be said to be float32. None where nothing is
+        known of it."""
+        return self._dtypes.get(name)
 
     def array(self, name: str) -> np.ndarray | None:
         """A constant's values, read anew each time; None for what is none."""

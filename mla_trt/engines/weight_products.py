@@ -87,16 +87,20 @@ class WeightProducts:
 
     def of_rows(self, tensor: str) -> Product | None:
         """The product of which a tensor has columns, in rows as they come."""
-        start, columns = 0, self.width(tensor)
-        while columns is not None and (node := self.makers.get(tensor)) is not None:
-            if node.op_type in ("MatMul", "Gemm"):
-                weight = self._weight(node)
-                return Product(node, weight, start, (columns,)) if weight and columns % MULTIPLE == 0 else None
-            first = self._first_column(node, tensor)
-            if first is None:
-                break
+        columns = self.width(tensor)
+        source, start = self.columns(tensor)
+        node = self.makers.get(source)
+        if columns is None or columns % MULTIPLE != 0 or node is None or node.op_type not in ("MatMul", "Gemm"):
+            return None
+        weight = self._weight(node)
+        return Product(node, weight, start, (columns,)) if weight else None
+
+    def columns(self, tensor: str) -> tuple[str, int]:
+        """The tensor of which a tensor has columns, in rows as they come, and the first of them."""
+        start = 0
+        while (node := self.makers.get(tensor)) is not None and (first := self._first_column(node, tensor)) is not None:
             start, tensor = start + first, node.input[0]
-        return None
+        return tensor, start
 
     def by_head(self, tensor: str) -> Product | None:
         """The product that makes a tensor [T, H, M] by a Reshape to [-1, H, M], so that axes before do not matter."""

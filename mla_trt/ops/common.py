@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from mla_trt.formats import DEFAULT_PAGE_SIZE, INDEX_FORMATS, ROW_FORMATS
 from mla_trt.ops.body import Body, Value
-from mla_trt.ops.schema import F32, I32, WEIGHT, Attribute, F, Input
+from mla_trt.ops.schema import F32, I32, TABLE, WEIGHT, Attribute, F, Input
 
 PAGE_SIZE = Attribute("page_size", int, DEFAULT_PAGE_SIZE, letter="P", minimum=1)
 
@@ -54,8 +54,8 @@ NEW_LATENT = (
     Input("latent", F, "T R"),
     Input("rope_key", F, "T Dr"),
     Input("norm_weight", F, "R", optional=True),
-    Input("cos", F32, "N ceil(Dr/2)"),
-    Input("sin", F32, "N ceil(Dr/2)"),
+    Input("cos", TABLE, "N ceil(Dr/2)"),
+    Input("sin", TABLE, "N ceil(Dr/2)"),
     Input("rope_rows", I32, "T", optional=True),
 )
 

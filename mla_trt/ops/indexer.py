@@ -48,7 +48,7 @@ from mla_trt.ops.common import (
 from mla_trt.ops.pages import Batch, copy_pages, read_index_sequences, write_index_rows
 from mla_trt.ops.reference import copied_pages, new_row_places, read_index_keys
 from mla_trt.ops.rope import rotate, rotate_reference, table_row, table_rows
-from mla_trt.ops.schema import F32, I32, Array, Attributes, F, Input, Op, Output
+from mla_trt.ops.schema import F32, I32, TABLE, Array, Attributes, F, Input, Op, Output
 
 INDEXER_CACHE = Input("indexer_cache", I32, "index_pages index_page_words")
 INDEX_TENSORS = (
@@ -57,8 +57,8 @@ INDEX_TENSORS = (
     Input("index_weights", F32, "T Hi"),
     Input("index_norm_weight", F, "Di", optional=True),
     Input("index_norm_bias", F, "Di", optional=True),
-    Input("index_cos", F32, "index_N ceil(Dri/2)"),
-    Input("index_sin", F32, "index_N ceil(Dri/2)"),
+    Input("index_cos", TABLE, "index_N ceil(Dri/2)"),
+    Input("index_sin", TABLE, "index_N ceil(Dri/2)"),
 )
 
 

@@ -33,6 +33,8 @@ _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 # Kinds of tensors, and the element types that each takes. None: any.
 F = "f32, f16 or bf16"
 F32 = "f32"
+TABLE = "f32 (rows of a table)"
+"""In engines of any float type, and its rows may be longer: their first values count."""
 I32 = "i32"
 WEIGHT = "f32, f16, bf16 or e4m3"
 E4M3 = "e4m3"
@@ -40,11 +42,13 @@ ANY = "any"
 _TYPES: dict[str, tuple[int, ...] | None] = {
     F: _FLOATS,
     F32: (TensorProto.FLOAT,),
+    TABLE: (TensorProto.FLOAT,),
     I32: (TensorProto.INT32,),
     WEIGHT: (*_FLOATS, TensorProto.FLOAT8E4M3FN),
     E4M3: (TensorProto.FLOAT8E4M3FN,),
     ANY: None,
 }
+_FIXED = {F32: FLOAT, TABLE: FLOAT, I32: TensorProto.INT32}
 
 
 @dataclass(frozen=True)
@@ -275,9 +279,7 @@ class Op:
         for formal in self.inputs:
             if formal.name not in given:
                 continue
-            value = body.input(
-                formal.name, {F32: FLOAT, I32: TensorProto.INT32}.get(formal.kind, TensorProto.UNDEFINED)
-            )
+            value = body.input(formal.name, _FIXED.get(formal.kind, TensorProto.UNDEFINED))
             if formal.kind == F and first_float is None:
                 first_float = value
             values[formal.name] = value.cast(FLOAT) if formal.kind in (F, WEIGHT, E4M3) else value
@@ -340,7 +342,7 @@ class Op:
                     dims.unify(formal.shape, types[formal.name].shape, formal.name)
         results = []
         for output in self.outputs[: len(node.output)]:
-            dtype = {F32: FLOAT, I32: TensorProto.INT32}.get(output.kind, FLOAT if first_float is None else first_float)
+            dtype = _FIXED.get(output.kind, FLOAT if first_float is None else first_float)
             results.append(TensorType(int(dtype), tuple(dims.evaluate(word) for word in output.shape.split())))
         return results
 

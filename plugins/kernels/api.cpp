@@ -93,7 +93,8 @@ int unify(Dims& dims, const OpSpec& op, const TensorSpec& spec, const MlaTensor&
         int64_t* letter = dims.find(word, length);
         if (letter != nullptr && *letter < 0) *letter = size;
         int64_t const expected = word_value(dims, word, length);
-        if (expected >= 0 && expected != size) {
+        bool const longer = spec.kind == Kind::table && axis == 1 && size > expected;
+        if (expected >= 0 && expected != size && !longer) {
             return fail(MLA_BAD_CALL, "%s: %s has %lld along %.*s, expected %lld", op.name, spec.name,
                         static_cast<long long>(size), static_cast<int>(length), word,
                         static_cast<long long>(expected));
@@ -111,7 +112,8 @@ bool is_float(int32_t type) { return type == MLA_FLOAT || type == MLA_FLOAT16 ||
 
 bool type_fits(Kind kind, int32_t type) {
     switch (kind) {
-        case Kind::any_float: return is_float(type);
+        case Kind::any_float:
+        case Kind::table: return is_float(type);
         case Kind::f32: return type == MLA_FLOAT;
         case Kind::i32: return type == MLA_INT32;
         case Kind::weight: return is_float(type) || type == MLA_FLOAT8E4M3FN;

@@ -45,9 +45,9 @@ __device__ float4 floats_of_bits(uint4 bits, int32_t type) {
 }
 
 // Rotates pairs of a token's queries: those of `block` among `blocks` blocks. A thread takes `unit` pairs of a head at a time,
-// four or one. `table_place` says where the token's cos and sin begin.
-template <int unit, typename TablePlace>
-__device__ void rotate_queries(const Append& work, int64_t token, const TablePlace& table_place, int block, int blocks) {
+// four or one. `table_row` says which row of cos and sin is the token's.
+template <int unit, typename TableRow>
+__device__ void rotate_queries(const Append& work, int64_t token, const TableRow& table_row, int block, int blocks) {
     int const half = work.layout.rope / 2, units = half / unit;
     int64_t const from = token * work.query.token_stride, to = token * work.query_out.token_stride;
 #pragma unroll 1
@@ -58,20 +58,21 @@ __device__ void rotate_queries(const Append& work, int64_t token, const TablePla
         if constexpr (unit == 1) {
             Pair const x = {load_float(work.query.data, work.query.type, read + first),
                             load_float(work.query.data, work.query.type, read + second)};
-            int64_t const place = table_place() + j;
-            Pair const y = rotate(x, work.cos[place], work.sin[place]);
+            int64_t const row = table_row();
+            uint32_t const of_cos = work.cos.bits(row, j), of_sin = work.sin.bits(row, j);
+            Pair const y = rotate(x, work.cos.value(of_cos), work.sin.value(of_sin));
             store_float(work.query_out.data, work.query_out.type, write + first, y.a);
             store_float(work.query_out.data, work.query_out.type, write + second, y.b);
         } else {
             uint4 const low_bits = load_four_bits(work.query, read + first, work.query_aligned);
             uint4 const high_bits = load_four_bits(work.query, read + second, work.query_aligned);
-            int64_t const place = table_place() + j;
-            float cosines[4], sines[4];
+            int64_t const row = table_row();
+            uint32_t cosines[4], sines[4];
 #pragma unroll
-            for (int pair = 0; pair < 4; ++pair) cosines[pair] = work.cos[place + pair], sines[pair] = work.sin[place + pair];
+            for (int pair = 0; pair < 4; ++pair) cosines[pair] = work.cos.bits(row, j + pair), sines[pair] = work.sin.bits(row, j + pair);
             float4 low = floats_of_bits(low_bits, work.query.type), high = floats_of_bits(high_bits, work.query.type);
             auto turn = [&](float& a, float& b, int pair) {
-                Pair const y = rotate({a, b}, cosines[pair], sines[pair]);
+                Pair const y = rotate({a, b}, work.cos.value(cosines[pair]), work.sin.value(sines[pair]));
                 a = y.a;
                 b = y.b;
             };
@@ -174,16 +175,16 @@ __global__ void __launch_bounds__(threads) append_kernel(Append work) {
     bool const has_table = width > 0 && work.table_rows > 0;
     bool const has_rows = has_table && work.rope_rows != nullptr;
     int32_t const rope_row = has_rows ? work.rope_rows[token] : 0;
-    auto table_place = [&] {  // of the token's cos and sin
+    auto table_row = [&] {  // of cos and sin
         int64_t const wanted = has_rows ? from_here(rope_row) : token;
-        return min(max(wanted, int64_t{0}), work.table_rows - 1) * half;
+        return min(max(wanted, int64_t{0}), work.table_rows - 1);
     };
     if (blockIdx.y > 0) {
         int const block = static_cast<int>(blockIdx.y) - 1, blocks = static_cast<int>(gridDim.y) - 1;
         if (half % 4 == 0) {
-            rotate_queries<4>(work, token, table_place, block, blocks);
+            rotate_queries<4>(work, token, table_row, block, blocks);
         } else {
-            rotate_queries<1>(work, token, table_place, block, blocks);
+            rotate_queries<1>(work, token, table_row, block, blocks);
         }
         if (work.beside) end_after_kernel_before();
         return;
@@ -210,7 +211,8 @@ __global__ void __launch_bounds__(threads) append_kernel(Append work) {
         int const first = work.interleaved ? 2 * j : j, second = work.interleaved ? 2 * j + 1 : j + half;
         uint32_t const a = load_bits(work.rope_key, work.rope_key_type, token * width + first);
         uint32_t const b = load_bits(work.rope_key, work.rope_key_type, token * width + second);
-        float const cosine = has_table ? work.cos[table_place() + j] : 1.0f, sine = has_table ? work.sin[table_place() + j] : 0.0f;
+        uint32_t const of_cos = has_table ? work.cos.bits(table_row(), j) : 0, of_sin = has_table ? work.sin.bits(table_row(), j) : 0;
+        float const cosine = has_table ? work.cos.value(of_cos) : 1.0f, sine = has_table ? work.sin.value(of_sin) : 0.0f;
         Pair const y = rotate({float_of_bits(a, work.rope_key_type), float_of_bits(b, work.rope_key_type)}, cosine, sine);
         rope[first] = y.a;
         rope[second] = y.b;
@@ -326,8 +328,8 @@ int run_fused_rope_rms_norm_quantization(Call& call) {
     work.rope_key_type = call.in[in::rope_key].type;
     work.norm_weight = call.given(in::norm_weight) ? call.in[in::norm_weight].data : nullptr;
     work.norm_weight_type = call.in[in::norm_weight].type;
-    work.cos = call.input<float>(in::cos);
-    work.sin = call.input<float>(in::sin);
+    work.cos = rope_table(call.in[in::cos]);
+    work.sin = rope_table(call.in[in::sin]);
     work.rope_rows = call.input<int32_t>(in::rope_rows);
     work.table_rows = call.dims.N;
     work.heads = static_cast<int32_t>(call.dims.H);

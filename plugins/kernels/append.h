@@ -1,7 +1,7 @@
 // Rope, norm, quantisation and the cache row of each new token.
 #pragma once
 
-#include "device.cuh"
+#include "rope_table.cuh"
 #include "view.h"
 
 namespace mla {
@@ -14,7 +14,7 @@ struct Append {
     int32_t latent_type, rope_key_type;
     const void* norm_weight;  // [R] or null
     int32_t norm_weight_type;
-    const float *cos, *sin;  // [table_rows, Dr / 2]
+    RopeTable cos, sin;  // [table_rows, Dr / 2]
     const int32_t* rope_rows;  // [T] or null: one row a token
     int64_t table_rows;
     int32_t heads;

@@ -281,8 +281,8 @@ Layer make_layer(const Call& call, const OpSpec& op) {
     append.rope_key_type = input("rope_key").type;
     append.norm_weight = input("norm_weight").rank < 0 ? nullptr : input("norm_weight").data;
     append.norm_weight_type = input("norm_weight").type;
-    append.cos = call.input<float>(step_input("cos"));
-    append.sin = call.input<float>(step_input("sin"));
+    append.cos = rope_table(input("cos"));
+    append.sin = rope_table(input("sin"));
     append.rope_rows = call.input<int32_t>(step_input("rope_rows"));
     append.table_rows = dims.N;
     append.heads = static_cast<int32_t>(dims.H);

@@ -13,6 +13,7 @@ namespace mla {
 namespace {
 
 constexpr int warps = 8;
+constexpr int most_pairs = 128;  // of a head of 256 values, the largest
 static_assert(16 % warps == 0, "the rows of a block are heads of one token");
 
 template <typename T, int count>
@@ -80,17 +81,30 @@ __device__ inline float turn(float value, float other, float cos, float sin, boo
     return __fadd_rn(__fmul_rn(value, cos), __fmul_rn(other, second ? sin : -sin));
 }
 
+// A token's row of cos and sin, for the lanes of its warp.
+struct alignas(16) TableRow {
+    float cos[most_pairs], sin[most_pairs];
+
+    __device__ void load(const IndexAppend& append, int32_t row, int lane) {
+#pragma unroll 1
+        for (int pair = lane; pair < append.rope / 2; pair += warp_size) {
+            uint32_t const of_cos = append.cos.bits(row, pair), of_sin = append.sin.bits(row, pair);
+            cos[pair] = append.cos.value(of_cos);
+            sin[pair] = append.sin.value(of_sin);
+        }
+        __syncwarp();
+    }
+};
+
 // `shared` holds the row for the lanes of the warp.
 template <int values>
-__device__ void rotate(const IndexAppend& append, int32_t table_row, Row<values>& row, Row<values>* shared, int lane) {
+__device__ void rotate(const IndexAppend& append, const TableRow& table, Row<values>& row, Row<values>* shared, int lane) {
     int32_t const half = append.rope / 2, first = lane * values;
-    const float* const cos = append.cos + int64_t{table_row} * half;
-    const float* const sin = append.sin + int64_t{table_row} * half;
     if (append.rope_interleaved) {
 #pragma unroll
         for (int i = 0; i < values; i += 2) {
             if (first + i >= append.rope) continue;
-            float const c = cos[(first + i) / 2], s = sin[(first + i) / 2];
+            float const c = table.cos[(first + i) / 2], s = table.sin[(first + i) / 2];
             float const a = row.v[i], b = row.v[i + 1];
             row.v[i] = turn(a, b, c, s, false);
             row.v[i + 1] = turn(b, a, c, s, true);
@@ -99,12 +113,12 @@ __device__ void rotate(const IndexAppend& append, int32_t table_row, Row<values>
     }
     shared[lane] = row;
     __syncwarp();
-    if (append.aligned && half % values == 0) {
+    if (half % values == 0) {
         bool const second = first >= half;
         int const pair = second ? first - half : first;
         if (first < append.rope) {
-            Row<values> const c = *reinterpret_cast<const Row<values>*>(cos + pair);
-            Row<values> const s = *reinterpret_cast<const Row<values>*>(sin + pair);
+            Row<values> const c = *reinterpret_cast<const Row<values>*>(table.cos + pair);
+            Row<values> const s = *reinterpret_cast<const Row<values>*>(table.sin + pair);
             Row<values> const other = shared[(second ? pair : first + half) / values];
             for (int i = 0; i < values; ++i) row.v[i] = turn(row.v[i], other.v[i], c.v[i], s.v[i], second);
         }
@@ -115,7 +129,7 @@ __device__ void rotate(const IndexAppend& append, int32_t table_row, Row<values>
             bool const second = d >= half;
             int const pair = second ? d - half : d;
             float const other = reinterpret_cast<const float*>(shared)[second ? pair : d + half];
-            row.v[i] = turn(row.v[i], other, cos[pair], sin[pair], second);
+            row.v[i] = turn(row.v[i], other, table.cos[pair], table.sin[pair], second);
         }
     }
 }
@@ -236,6 +250,7 @@ template <int values>
 __global__ void __launch_bounds__(warps* warp_size) append_kernel(IndexWindow window, IndexAppend append, int32_t each) {
     let_next_kernel_begin();
     __shared__ Row<values> shared[warps][warp_size];
+    __shared__ TableRow tables[warps];
     int const warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
     uint32_t const blocks_per_row = window.padded_heads / (warps * each), query_blocks = window.rows * blocks_per_row;
     bool const is_key = blockIdx.x >= query_blocks;
@@ -247,24 +262,23 @@ __global__ void __launch_bounds__(warps* warp_size) append_kernel(IndexWindow wi
 
     int32_t const size = window.layout.head;
     bool const whole = append.aligned && size % values == 0;
-    int32_t table_row = 0;
-    if (append.rope > 0) {
+    auto load_query = [&](int32_t head) {
+        return load_row<values>(append.query, append.type, (token * window.heads + head) * size, head < window.heads ? size : 0, whole, lane);
+    };
+    Row<values> next = is_key ? load_row<values>(append.key, append.type, token * size, size, whole, lane) : load_query(first_head);
+    if (append.rope > 0) {  // meanwhile
         int32_t const last = static_cast<int32_t>(append.table_rows) - 1;
-        table_row = append.rope_rows != nullptr ? append.rope_rows[token] : static_cast<int32_t>(min(token, int64_t{last}));
-        table_row = max(0, min(table_row, last));
+        int32_t const named = append.rope_rows != nullptr ? append.rope_rows[token] : static_cast<int32_t>(min(token, int64_t{last}));
+        tables[warp].load(append, max(0, min(named, last)), lane);
     }
     if (is_key) {
-        Row<values> row = load_row<values>(append.key, append.type, token * size, size, whole, lane);
+        Row<values> row = next;
         if (append.norm_weight != nullptr) normalize(append, size, whole, row, lane);
-        if (append.rope > 0) rotate(append, table_row, row, shared[warp], lane);
+        if (append.rope > 0) rotate(append, tables[warp], row, shared[warp], lane);
         if (append.hadamard) transform(size, row, lane);
         store_key(window, append.pool, token, row, lane);
         return;
     }
-    auto load_query = [&](int32_t head) {
-        return load_row<values>(append.query, append.type, (token * window.heads + head) * size, head < window.heads ? size : 0, whole, lane);
-    };
-    Row<values> next = load_query(first_head);
 #pragma unroll 1
     for (int32_t i = 0; i < each; ++i) {
         int32_t const head = first_head + i * warps;
@@ -273,7 +287,7 @@ __global__ void __launch_bounds__(warps* warp_size) append_kernel(IndexWindow wi
         float const weight = head < window.heads ? append.weights[token * window.heads + head] : 0.0f;
         if (append.rope > 0) {
             __syncwarp();  // all have read the row before
-            rotate(append, table_row, row, shared[warp], lane);
+            rotate(append, tables[warp], row, shared[warp], lane);
         }
         if (append.hadamard) transform(size, row, lane);
         store_query(window, int64_t{window_row} * window.padded_heads + head, weight, row, lane);
@@ -300,7 +314,7 @@ int append_index_keys(const Call& call, const IndexWindow& window, const Device&
     int64_t const blocks = query_blocks + (append.keys ? ceil_div<int64_t>(window.step.tokens, warps) : 0);
     if (blocks > 0x7fffffff) return fail(MLA_UNSUPPORTED, "MlaIndexer: too many tokens for one call");
     append.aligned = aligned(append.query) && aligned(append.key) && aligned(append.norm_weight) &&
-                     aligned(append.norm_bias) && aligned(append.cos) && aligned(append.sin);
+                     aligned(append.norm_bias);
     if (append.table_rows <= 0) append.rope = 0;
     append.table_rows = std::min<int64_t>(append.table_rows, 0x7fffffff);  // what rope_rows can name
     int32_t const size = window.layout.head;

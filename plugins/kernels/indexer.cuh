@@ -1,7 +1,7 @@
 // What the indexer's stages share: the window of query tokens that they work on, and its scratch memory.
 #pragma once
 
-#include "device.cuh"
+#include "rope_table.cuh"
 
 namespace mla {
 
@@ -85,8 +85,7 @@ struct IndexAppend {
     const float* weights;
     const void* norm_weight;
     const void* norm_bias;
-    const float* cos;
-    const float* sin;
+    RopeTable cos, sin;  // [table_rows, rope / 2]
     const int32_t* rope_rows;
     int32_t type, norm_type, bias_type;
     int64_t table_rows;

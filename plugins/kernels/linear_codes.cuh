@@ -8,6 +8,7 @@ namespace linear_tiles {
 
 constexpr int scale_block = 128;  // columns and outputs that have one scale; a step is one of columns
 constexpr int rows_together = 4;  // whose 128 columns a warp makes codes of
+constexpr int few_stages = 4;  // of few tokens: with more copies under way the first ones, too, are there later
 
 // Three groups read the first 128 outputs as four do, and the last 64 as rows of half the width. One warp behind them orders copies; of few tokens
 // others make codes of the rows of x.
@@ -15,7 +16,7 @@ template <int tokens_, int groups>
 struct CodesBlock {
     static constexpr int tokens = tokens_, tiles = groups, columns = tiles * 64;
     static constexpr bool few = tokens <= 16;
-    static constexpr int other_groups = few ? 2 : 1;
+    static constexpr int other_groups = few && tokens > 8 ? 2 : 1;
     static constexpr int consumers = tiles * group_threads, threads = consumers + other_groups * group_threads;
     static constexpr int row_makers = other_groups * group_threads / warp_size - 1;  // warps, each of which makes `rows_together` at a time
     static constexpr int row_arrivals = few ? tokens / rows_together : 0;
@@ -24,8 +25,10 @@ struct CodesBlock {
     static constexpr int row = columns + 4;  // floats of a row of sums: where half a warp writes no bank is met twice
     static constexpr int x_tile = tokens * step_bytes, x_bytes = 2 * x_tile;  // 64 columns of x, or 128 codes of one term, and a step's
     static constexpr int w_tile = scale_block * step_bytes, w_bytes = tiles * w_tile / 2;  // a step of 128 outputs, and of all
-    static constexpr int stage_bytes = x_bytes + w_bytes, most = budget / stage_bytes;
+    static constexpr int stage_bytes = x_bytes + w_bytes, most = few ? few_stages : budget / stage_bytes;
     static constexpr int stages = most < most_stages ? most : most_stages;
+    // Or a row maker's barrier could be two phases behind what it waits for, which looks like none.
+    static_assert(!few || stages * tokens >= row_makers * rows_together);
     static constexpr int scales_start = stages * stage_bytes, scales_bytes = few ? tokens * 4 : 0;  // of the rows, [stages][tokens]
     static constexpr int bytes = scales_start + stages * scales_bytes;
     static_assert(tokens * row * 4 <= bytes && tokens % most_cluster == 0);

@@ -94,7 +94,7 @@ namespace in { enum : int { attended, w_o, w_o_scale, count }; }
 namespace out { enum : int { hidden, count }; }
 }
 
-enum class Kind { any_float, f32, i32, weight, e4m3, any };
+enum class Kind { any_float, f32, table, i32, weight, e4m3, any };
 
 struct TensorSpec {
     const char* name;
@@ -141,8 +141,8 @@ constexpr TensorSpec fused_rope_rms_norm_quantization_inputs[] = {
     {"latent", Kind::any_float, "T R", false},
     {"rope_key", Kind::any_float, "T Dr", false},
     {"norm_weight", Kind::any_float, "R", true},
-    {"cos", Kind::f32, "N ceil(Dr/2)", false},
-    {"sin", Kind::f32, "N ceil(Dr/2)", false},
+    {"cos", Kind::table, "N ceil(Dr/2)", false},
+    {"sin", Kind::table, "N ceil(Dr/2)", false},
     {"rope_rows", Kind::i32, "T", true},
     {"token_sequence", Kind::i32, "T", false},
     {"positions", Kind::i32, "T", false},
@@ -246,8 +246,8 @@ constexpr TensorSpec decode_branch_fp8_inputs[] = {
     {"latent", Kind::any_float, "T R", false},
     {"rope_key", Kind::any_float, "T Dr", false},
     {"norm_weight", Kind::any_float, "R", true},
-    {"cos", Kind::f32, "N ceil(Dr/2)", false},
-    {"sin", Kind::f32, "N ceil(Dr/2)", false},
+    {"cos", Kind::table, "N ceil(Dr/2)", false},
+    {"sin", Kind::table, "N ceil(Dr/2)", false},
     {"rope_rows", Kind::i32, "T", true},
     {"w_uk", Kind::e4m3, "H R Dn", false},
     {"w_uk_scale", Kind::f32, "H ceil(R/128) ceil(Dn/128)", false},
@@ -285,8 +285,8 @@ constexpr TensorSpec indexer_inputs[] = {
     {"index_weights", Kind::f32, "T Hi", false},
     {"index_norm_weight", Kind::any_float, "Di", true},
     {"index_norm_bias", Kind::any_float, "Di", true},
-    {"index_cos", Kind::f32, "index_N ceil(Dri/2)", false},
-    {"index_sin", Kind::f32, "index_N ceil(Dri/2)", false},
+    {"index_cos", Kind::table, "index_N ceil(Dri/2)", false},
+    {"index_sin", Kind::table, "index_N ceil(Dri/2)", false},
     {"rope_rows", Kind::i32, "T", true},
     {"query_offsets", Kind::i32, "B+1", false},
     {"cache_lengths", Kind::i32, "B", false},
@@ -316,8 +316,8 @@ constexpr TensorSpec attention_inputs[] = {
     {"latent", Kind::any_float, "T R", false},
     {"rope_key", Kind::any_float, "T Dr", false},
     {"norm_weight", Kind::any_float, "R", true},
-    {"cos", Kind::f32, "N ceil(Dr/2)", false},
-    {"sin", Kind::f32, "N ceil(Dr/2)", false},
+    {"cos", Kind::table, "N ceil(Dr/2)", false},
+    {"sin", Kind::table, "N ceil(Dr/2)", false},
     {"rope_rows", Kind::i32, "T", true},
     {"w_uk", Kind::weight, "H R Dn", true},
     {"w_uk_scale", Kind::f32, "H ceil(R/128) ceil(Dn/128)", true},
@@ -356,8 +356,8 @@ constexpr TensorSpec sparse_attention_inputs[] = {
     {"latent", Kind::any_float, "T R", false},
     {"rope_key", Kind::any_float, "T Dr", false},
     {"norm_weight", Kind::any_float, "R", true},
-    {"cos", Kind::f32, "N ceil(Dr/2)", false},
-    {"sin", Kind::f32, "N ceil(Dr/2)", false},
+    {"cos", Kind::table, "N ceil(Dr/2)", false},
+    {"sin", Kind::table, "N ceil(Dr/2)", false},
     {"rope_rows", Kind::i32, "T", true},
     {"w_uk", Kind::weight, "H R Dn", true},
     {"w_uk_scale", Kind::f32, "H ceil(R/128) ceil(Dn/128)", true},
@@ -377,8 +377,8 @@ constexpr TensorSpec sparse_attention_inputs[] = {
     {"index_weights", Kind::f32, "T Hi", true},
     {"index_norm_weight", Kind::any_float, "Di", true},
     {"index_norm_bias", Kind::any_float, "Di", true},
-    {"index_cos", Kind::f32, "index_N ceil(Dri/2)", true},
-    {"index_sin", Kind::f32, "index_N ceil(Dri/2)", true},
+    {"index_cos", Kind::table, "index_N ceil(Dri/2)", true},
+    {"index_sin", Kind::table, "index_N ceil(Dri/2)", true},
     {"indexer_cache", Kind::i32, "index_pages index_page_words", true},
     {"indices", Kind::i32, "T K", true},
 };

@@ -32,7 +32,7 @@ constexpr int most_pieces = columns * 2 / line_bytes;
 constexpr int slices = 4;  // of columns; a warp merges four of one in each lane
 constexpr int takers = warps / slices;  // that share tokens, or one's parts
 constexpr int x_row = columns + 8;  // values: where eight rows are read at once no bank is met twice
-constexpr int batch = 8;  // parts whose values are in flight
+constexpr int batch = 9;  // parts whose values are in flight
 
 // Where a row's parts are.
 struct Place {

@@ -29,6 +29,8 @@ public:
         }
         fields_.emplace_back(inputs_field, nullptr, PluginFieldType::kCHAR, 1);
         fields_.emplace_back(outputs_field, nullptr, PluginFieldType::kCHAR, 1);
+        fields_.emplace_back(rows_field, nullptr, PluginFieldType::kCHAR, 1);
+        fields_.emplace_back(batched_field, nullptr, PluginFieldType::kCHAR, 1);
         fields_.emplace_back(resident_field, nullptr, PluginFieldType::kCHAR, 1);
         fields_.emplace_back(pages_field, nullptr, PluginFieldType::kINT32, 1);
         collection_ = {static_cast<int32_t>(fields_.size()), fields_.data()};

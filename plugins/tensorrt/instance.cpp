@@ -6,6 +6,8 @@
 #include <sstream>
 #include <stdexcept>
 
+#include "shapes.h"
+
 namespace mla::tensorrt {
 namespace {
 
@@ -123,6 +125,19 @@ std::vector<int32_t> formals_named(const char* field, const std::string& names, 
     return formals;
 }
 
+// Formals that a field names, if the node has it.
+std::vector<int32_t> formals_among(const char* field, const nvinfer1::PluginFieldCollection& fields, const TensorSpec* specs, int32_t count) {
+    std::vector<int32_t> formals;
+    const PluginField* const names = find(fields, field);
+    if (names == nullptr) return formals;
+    for (const std::string& name : split(text_of(*names))) {
+        int32_t const formal = formal_named(name, specs, count);
+        if (formal == count) refuse(field, "names '" + name + "', which the op does not have");
+        formals.push_back(formal);
+    }
+    return formals;
+}
+
 std::vector<int32_t> first_formals(int32_t count) {
     std::vector<int32_t> formals(static_cast<size_t>(count));
     for (int32_t i = 0; i < count; ++i) formals[static_cast<size_t>(i)] = i;
@@ -223,6 +238,14 @@ Instance read_instance(int32_t op, const nvinfer1::PluginFieldCollection& fields
     instance.outputs = outputs == nullptr
                            ? first_formals(spec.outputs)
                            : formals_named(outputs_field, text_of(*outputs), spec.output, spec.outputs, held_outputs);
+    instance.rows = formals_among(rows_field, fields, spec.input, spec.inputs);
+    for (int32_t const formal : instance.rows) {
+        const TensorSpec& rows = spec.input[formal];
+        if (rows.shape != nullptr && each_word(rows.shape, [](int32_t, std::string_view) {}) != 2) {
+            refuse(rows_field, "names '" + std::string(rows.name) + "', which is no rows but [" + rows.shape + "]");
+        }
+    }
+    instance.batched = formals_among(batched_field, fields, spec.output, spec.outputs);
     return instance;
 }
 
@@ -233,7 +256,7 @@ std::string choice_text(const AttributeSpec& attribute, int32_t number) {
 InstanceFields::InstanceFields(const Instance& instance)
     : attributes_(instance.attributes), resident_pages_(instance.resident_pages) {
     const OpSpec& spec = instance.spec();
-    texts_.reserve(static_cast<size_t>(spec.attributes) + 3);  // fields point into the texts: they must not move
+    texts_.reserve(static_cast<size_t>(spec.attributes) + 5);  // fields point into the texts: they must not move
     for (int32_t i = 0; i < spec.attributes; ++i) {
         const AttributeSpec& attribute = spec.attribute[i];
         if (attribute.kind == AttributeSpec::text) {
@@ -246,6 +269,8 @@ InstanceFields::InstanceFields(const Instance& instance)
     }
     if (instance.knows_inputs) add_text(inputs_field, names_of(instance.inputs, spec.input));
     add_text(outputs_field, names_of(instance.outputs, spec.output));
+    if (!instance.rows.empty()) add_text(rows_field, names_of(instance.rows, spec.input));
+    if (!instance.batched.empty()) add_text(batched_field, names_of(instance.batched, spec.output));
     if (!instance.resident.empty()) {
         std::string names;
         for (const Pool* pool : instance.resident) names += (names.empty() ? "" : " ") + std::string(pool->input);

@@ -1,6 +1,7 @@
 // One node of the op set: which op, its attributes, and which of the op's tensors the node has.
 #pragma once
 
+#include <algorithm>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -14,6 +15,11 @@ namespace mla::tensorrt {
 // Fields beside the attributes: formal names of the tensors that a node has, in the node's order, separated by spaces.
 constexpr const char* inputs_field = "inputs";
 constexpr const char* outputs_field = "outputs";
+
+// Fields of a node whose tensors have other axes than the op's, as the model has them: formal names of inputs all of whose axes but the last
+// count as one (MlaPlan's tokens are as many as such rows), and of outputs with an axis of 1 before the others.
+constexpr const char* rows_field = "rows";
+constexpr const char* batched_field = "batched";
 
 // Fields of a node whose plugins hold page pools themselves: formal names of these inputs, and the pages of each pool.
 constexpr const char* resident_field = "resident";
@@ -34,6 +40,7 @@ struct Instance {
     bool knows_inputs = false;  // false: the node has as many of the op's first inputs as TensorRT will say
     std::vector<int32_t> inputs;   // the formal of each input
     std::vector<int32_t> outputs;  // the formal of each output
+    std::vector<int32_t> rows, batched;  // formals of the fields
     std::vector<const Pool*> resident;  // the pools that the plugin holds
     int32_t resident_pages = 0;
 
@@ -44,12 +51,19 @@ struct Instance {
     int32_t output_formal(int32_t position) const { return outputs.at(static_cast<size_t>(position)); }
     const TensorSpec& input(int32_t position) const { return spec().input[input_formal(position)]; }
     const TensorSpec& output(int32_t position) const { return spec().output[output_formal(position)]; }
+    bool has_rows(int32_t position) const { return has(rows, input_formal(position)); }
+    bool is_batched(int32_t position) const { return has(batched, output_formal(position)); }
 
     // Where the node has this input, -1 where it has not.
     int32_t position_of(std::string_view input_name) const;
 
     // Settles which formals a node of `count` inputs has. Throws std::invalid_argument where the op takes no such node.
     void settle_inputs(int32_t count);
+
+private:
+    static bool has(const std::vector<int32_t>& formals, int32_t formal) {
+        return std::find(formals.begin(), formals.end(), formal) != formals.end();
+    }
 };
 
 // The node of this op that the fields describe. Throws std::invalid_argument.

@@ -73,7 +73,8 @@ bool is_float(DataType type) { return type == DataType::kFLOAT || type == DataTy
 
 bool type_fits(Kind kind, DataType type) {
     switch (kind) {
-        case Kind::any_float: return is_float(type);
+        case Kind::any_float:
+        case Kind::table: return is_float(type);
         case Kind::f32: return type == DataType::kFLOAT;
         case Kind::i32: return type == DataType::kINT32;
         case Kind::weight: return is_float(type) || type == DataType::kFP8;
@@ -113,11 +114,27 @@ bool has_float_output(const Instance& instance) {
     return false;
 }
 
-// Letters by attributes and by the inputs' dimensions. rank_of(i), size_of(i, axis) and product_of(i) describe input i;
-// merge(known, size) settles what a letter is that several dimensions give.
-template <typename Algebra, typename Rank, typename Size, typename Product, typename Merge>
-Letters<typename Algebra::Value> bind_letters(const Instance& instance, Algebra& algebra, Rank&& rank_of,
-                                              Size&& size_of, Product&& product_of, Merge&& merge) {
+template <typename Value, typename Algebra>
+Value product(Algebra& algebra, const Value* first, const Value* last) {
+    Value all = algebra.constant(1);
+    for (; first != last; ++first) all = algebra.product(all, *first);
+    return all;
+}
+
+// Sizes of an input as the op has it, from those that it has in the network.
+template <typename Value, typename Algebra>
+std::vector<Value> op_sizes(const Instance& instance, int32_t input, Algebra& algebra, const Value* sizes, int32_t rank) {
+    rank = std::max(rank, 0);
+    bool const rows = instance.has_rows(input) && rank > 0;
+    if (instance.input(input).shape == nullptr) return {product(algebra, sizes, sizes + rank - rows)};  // MlaPlan's tokens
+    if (!rows) return {sizes, sizes + rank};
+    return {product(algebra, sizes, sizes + rank - 1), sizes[rank - 1]};
+}
+
+// Letters by attributes and by the inputs' dimensions: sizes_of(i) are those of input i in the op. merge(known, size) settles what a letter
+// is that several dimensions give.
+template <typename Algebra, typename Sizes, typename Merge>
+Letters<typename Algebra::Value> bind_letters(const Instance& instance, Algebra& algebra, Sizes&& sizes_of, Merge&& merge) {
     Letters<typename Algebra::Value> letters;
     Letters<bool> fixed;
     const OpSpec& op = instance.spec();
@@ -136,13 +153,14 @@ Letters<typename Algebra::Value> bind_letters(const Instance& instance, Algebra&
     };
     for (int32_t i = 0; i < instance.input_count(); ++i) {
         const TensorSpec& spec = instance.input(i);
-        if (spec.shape == nullptr) {  // only MlaPlan's tokens: any shape with T elements
-            give("T", product_of(i));
+        auto const sizes = sizes_of(i);
+        auto const rank = static_cast<int32_t>(sizes.size());
+        if (spec.shape == nullptr) {
+            give("T", sizes[0]);
             continue;
         }
-        int32_t const rank = rank_of(i);
         int32_t const axes = each_word(spec.shape, [&](int32_t axis, std::string_view word) {
-            if (axis < rank && is_letter(word)) give(word, size_of(i, axis));
+            if (axis < rank && is_letter(word)) give(word, sizes[static_cast<size_t>(axis)]);
         });
         if (axes != rank) {
             throw std::invalid_argument("the input '" + std::string(spec.name) + "' has " + std::to_string(rank) +
@@ -177,13 +195,7 @@ private:
 Letters<int64_t> largest_letters(const Instance& instance, const nvinfer1::DynamicPluginTensorDesc* inputs) {
     Numbers numbers;
     return bind_letters(
-        instance, numbers, [&](int32_t i) { return inputs[i].max.nbDims; },
-        [&](int32_t i, int32_t axis) { return inputs[i].max.d[axis]; },
-        [&](int32_t i) {
-            int64_t product = 1;
-            for (int32_t axis = 0; axis < inputs[i].max.nbDims; ++axis) product *= inputs[i].max.d[axis];
-            return product;
-        },
+        instance, numbers, [&](int32_t i) { return op_sizes(instance, i, numbers, inputs[i].max.d, inputs[i].max.nbDims); },
         [](int64_t first, int64_t second) { return std::min(first, second); });
 }
 
@@ -196,17 +208,22 @@ MlaTensor tensor_of_letters(const TensorSpec& spec, int32_t type, const Letters<
     return tensor;
 }
 
-MlaTensor tensor_of_dims(const TensorSpec& spec, DataType type, const Dims& dims, void* data) {
-    MlaTensor tensor{data, onnx_type(type), dims.nbDims, {}};
-    if (spec.shape == nullptr) {  // any shape: only the number of elements counts
-        tensor.rank = 1;
-        tensor.shape[0] = 1;
-        for (int32_t axis = 0; axis < dims.nbDims; ++axis) tensor.shape[0] *= dims.d[axis];
-        return tensor;
-    }
-    int32_t const axes = std::min<int32_t>(dims.nbDims, MLA_MAX_RANK);  // a call refuses tensors of more
-    std::copy_n(dims.d, std::max(axes, 0), tensor.shape);
+MlaTensor tensor_of_sizes(DataType type, const int64_t* sizes, int32_t rank, void* data) {
+    MlaTensor tensor{data, onnx_type(type), rank, {}};
+    int32_t const axes = std::min<int32_t>(rank, MLA_MAX_RANK);  // a call refuses tensors of more
+    std::copy_n(sizes, std::max(axes, 0), tensor.shape);
     return tensor;
+}
+
+MlaTensor input_tensor(const Instance& instance, int32_t input, DataType type, const Dims& dims, const void* data) {
+    Numbers numbers;
+    auto const sizes = op_sizes(instance, input, numbers, dims.d, dims.nbDims);
+    return tensor_of_sizes(type, sizes.data(), static_cast<int32_t>(sizes.size()), const_cast<void*>(data));
+}
+
+MlaTensor output_tensor(const Instance& instance, int32_t output, DataType type, const Dims& dims, void* data) {
+    bool const batched = instance.is_batched(output) && dims.nbDims > 0;
+    return tensor_of_sizes(type, dims.d + batched, dims.nbDims - batched, data);
 }
 
 void check(int status) {
@@ -238,12 +255,9 @@ void check_tuned_shapes(const Instance& instance, const nvinfer1::DynamicPluginT
     };
     if (!std::all_of(inputs, inputs + instance.input_count(), known)) return;
     if (!std::all_of(outputs, outputs + instance.output_count(), known)) return;
-    auto const tensor = [](const TensorSpec& spec, const nvinfer1::DynamicPluginTensorDesc& description) {
-        return tensor_of_dims(spec, description.desc.type, description.opt, nullptr);
-    };
     CallTensors const call(
-        instance, [&](int32_t i) { return tensor(instance.input(i), inputs[i]); },
-        [&](int32_t i) { return tensor(instance.output(i), outputs[i]); });
+        instance, [&](int32_t i) { return input_tensor(instance, i, inputs[i].desc.type, inputs[i].opt, nullptr); },
+        [&](int32_t i) { return output_tensor(instance, i, outputs[i].desc.type, outputs[i].opt, nullptr); });
     workspace_for(instance, call);
 }
 
@@ -300,19 +314,13 @@ int32_t Plugin::getOutputShapes(const nvinfer1::DimsExprs* inputs, int32_t input
         check_output_count(instance, output_count);
         Expressions expressions{builder};
         auto const letters = bind_letters(
-            instance, expressions, [&](int32_t i) { return inputs[i].nbDims; },
-            [&](int32_t i, int32_t axis) { return inputs[i].d[axis]; },
-            [&](int32_t i) {
-                const IDimensionExpr* product = expressions.constant(1);
-                for (int32_t axis = 0; axis < inputs[i].nbDims; ++axis) {
-                    product = expressions.product(product, inputs[i].d[axis]);
-                }
-                return product;
-            },
+            instance, expressions, [&](int32_t i) { return op_sizes(instance, i, expressions, inputs[i].d, inputs[i].nbDims); },
             [](const IDimensionExpr* first, const IDimensionExpr*) { return first; });
         for (int32_t i = 0; i < output_count; ++i) {
-            outputs[i].nbDims = each_word(instance.output(i).shape, [&](int32_t axis, std::string_view word) {
-                outputs[i].d[axis] = evaluate(word, letters, expressions);
+            int32_t const before = instance.is_batched(i);
+            if (before > 0) outputs[i].d[0] = expressions.constant(1);
+            outputs[i].nbDims = before + each_word(instance.output(i).shape, [&](int32_t axis, std::string_view word) {
+                outputs[i].d[before + axis] = evaluate(word, letters, expressions);
             });
         }
     });
@@ -390,11 +398,11 @@ int32_t Plugin::enqueue(const nvinfer1::PluginTensorDesc* input_descriptions,
             instance_,
             [&](int32_t i) {
                 const nvinfer1::PluginTensorDesc& described = input_descriptions[i];
-                return tensor_of_dims(instance_.input(i), described.type, described.dims, const_cast<void*>(inputs[i]));
+                return input_tensor(instance_, i, described.type, described.dims, inputs[i]);
             },
             [&](int32_t i) {
                 const nvinfer1::PluginTensorDesc& described = output_descriptions[i];
-                return tensor_of_dims(instance_.output(i), described.type, described.dims, outputs[i]);
+                return output_tensor(instance_, i, described.type, described.dims, outputs[i]);
             },
             resident_ == nullptr ? nullptr : &resident_->memory());
         // TensorRT does not say how large the workspace is; it was sized for the largest shapes of the profile.

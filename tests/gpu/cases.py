@@ -35,6 +35,28 @@ TOLERANCE = 1e-2
 ROUNDED_TOLERANCE = 5e-3
 
 
+# Of the rows of cos and of sin: their type, and how many values they have behind those of the pairs.
+TABLES = {
+    "f32, longer": (("f32", 3), ("f32", 3)),
+    "bf16, twice": (("bf16", 32), ("bf16", 32)),
+    "f16": (("f16", 0), ("f16", 0)),
+    "of two types": (("f16", 1), ("bf16", 8)),
+}
+
+
+def with_tables(
+    rng: np.random.Generator, inputs: Mapping[str, Array], kind: str, prefix: str = ""
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """The inputs with new tables of cos and sin, as rows of `TABLES`, NaN behind the pairs; and with f32 tables of the same values."""
+    given, plain = dict(inputs), dict(inputs)
+    for name, (dtype, more) in zip(("cos", "sin"), TABLES[kind], strict=True):
+        rows, pairs = inputs[prefix + name].shape
+        table = np.full((rows, pairs + more), np.nan, HALF_TYPES[dtype])
+        table[:, :pairs] = rng.uniform(-1, 1, (rows, pairs)).astype(HALF_TYPES[dtype])
+        given[prefix + name], plain[prefix + name] = table, table[:, :pairs].astype(np.float32)
+    return given, plain
+
+
 def step_of(
     rng: np.random.Generator,
     new: Sequence[int],

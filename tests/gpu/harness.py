@@ -16,6 +16,7 @@ from onnx import TensorProto, helper
 
 from mla_trt.cuda import Memory, Stream, synchronize
 from mla_trt.ops import OPS, TensorType, infer_shapes, make_node
+from mla_trt.ops.schema import TABLE
 from mla_trt.plugins.kernel_library import Call, DeviceTensor, KernelLibrary
 from mla_trt.plugins.library import KERNELS, find_library
 
@@ -123,7 +124,8 @@ def run_op(
     kinds = {
         name: TensorType(helper.np_dtype_to_tensor_dtype(array.dtype), array.shape) for name, array in inputs.items()
     }
-    inferred = infer_shapes(node, [kinds[name] if name else None for name in node.input])
+    tables = [formal.name for formal in op.inputs if formal.kind == TABLE]  # kernels take more of them than the op set has
+    inferred = infer_shapes(node, [kinds[name] if name and name not in tables else None for name in node.input])
     results = {name.removesuffix("_result"): kind for name, kind in zip(node.output, inferred, strict=True) if name}
     run = _Run(inputs, kinds, results, in_place, shift)
     try:

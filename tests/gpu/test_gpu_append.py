@@ -8,12 +8,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from cases import HALF_TYPES, kv_attributes, layout, step_of
+from cases import HALF_TYPES, TABLES, kv_attributes, layout, step_of, with_tables
 from harness import Array, compare, compare_exactly, run_op
 from large_reference import append
 from op_harness import CODE_STEP, Step, assert_rows_close, garbage_pool
 
 from mla_trt.formats import ROW_FORMATS, KvLayout, decode_e4m3
+from mla_trt.plugins.kernel_library import KernelError
 
 OP = "MlaFusedRopeRmsNormQuantization"
 
@@ -109,6 +110,21 @@ def test_rope_rows_choose_and_clamp_the_table_row(row_format: str, interleaved: 
     del inputs["rope_rows"]
     inputs["cos"], inputs["sin"] = (rng.uniform(-1, 1, (step.tokens, 32)).astype(np.float32) for _ in range(2))
     _check(inputs, pages, rope_interleaved=interleaved)
+
+
+@pytest.mark.small
+@pytest.mark.parametrize("rope", [6, 64])
+@pytest.mark.parametrize("interleaved", [0, 1])
+@pytest.mark.parametrize("kind", TABLES)
+def test_tables_as_models_have_them(kind: str, interleaved: int, rope: int) -> None:
+    rng = np.random.default_rng(14)
+    pages, step = layout("fp8", 160, rope), step_of(rng, [3, 1], [62, 5])
+    given, plain = with_tables(rng, _inputs(rng, step, pages, 5), kind)
+    given["rope_rows"] = plain["rope_rows"] = np.array([3, 0, 99, 1], np.int32)
+    attributes = {**kv_attributes(pages), "rope_interleaved": interleaved}
+    expected, found = append(plain, attributes), run_op(OP, given, repeat=2, **attributes)
+    compare_exactly("kv_cache_out", found["kv_cache_out"], expected["kv_cache_out"])
+    compare("query_rope_out", found["query_rope_out"], expected["query_rope_out"], QUERY_TOLERANCE["f32"])
 
 
 @pytest.mark.small
@@ -252,3 +268,18 @@ def test_16_bit_rows_of_16_bit_latents_are_their_bits() -> None:
         page, slot = step.places(0, [10 + token])
         stored = found[page[0]].view(np.uint16)[slot[0] * 576 :][:512]
         compare_exactly("latent bits", stored, inputs["latent"][token].astype(ml_dtypes.bfloat16).view(np.uint16))
+
+
+@pytest.mark.small
+def test_tables_that_cannot_be_are_refused() -> None:
+    rng = np.random.default_rng(15)
+    pages, step = layout("fp8", 64, 16), step_of(rng, [1, 1], [3, 4])
+    inputs = _inputs(rng, step, pages)
+    for name, table, message in (
+        ("cos", inputs["cos"][:, :7], "cos has 7 along ceil\\(Dr/2\\), expected 8"),
+        ("sin", inputs["sin"].astype(ml_dtypes.float8_e4m3fn), "sin has the type 17"),
+        ("sin", inputs["sin"][:1], "sin has 1 along N, expected 2"),
+        ("cos", inputs["cos"][None], "cos has 3 dimensions"),
+    ):
+        with pytest.raises(KernelError, match=message):
+            run_op(OP, {**inputs, name: table}, **kv_attributes(pages))

@@ -12,6 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from cases import TABLES, with_tables
 from harness import compare, compare_exactly, run_op
 from index_reference import Array, Scores, best, cache_after, layout_of
 from op_harness import CODE_STEP, Step, assert_rows_close, behind_a_page_of_nan, make_step, reference
@@ -243,6 +244,20 @@ def test_rope(index_format: str, rope: str, interleaved: int, size: int) -> None
     check(inputs, attributes, exact=False)
     inputs["rope_rows"] = np.array([4, 0, 2, 99, -5, 2**31 - 1, -(2**31), 1, 8], np.int32)
     check(inputs, attributes, exact=False)
+
+
+@pytest.mark.small
+@pytest.mark.parametrize("size", [24, 128, 256])
+@pytest.mark.parametrize("interleaved", [0, 1])
+@pytest.mark.parametrize("kind", TABLES)
+def test_tables_as_models_have_them(kind: str, interleaved: int, size: int) -> None:
+    rng = np.random.default_rng(27)
+    step = make_step(rng, [3, 1], [90, 40], page_size=P)
+    attributes = attributes_of("fp8", size, index_rope_dim=size // 4 * 2, index_rope_interleaved=interleaved, top_k=7)
+    given, plain = with_tables(rng, case(rng, step, attributes, exact=False), kind, "index_")
+    expected = check(plain, attributes, exact=False)
+    for name, found in run_op(OP, given, **attributes).items():
+        compare_exactly(name, found, expected[name])
 
 
 @pytest.mark.parametrize("ue8m0", [0, 1])

@@ -16,7 +16,7 @@ from onnx import TensorProto
 import mla_trt
 from mla_trt.formats import IndexLayout, KvLayout
 from mla_trt.ops import OPS, TensorType, infer_shapes, make_node
-from mla_trt.ops.schema import ANY, E4M3, F32, I32, WEIGHT, Dimensions, F, Input, Op
+from mla_trt.ops.schema import ANY, E4M3, F32, I32, TABLE, WEIGHT, Dimensions, F, Input, Op
 from mla_trt.plugins import library
 from mla_trt.plugins.library import Library
 from mla_trt.plugins.toolchain import find_tensorrt_headers
@@ -32,10 +32,10 @@ TRT_TYPES = {
 }
 FIELD_TYPES: dict[type, int] = {int: 5, float: 1, str: 6}
 ALL_TYPES = [0, 1, 2, 3, 6, 7, 8]
-TYPES_OF_KINDS = {F: [0, 1, 7], F32: [0], I32: [3], WEIGHT: [0, 1, 6, 7], E4M3: [6], ANY: ALL_TYPES}
+TYPES_OF_KINDS = {F: [0, 1, 7], F32: [0], TABLE: [0, 1, 7], I32: [3], WEIGHT: [0, 1, 6, 7], E4M3: [6], ANY: ALL_TYPES}
 ALIASES = {"kv_cache_out": "kv_cache", "indexer_cache_out": "indexer_cache"}
 
-RESIDENT = [["resident", 6, None], ["resident_pages", 5, None]]
+OTHER_FIELDS = [["rows", 6, None], ["batched", 6, None], ["resident", 6, None], ["resident_pages", 5, None]]
 
 ATTRIBUTES: dict[str, int | float | str] = {
     "num_partitions": 24,
@@ -107,7 +107,8 @@ class Case:
 
     def input_type(self, formal: Input) -> TensorType:
         """The tensor of a formal input."""
-        kinds = {F: self.float_type, F32: TensorProto.FLOAT, I32: TensorProto.INT32, WEIGHT: self.weight_type}
+        kinds = {F: self.float_type, F32: TensorProto.FLOAT, TABLE: TensorProto.FLOAT, I32: TensorProto.INT32}
+        kinds[WEIGHT] = self.weight_type
         kinds |= {E4M3: TensorProto.FLOAT8E4M3FN, ANY: TensorProto.INT64}
         dims = Dimensions("case")
         for letter, size in LETTERS.items():
@@ -186,6 +187,16 @@ def _cases() -> Iterator[Any]:
             yield pytest.param(case, id=f"{op.name}-{TensorProto.DataType.Name(dtype)}")
 
 
+# Inputs with other axes than the op's and the same numbers, and outputs with an axis of 1 before the others.
+OTHER_AXES = {
+    "MlaPlan": ({"tokens": (1, LETTERS["T"], 7)}, "token_sequence"),
+    "MlaInputProjections": ({"hidden": (1, LETTERS["T"], LETTERS["C"])}, "query latent"),
+    "MlaOutputProjection": ({}, "hidden"),
+    "MlaFusedRopeRmsNormQuantization": ({"cos": (7, 11, 9), "sin": (77, 1, 20), "latent": (1, LETTERS["T"], 160)}, ""),
+    "MlaIndexer": ({"index_cos": (2, 39, 5), "index_sin": (78, 5), "index_key": (LETTERS["T"], 1, 64)}, "indices"),
+}
+
+
 def _resident(case: Case) -> Case:
     """The node with its pools in the plugin."""
     held = tuple(name for name in ALIASES.values() if name in case.inputs)
@@ -259,7 +270,7 @@ def test_every_op_has_a_creator_with_its_attributes(probe: Probe):
         assert (creator["version"], creator["namespace"]) == ("1", "mla_trt")
         assert creator["interface"] == "PLUGIN CREATOR_V3ONE"
         attributes = [[attribute.name, FIELD_TYPES[attribute.kind], None] for attribute in op.attributes]
-        assert creator["fields"] == [*attributes, ["inputs", 6, None], ["outputs", 6, None], *RESIDENT]
+        assert creator["fields"] == [*attributes, ["inputs", 6, None], ["outputs", 6, None], *OTHER_FIELDS]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -292,6 +303,48 @@ def test_plugin_read_from_its_fields_is_the_same(probe: Probe, case: Case):
     assert fields.keys() == expected.keys()
     assert answer["fields_of_read"] == answer["fields_of_configured"]
     assert answer["shape_change"] == 0
+
+
+@pytest.mark.parametrize("op", OTHER_AXES)
+def test_tensors_as_models_have_them(probe: Probe, op: str):
+    shapes, batched = OTHER_AXES[op]
+    case = _of(op)
+    plain = probe.run("node", text=case.text())
+    fields = f"text rows {' '.join(shapes)}\n" * bool(shapes) + f"text batched {batched}\n" * bool(batched)
+    answer = probe.run("node", text=replace(case, shapes=shapes).text() + fields)
+    assert len(answer["messages"]) == len(plain["messages"]) == 1  # of a call that contradicts the op
+    wanted = [
+        [kind, [1, *sizes] if name in batched.split() else sizes]
+        for name, (kind, sizes) in zip(case.outputs, plain["outputs"], strict=True)
+    ]
+    assert answer["outputs"] == wanted
+    assert (answer["configured"], answer["shape_change"]) == (0, 0)
+    given = {name: value for name, _, value in answer["fields"]}
+    assert (given.get("rows", ""), given.get("batched", "")) == (" ".join(shapes), batched)
+    assert answer["fields_of_read"] == answer["fields_of_configured"]
+    assert answer["timing_cache_id"] != plain["timing_cache_id"]
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ("text rows query", "'rows' names 'query', which is no rows but [T H Dn+Dr]"),
+        ("text rows key", "'rows' names 'key', which the op does not have"),
+        ("text batched latent", "'batched' names 'latent', which the op does not have"),
+    ],
+)
+def test_other_axes_without_sense_are_refused(probe: Probe, field: str, message: str):
+    answer = probe.run("node", text=_of("MlaAttention").text() + field + "\n")
+    assert not answer["created"]
+    assert answer["messages"] == [f"mla_trt: MlaAttention: node 'probed': attribute {message}"]
+
+
+def test_a_table_may_have_longer_rows_but_no_shorter_ones(probe: Probe):
+    longer = probe.run("node", text=replace(_of("MlaFusedRopeRmsNormQuantization"), shapes={"cos": (77, 18)}).text())
+    assert longer["configured"] == 0
+    shorter = probe.run("node", text=replace(_of("MlaFusedRopeRmsNormQuantization"), shapes={"cos": (77, 8)}).text())
+    assert shorter["configured"] != 0
+    assert any("cos has 8 along ceil(Dr/2), expected 9" in text for text in shorter["messages"])
 
 
 @pytest.mark.parametrize("op", OPS)
