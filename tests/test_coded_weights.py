@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from mla_trt.engines.coded_weights import encode
+from mla_trt.ops.projection_weights import from_tiles, to_tiles
 
 SHAPES = [(1, 1), (8, 16), (128, 128), (130, 150), (127, 257), (256, 384)]
 LARGEST = float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)
@@ -105,3 +106,17 @@ def test_what_is_not_finite_has_no_codes(value: float, place: tuple[int, int]) -
     values = _matrix((130, 150))
     values[place] = value
     assert encode(values) is None
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (0, 16), (3, 0), (128, 16), (300, 40)])
+def test_tiles_are_of_16_columns_of_128_rows(shape: tuple[int, int]) -> None:
+    codes = np.arange(shape[0] * shape[1]).reshape(shape)
+    tiles = [
+        codes[row : row + 128, column : column + 16].reshape(-1)
+        for row in range(0, shape[0], 128)
+        for column in range(0, shape[1], 16)
+    ]
+    moved = codes.copy()
+    to_tiles(moved)
+    np.testing.assert_array_equal(moved.reshape(-1), np.concatenate([np.empty(0, int), *tiles]))
+    np.testing.assert_array_equal(from_tiles(moved), codes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -26,7 +27,9 @@ from mla_trt.ops import OPS, make_node, mla_nodes
 from mla_trt.ops.schema import TABLE
 
 BFLOAT16, FLOAT, FLOAT16 = TensorProto.BFLOAT16, TensorProto.FLOAT, TensorProto.FLOAT16
-DIMENSIONS = LayerDimensions(hidden=128, heads=2, query_rank=128, rank=64, nope=32, rope=16, value=64, index_dim=32, top_k=4)
+DIMENSIONS = LayerDimensions(
+    hidden=128, heads=2, query_rank=128, rank=64, nope=32, rope=16, value=64, index_dim=32, top_k=4
+)
 STEP = {
     "query_offsets": np.array([0, 2, 3], np.int32),
     "cache_lengths": np.array([3, 0], np.int32),
@@ -158,10 +161,17 @@ def test_a_layer_is_its_ops_alone(indexed: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["deepseek_v32__dynamo_op20__eager__dec", "deepseek_v3__dynamo_op23__sdpa__dec", "packed2d_absorb_cat__dynamo_op20__hand__dec"]
+    "name",
+    [
+        "deepseek_v32__dynamo_op20__eager__dec",
+        "deepseek_v3__dynamo_op23__sdpa__dec",
+        "packed2d_absorb_cat__dynamo_op20__hand__dec",
+    ],
 )
 def test_an_export_computes_what_it_did(name: str, tmp_path: Path) -> None:
-    assert main(["lower", str(EXAMPLES / f"{name}.onnx"), "-o", str(tmp_path / "lowered"), "--no-verify", "--quiet"]) == 0
+    assert (
+        main(["lower", str(EXAMPLES / f"{name}.onnx"), "-o", str(tmp_path / "lowered"), "--no-verify", "--quiet"]) == 0
+    )
     model = plugins_of(tmp_path / "lowered")
     assert any(attribute.name == ROWS for node in mla_nodes(model) for attribute in node.attribute)
     undo(model)
@@ -190,7 +200,12 @@ CAST_FIRST: Chain = [
     ("Reshape", ["wide", "wide rows"], "flat", {}),
     ("Slice", ["flat", "zero", "eight", "one"], "cos", {}),
 ]
-ROUNDED: Chain = [("Cast", ["x"], "rounded", {"to": FLOAT16}), ("Slice", ["rounded", "zero", "eight", "last"], "cut", {}), TO_ROWS, WIDEN]
+ROUNDED: Chain = [
+    ("Cast", ["x"], "rounded", {"to": FLOAT16}),
+    ("Slice", ["rounded", "zero", "eight", "last"], "cut", {}),
+    TO_ROWS,
+    WIDEN,
+]
 BEHIND: Chain = [("Slice", ["x", "one", "nine", "last"], "cut", {}), TO_ROWS, WIDEN]
 PICKED: Chain = [("Gather", ["x", "first"], "cut", {"axis": -1}), TO_ROWS, WIDEN]
 SPLIT: Chain = [("Split", ["x"], "cut", {"axis": -1, "num_outputs": 2}), TO_ROWS, WIDEN]
@@ -198,7 +213,9 @@ SPLIT: Chain = [("Split", ["x"], "cut", {"axis": -1, "num_outputs": 2}), TO_ROWS
 
 def attention_of(chain: Chain, dtype: int) -> onnx.ModelProto:
     """An append whose cos is made by a chain."""
-    inputs = {formal.name: formal.name for formal in OPS["MlaFusedRopeRmsNormQuantization"].inputs if not formal.optional}
+    inputs = {
+        formal.name: formal.name for formal in OPS["MlaFusedRopeRmsNormQuantization"].inputs if not formal.optional
+    }
     op = make_node(
         "MlaFusedRopeRmsNormQuantization",
         inputs,

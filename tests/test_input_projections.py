@@ -27,6 +27,7 @@ from mla_trt.engines.plugin_model import compact, write_plugin_model
 from mla_trt.float32 import to_float32
 from mla_trt.loading import ModelOnDisk, external_file
 from mla_trt.ops import OPS, attach_functions, make_node
+from mla_trt.ops.projection_weights import from_tiles
 from mla_trt.weight_file import WeightFile
 
 C, Q, H, M, R, DR, HI, DI = 16, 24, 4, 24, 32, 8, 8, 16
@@ -760,8 +761,8 @@ def test_codes_of_weights_on_disk(to_file: bool, tmp_path: Path) -> None:
     assert external_file(codes) == ("new.data" if to_file else None)
     assert external_file(scales) is None
     assert external_file(found["latent/weight/codes"]) is None
-    product = numpy_helper.to_array(codes, str(tmp_path)).astype(np.float32) * numpy_helper.to_array(scales)
-    np.testing.assert_array_equal(product.reshape(Q, H * M), decoded(values))
+    matrix = from_tiles(numpy_helper.to_array(codes, str(tmp_path)).reshape(Q, H * M))
+    np.testing.assert_array_equal(matrix.astype(np.float32) * numpy_helper.to_array(scales), decoded(values))
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from mla_trt.errors import UsageError
 from mla_trt.float32 import to_float32
 from mla_trt.loading import ModelOnDisk, external_file
 from mla_trt.ops import OPS, attach_functions, make_node
+from mla_trt.ops.projection_weights import from_tiles
 from mla_trt.weight_file import WeightFile
 
 T, H, DV, C = 5, 7, 24, 160
@@ -359,7 +360,7 @@ def test_codes_of_weights_on_disk(to_file: bool, tmp_path: Path) -> None:
     codes, scales = (_tensors(model)[f"result/weight/{part}"] for part in ("codes", "scales"))
     assert external_file(codes) == ("new.data" if to_file else None)
     assert external_file(scales) is None
-    wide = numpy_helper.to_array(codes, str(tmp_path)).astype(np.float32).reshape(values.shape)
+    wide = from_tiles(numpy_helper.to_array(codes, str(tmp_path)).reshape(values.shape)).astype(np.float32)
     rows, columns = (np.arange(size) // 128 for size in values.shape)
     np.testing.assert_array_equal(wide * numpy_helper.to_array(scales)[rows][:, columns], decoded(values))
 

@@ -10,6 +10,7 @@ from onnx import TensorProto
 
 from mla_trt.engines.weight_products import Product, WeightProducts
 from mla_trt.formats import ceil_div
+from mla_trt.ops.projection_weights import to_tiles
 from mla_trt.passes.quantize import quantize_blocks
 from mla_trt.weight_file import WeightFile, beside
 
@@ -42,7 +43,7 @@ def encode(values: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
 def coded_weight(
     found: WeightProducts, product: Product, name: str, weight_file: WeightFile | None
 ) -> tuple[TensorProto, TensorProto] | None:
-    """The codes, [rows, columns], and the scales of a product's weight, under names of their own: a refitter has no bf16 weights for codes.
+    """The codes, [rows, columns] in tiles, and the scales of a product's weight, under names of their own: a refitter has no bf16 weights for codes.
 
     Args:
         found: where the product was found.
@@ -59,5 +60,6 @@ def coded_weight(
     if encoded is None:
         return None
     codes, scales = encoded
+    to_tiles(codes)
     tensor = product.weight.tensor
     return beside(tensor, f"{name}/codes", codes, weight_file), beside(tensor, f"{name}/scales", scales, None)

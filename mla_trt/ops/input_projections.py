@@ -10,8 +10,9 @@ Inputs, C the width of the hidden states, Q that of the query's latent, M = Dn +
 - ``w_dkv`` F ``[C, R]``, ``w_kr`` F ``[C, Dr]`` (optional): to the latent, as its norm gets it, and to the rope key
 - ``w_index_query`` F ``[Q, Hi, Di]``, ``w_index_key`` F ``[C, Di]``, ``w_index_weights`` F ``[C, Hi]`` (optional): to what an indexer gets;
   ``index_weights_factor`` F ``[Hi]`` (optional): what its head weights are multiplied by
-- these weights may be e4m3, but for ``w_index_weights``. ``w_dq_scale`` to ``w_index_key_scale`` f32 (optional) are of blocks of 128 rows x
-  128 columns (of all heads). Codes that are not numbers may count as any.
+- these weights may be e4m3, but for ``w_index_weights``: those with ``w_dq_scale`` to ``w_index_key_scale`` f32 (optional), of blocks of 128
+  rows x 128 columns (of all heads). Their codes lie in tiles of 128 rows x 16 columns: all tiles of 128 rows follow each other, each row by
+  row; what is left at the ends is in smaller tiles. Codes that are not numbers may count as any.
 
 Outputs: ``query`` F ``[T, H, M]``, ``latent`` F ``[T, R]``, ``rope_key`` F ``[T, Dr]``, ``index_query`` F ``[T, Hi, Di]``, ``index_key`` F
 ``[T, Di]``, ``index_weights`` f32 ``[T, Hi]``; all but the first where there is the weight. Products are summed in f32. (The weights are
@@ -26,7 +27,7 @@ import numpy as np
 
 from mla_trt.errors import UsageError
 from mla_trt.ops.body import FLOAT, Body, Value
-from mla_trt.ops.projection_weights import check_scales, matrix, matrix_reference
+from mla_trt.ops.projection_weights import check_codes, check_scales, matrix, matrix_reference
 from mla_trt.ops.schema import F32, WEIGHT, Array, Attribute, Attributes, Dimensions, F, Input, Op, Output, TensorType
 
 OUTPUT_OF = {
@@ -106,6 +107,7 @@ def check(attributes: Attributes, given: frozenset[str]) -> None:
 
 def _bind(dims: Dimensions, types: Mapping[str, TensorType]) -> None:
     """Without w_dq the queries are the hidden states' product: Q = C."""
+    check_codes(types, CODED)
     hidden = types.get("hidden")
     if "w_dq" not in types and hidden is not None and len(hidden.shape) == 2:
         dims.bind("Q", hidden.shape[1], "hidden, as there is no w_dq,")

@@ -18,7 +18,8 @@ __global__ void __launch_bounds__(threads)
         int64_t const token = i / part.outputs, output = i % part.outputs;
         float sum = 0.0f;
         for (int64_t column = 0; column < columns; ++column) {
-            float weight = load_float(part.weight, part.weight_type, column * part.outputs + output);
+            int64_t const place = part.weight_type == MLA_FLOAT8E4M3FN ? code_place(column, output, columns, part.outputs) : column * part.outputs + output;
+            float weight = load_float(part.weight, part.weight_type, place);
             if (part.scales != nullptr) weight *= part.scales[column / 128 * ceil_div<int64_t>(part.outputs, 128) + output / 128];
             sum += load_float(x, x_type, token * columns + column) * weight;
         }

@@ -9,9 +9,9 @@ namespace mla {
 
 // One of the weights, and what its product becomes.
 struct LinearPart {
-    const void* weight;  // [columns, outputs]
+    const void* weight;  // [columns, outputs], codes in tiles
     int32_t weight_type;
-    const float* scales;  // of e4m3 weights' blocks of 128 x 128, [ceil(columns / 128), ceil(outputs / 128)]; null: 1
+    const float* scales;  // of codes' blocks of 128 x 128, [ceil(columns / 128), ceil(outputs / 128)]; null where weights are none
     const void* factors;  // [outputs]: what each output is multiplied by; may be null
     int32_t factors_type;
     void* out;  // [tokens, outputs]
@@ -22,6 +22,15 @@ struct LinearPart {
 
 // Sums of squares of a row of so many outputs.
 inline int64_t square_tiles(int64_t outputs) { return ceil_div<int64_t>(outputs, 64); }
+
+// Weights that are codes lie in tiles: of `tile_rows` columns of x, or what is left of them, and in these of `tile_columns` outputs, or what is
+// left, a tile behind the other, row by row. So what a block multiplies in a step is in one piece. Where the code is of a column and an output:
+constexpr int tile_rows = 128, tile_columns = 16;
+MLA_BOTH constexpr int64_t code_place(int64_t column, int64_t output, int64_t columns, int64_t outputs) {
+    int64_t const row = column % tile_rows, rows = columns - (column - row) < tile_rows ? columns - (column - row) : tile_rows;
+    int64_t const place = output % tile_columns, first = output - place, width = outputs - first < tile_columns ? outputs - first : tile_columns;
+    return (column - row) * outputs + first * rows + row * width + place;
+}
 
 constexpr int most_linear_parts = 5, most_unsplit_parts = 2;
 
@@ -47,6 +56,12 @@ struct Linear {
         return found;
     }
 };
+
+// Codes have scales, and other weights none. `input`: which of the op's the weight is.
+inline int check_scales(const MlaTensor& weight, bool has_scales, const OpSpec& op, int input) {
+    if ((weight.type == MLA_FLOAT8E4M3FN) == has_scales) return MLA_OK;
+    return fail(MLA_BAD_CALL, "%s: %s %s", op.name, op.input[input].name, has_scales ? "has scales, so it must be e4m3" : "is e4m3, so it needs scales");
+}
 
 // Any type and size, a thread for each output.
 int linear_plain(const Linear& work, cudaStream_t stream);

@@ -7,13 +7,22 @@ namespace mla {
 namespace linear_tiles {
 
 constexpr int scale_block = 128;  // columns and outputs that have one scale; a step is one of columns
+static_assert(tile_rows == scale_block);
 constexpr int rows_together = 4;  // whose 128 columns a warp makes codes of
 constexpr int few_stages = 4;  // of few tokens: with more copies under way the first ones, too, are there later
 
-// Three groups read the first 128 outputs as four do, and the last 64 as rows of half the width. One warp behind them orders copies; of few tokens
-// others make codes of the rows of x.
+// Weights as codes in tiles (`code_place`).
+struct CodeOperands : Operands<most_linear_parts, const uint8_t*> {
+    int columns;
+    // Of a step: its columns of x are rows of the weight.
+    __device__ int rows_of(int step) const { return min(tile_rows, columns - step * tile_rows); }
+};
+
+// Codes of a step that a block multiplies, or of what is left of them, are one copy: tiles of 16 outputs behind each other. One warp behind
+// the groups orders copies; of few tokens others make codes of the rows of x.
 template <int tokens_, int groups>
 struct CodesBlock {
+
     static constexpr int tokens = tokens_, tiles = groups, columns = tiles * 64;
     static constexpr bool few = tokens <= 16;
     static constexpr int other_groups = few && tokens > 8 ? 2 : 1;
@@ -24,7 +33,7 @@ struct CodesBlock {
     static constexpr int other_registers = few ? 56 : 32;
     static constexpr int row = columns + 4;  // floats of a row of sums: where half a warp writes no bank is met twice
     static constexpr int x_tile = tokens * step_bytes, x_bytes = 2 * x_tile;  // 64 columns of x, or 128 codes of one term, and a step's
-    static constexpr int w_tile = scale_block * step_bytes, w_bytes = tiles * w_tile / 2;  // a step of 128 outputs, and of all
+    static constexpr int w_bytes = scale_block * columns;  // a step
     static constexpr int stage_bytes = x_bytes + w_bytes, most = few ? few_stages : budget / stage_bytes;
     static constexpr int stages = most < most_stages ? most : most_stages;
     // Or a row maker's barrier could be two phases behind what it waits for, which looks like none.
@@ -33,22 +42,22 @@ struct CodesBlock {
     static constexpr int bytes = scales_start + stages * scales_bytes;
     static_assert(tokens * row * 4 <= bytes && tokens % most_cluster == 0);
 
-    // Of a part the map of rows of 128 outputs, and behind those of all parts that of 64.
-    template <int parts>
-    __device__ static void order_w(const Operands<parts>& operands, const Tile& tile, int step, uint32_t stage, uint32_t there) {
-        copy_box(stage + x_bytes, &operands.w[tile.part], there, tile.first_output, step * scale_block, 0, 0);
-        copy_box(stage + x_bytes + w_tile, &operands.w[tile.part + (groups == 4 ? 0 : most_linear_parts)], there, tile.first_output + scale_block,
-                 step * scale_block, 0, 0);
+    __device__ static int w_bytes_of(const CodeOperands& operands, const Tile& tile, int step) {
+        return operands.rows_of(step) * min(columns, operands.outputs[tile.part] - tile.first_output);
     }
-    template <int parts>
-    __device__ static void order_x(const Operands<parts>& operands, const Tile& tile, int step, uint32_t stage, uint32_t there) {
+    __device__ static void order_w(const CodeOperands& operands, const Tile& tile, int step, uint32_t stage, uint32_t there) {
+        int64_t const before = int64_t{operands.outputs[tile.part]} * step * scale_block;
+        copy_bytes(stage + x_bytes, operands.w[tile.part] + before + tile.first_output * operands.rows_of(step),
+                   w_bytes_of(operands, tile, step), there);
+    }
+    __device__ static void order_x(const CodeOperands& operands, const Tile& tile, int step, uint32_t stage, uint32_t there) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) copy_box(stage + i * x_tile, &operands.x, there, (2 * step + i) * step_bytes, tile.first_token, 0, 0);
     }
 };
 
 struct Codes {
-    Operands<2 * most_linear_parts> operands;
+    CodeOperands operands;
     Result results[most_linear_parts];
     const float* scales[most_linear_parts];
     const float* squares;  // of x's rows, [square_steps, tokens]
@@ -59,7 +68,6 @@ struct Codes {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 constexpr int chunk = 32, chunks = scale_block / chunk;  // columns that a matrix load has
-__device__ const float no_scale = 1.0f;
 
 // A block's scale, as two terms of bf16 each twice: their sum has 16 bits of it.
 struct Scale {
@@ -90,17 +98,11 @@ __device__ inline void make_fragments(uint32_t (&a)[2][4], const uint32_t (&code
     }
 }
 
-// Where a lane's codes lie in a stage: of the first of a step's rows, and from a chunk's to the next one's.
-struct Line {
-    uint32_t first, stride;
-};
-
+// A warp's codes of a chunk: four matrices of eight of a step's `rows` rows. Behind these lies what is another warp's, or was there before.
 template <class B>
-__device__ inline Line line_of(int warp, int lane) {
-    bool const half = B::tiles == 3 && warp >= 8;
-    int const unit = warp % (half ? 4 : 8), bytes = half ? step_bytes / 2 : step_bytes;
-    int const permuted = unit ^ (half ? lane >> 1 & 3 : lane & 7);  // as the copy engine does
-    return {static_cast<uint32_t>(B::x_bytes + warp / 8 * B::w_tile + lane * bytes + (permuted << 4)), static_cast<uint32_t>(chunk * bytes)};
+__device__ inline void load_codes(uint32_t (&codes)[4], uint32_t stage, int index, int rows) {
+    int const warp = static_cast<int>(threadIdx.x) / warp_size, lane = static_cast<int>(threadIdx.x) % warp_size;
+    ldmatrix_x4_transposed(codes, stage + B::x_bytes + (warp * rows + index * chunk + lane) * tile_columns);
 }
 
 #endif

@@ -104,14 +104,11 @@ __device__ inline void make_rows(const Ring& ring, const Codes& work, int steps,
 
 // The sums of a group's 64 outputs: sums[4 j] and [4 j + 2] of a lane are outputs 2 g and 2 g + 1 of its warp's 16, token 8 j + 2 t; the
 // ones behind them are of the next token. Each step's products are summed from zero, for such sums keep 14 bits (docs/kernels.md).
-// `scales`: the weight's of the first step; `stride` further is the next one's.
+// `scales`: the weight's of step `first`, where the block begins; `stride` further is the next one's.
 template <class B>
-__device__ inline void multiply_few(const Ring& ring, const uint8_t* memory, int warp, int steps, float (&sums)[B::tokens / 2], const float* scales,
-                                    int stride) {
+__device__ inline void multiply_few(const Ring& ring, const CodeOperands& operands, const uint8_t* memory, int first, int steps,
+                                    float (&sums)[B::tokens / 2], const float* scales, int stride) {
     int const lane = threadIdx.x % warp_size;
-    Line line = line_of<B>(warp, lane);
-    keep(line.first);
-    keep(line.stride);
 #pragma unroll
     for (int i = 0; i < B::tokens / 2; ++i) sums[i] = 0.0f;
     Turn<B> turn;
@@ -122,10 +119,17 @@ __device__ inline void multiply_few(const Ring& ring, const uint8_t* memory, int
         float const scale = next_scale;
         scales += stride;
         if (step + 1 < steps) next_scale = *scales;
+        int const rows = operands.rows_of(first + step);
         barrier_wait(ring.there + 8 * turn.stage, turn.turn & 1);
         uint32_t a[4][4];
 #pragma unroll
-        for (int k = 0; k < 4; ++k) ldmatrix_x4_transposed(a[k], place + line.first + k * line.stride);
+        for (int k = 0; k < 4; ++k) load_codes<B>(a[k], place, k, rows);
+        if (rows < tile_rows) {  // what is not a number times zero is not zero
+#pragma unroll
+            for (int i = 0; i < 16; ++i) {
+                if (8 * i >= rows) a[i / 4][i % 4] = 0;
+            }
+        }
         make_code_fragments(a);
         uint32_t const x = tile_descriptor(place);
         float part[B::tokens];  // of the first terms, and behind them of the second

@@ -27,10 +27,11 @@ constexpr int most_stages = 12;
 constexpr int most_cluster = 8;
 constexpr int64_t most_size = (int64_t{1} << 31) - 1;  // coordinates of a copy
 
-// Parts of the outputs follow each other; each begins with a block of its own.
-template <int parts>
+// Parts of the outputs follow each other; each begins with a block of its own. `Weight`: how a block comes to a part's weights.
+template <int parts, class Weight = CUtensorMap>
 struct Operands {
-    CUtensorMap x, w[parts];
+    CUtensorMap x;
+    Weight w[parts];
     int first_block[parts], outputs[parts];
     int count, tokens, steps;
     bool weights_made;  // by a kernel before
@@ -58,6 +59,8 @@ struct Block {
     static constexpr int most = budget / stage_bytes, stages = most < most_stages ? most : most_stages, bytes = stages * stage_bytes;
     static constexpr int row_arrivals = 0;  // at a step's barrier, of warps that make of its rows of x what is multiplied
 
+    template <int parts>
+    __device__ static int w_bytes_of(const Operands<parts>&, const Tile&, int) { return w_bytes; }
     template <int parts>
     __device__ static void order_w(const Operands<parts>& operands, const Tile& tile, int step, uint32_t stage, uint32_t there) {
 #pragma unroll
@@ -101,10 +104,11 @@ __device__ inline Ring make_ring(uint64_t* full, uint64_t* empty, const uint8_t*
 }
 
 // Orders `steps` steps of both operands for each of so many tiles. One thread.
-template <class B, int parts, class TileAt>
-__device__ inline void order_operands(const Ring& ring, const Operands<parts>& operands, int tiles, int steps, TileAt tile_at) {
+template <class B, class AllOperands, class TileAt>
+__device__ inline void order_operands(const Ring& ring, const AllOperands& operands, int tiles, int steps, TileAt tile_at) {
     auto order_w = [&](const Tile& tile, int step, int stage) {
-        barrier_expect(ring.there + 8 * stage, B::w_bytes + (B::row_arrivals == 0 ? operands.x_bytes : 0));
+        int const bytes = B::w_bytes_of(operands, tile, tile.first + step);
+        barrier_expect(ring.there + 8 * stage, bytes + (B::row_arrivals == 0 ? operands.x_bytes : 0));
         B::order_w(operands, tile, tile.first + step, ring.base + stage * B::stage_bytes, ring.there + 8 * stage);
     };
     auto order_x = [&](const Tile& tile, int step, int stage) {

@@ -20,9 +20,10 @@ constexpr int conversions = 200;  // about how many cycles those of a step and a
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// Adds a step's products to the sums; `clear`: they are zero before.
+// Adds a step's products to the sums; `clear`: they are zero before. Behind a step's `rows` codes may be anything: it becomes numbers, which
+// are multiplied by zeros.
 template <class B, bool clear, class Decode>
-__device__ inline void multiply_step(float (&sums)[B::tokens / 2], const Line& line, uint32_t x_tiles, uint32_t used_before, Decode decode) {
+__device__ inline void multiply_step(float (&sums)[B::tokens / 2], int rows, uint32_t x_tiles, uint32_t used_before, Decode decode) {
     // Those of the chunk before are in use while the next ones are made. Where registers are scarce there is no second set, and other groups'
     // products are under way meanwhile.
     constexpr int sets = B::tiles == 4 && B::tokens > 64 ? 1 : 2;
@@ -30,7 +31,7 @@ __device__ inline void multiply_step(float (&sums)[B::tokens / 2], const Line& l
 #pragma unroll
     for (int c = 0; c < chunks; ++c) {
         uint32_t codes[4];
-        ldmatrix_x4_transposed(codes, x_tiles + line.first + c * line.stride);
+        load_codes<B>(codes, x_tiles, c, rows);
         product_wait<sets - 1>();
         auto& fragments = a[c % sets];
         make_fragments(fragments, codes, decode);
@@ -55,10 +56,10 @@ __device__ inline void multiply_step(float (&sums)[B::tokens / 2], const Line& l
 // The sums of a group's 64 outputs: sums[4 j] and [4 j + 2] of a lane are outputs 2 g and 2 g + 1 of its warp's 16, token 8 j + 2 t; the
 // ones behind them are of the next token. `scale_of(step)` is read a step ahead.
 template <class B, class ScaleOf>
-__device__ inline void multiply_codes(const Ring& ring, int warp, int steps, float (&sums)[B::tokens / 2], ScaleOf scale_of) {
+__device__ inline void multiply_codes(const Ring& ring, const CodeOperands& operands, int first, int steps, float (&sums)[B::tokens / 2],
+                                      ScaleOf scale_of) {
     // There are registers for a step's own sums of up to 64 tokens.
     constexpr bool scales_sums = B::tokens <= 64;
-    Line const line = line_of<B>(warp, threadIdx.x % warp_size);
 #pragma unroll
     for (int i = 0; i < B::tokens / 2; ++i) sums[i] = 0.0f;
     if constexpr (!scales_sums) pin(sums);
@@ -70,17 +71,18 @@ __device__ inline void multiply_codes(const Ring& ring, int warp, int steps, flo
         float const scale = next_scale;
         if (step + 1 < steps) next_scale = scale_of(step + 1);
         uint32_t const place = ring.base + turn.stage * B::stage_bytes;
+        int const rows = operands.rows_of(first + step);
         barrier_wait(ring.there + 8 * turn.stage, turn.turn & 1);
         if constexpr (scales_sums) {
             float part[B::tokens / 2];
-            multiply_step<B, true>(part, line, place, used_before, decode_pair);
+            multiply_step<B, true>(part, rows, place, used_before, decode_pair);
             product_wait();
             pin(part);
 #pragma unroll
             for (int i = 0; i < B::tokens / 2; ++i) sums[i] = fmaf(scale, part[i], sums[i]);
         } else {
             Scale const terms(scale);
-            multiply_step<B, false>(sums, line, place, used_before, [&](uint32_t pair) { return terms.times(pair); });
+            multiply_step<B, false>(sums, rows, place, used_before, [&](uint32_t pair) { return terms.times(pair); });
         }
         used_before = ring.used + 8 * turn.stage;
         turn.advance();
@@ -101,13 +103,15 @@ __device__ inline float inverse_root(const Codes& work, int token) {
     return rsqrtf(sum * work.mean + work.epsilon);
 }
 
-// Sixteen codes by a thread, of one row and one scale.
+// Sixteen codes by a thread, of one row and one scale, at a time. A warp has eight rows of four tiles: lines of 128 bytes either way.
 __global__ void __launch_bounds__(decoding_threads) decode_kernel(LinearPart part, int64_t columns, __nv_bfloat16* decoded) {
-    int64_t const total = columns * part.outputs / 16, blocks = ceil_div<int64_t>(part.outputs, scale_block);
-    for (int64_t i = static_cast<int64_t>(blockIdx.x) * decoding_threads + threadIdx.x; i < total; i += static_cast<int64_t>(gridDim.x) * decoding_threads) {
-        int64_t const column = 16 * i / part.outputs, output = 16 * i - column * part.outputs;
-        Scale const scale(part.scales == nullptr ? 1.0f : part.scales[column / scale_block * blocks + output / scale_block]);
-        uint4 const codes = static_cast<const uint4*>(part.weight)[i];
+    int64_t const blocks = ceil_div<int64_t>(part.outputs, scale_block), fours = ceil_div<int64_t>(part.outputs, 4 * tile_columns);
+    int64_t const lane = threadIdx.x % warp_size, all_warps = static_cast<int64_t>(gridDim.x) * decoding_threads / warp_size;
+    for (int64_t i = (static_cast<int64_t>(blockIdx.x) * decoding_threads + threadIdx.x) / warp_size; i < columns / 8 * fours; i += all_warps) {
+        int64_t const eight = i / fours, column = 8 * eight + lane % 8, output = (4 * (i - eight * fours) + lane / 8) * tile_columns;
+        if (output >= part.outputs) continue;
+        Scale const scale(part.scales[column / scale_block * blocks + output / scale_block]);
+        uint4 const codes = static_cast<const uint4*>(part.weight)[code_place(column, output, columns, part.outputs) / 16];
         uint32_t const words[4] = {codes.x, codes.y, codes.z, codes.w};
         uint32_t pairs[8];
 #pragma unroll
@@ -115,7 +119,7 @@ __global__ void __launch_bounds__(decoding_threads) decode_kernel(LinearPart par
             pairs[2 * j] = scale.times(code_pair<codes_01>(words[j]));
             pairs[2 * j + 1] = scale.times(code_pair<codes_23>(words[j]));
         }
-        auto* const out = reinterpret_cast<uint4*>(decoded) + 2 * i;
+        auto* const out = reinterpret_cast<uint4*>(decoded + column * part.outputs + output);
         out[0] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
         out[1] = make_uint4(pairs[4], pairs[5], pairs[6], pairs[7]);
     }
@@ -161,11 +165,10 @@ __global__ void __launch_bounds__(B::threads, 1) linear_codes_kernel(const __gri
         int const own = min((first_output + warp / 4 * 64) / scale_block, blocks_of_outputs - 1);
         float sums[B::tokens / 2];
         if constexpr (B::few) {
-            const float* const from = scales == nullptr ? &no_scale : scales + static_cast<int64_t>(first) * blocks_of_outputs + own;
-            multiply_few<B>(ring, memory, warp, steps, sums, from, scales == nullptr ? 0 : blocks_of_outputs);
+            multiply_few<B>(ring, operands, memory, first, steps, sums, scales + static_cast<int64_t>(first) * blocks_of_outputs + own, blocks_of_outputs);
         } else {
-            multiply_codes<B>(ring, warp, steps, sums, [&](int step) {
-                return scales == nullptr ? 1.0f : scales[static_cast<int64_t>(first + step) * blocks_of_outputs + own];
+            multiply_codes<B>(ring, operands, first, steps, sums, [&](int step) {
+                return scales[static_cast<int64_t>(first + step) * blocks_of_outputs + own];
             });
         }
         named_sync(1, B::consumers);  // all have used the operands, and the factors are there
@@ -191,6 +194,7 @@ int make_operands(const Linear& work, Codes* codes) {
     operands.count = work.count;
     operands.tokens = static_cast<int>(work.tokens);
     operands.weights_made = work.weights_made;
+    operands.columns = static_cast<int>(work.columns);
     operands.steps = static_cast<int>(ceil_div<int64_t>(work.columns, scale_block));
     int64_t blocks = 0;
     for (int i = 0; i < work.count; ++i) {
@@ -200,14 +204,7 @@ int make_operands(const Linear& work, Codes* codes) {
         blocks += ceil_div<int64_t>(part.outputs, B::columns);
         codes->results[i] = result_of(part);
         codes->scales[i] = part.scales;
-        int64_t const outputs = part.outputs;
-        for (int half = 0; half < (B::tiles == 3 ? 2 : 1); ++half) {
-            if (int status = make_tensor_map(&operands.w[i + half * most_linear_parts], part.weight, {outputs, work.columns, 1, 1},
-                                             {outputs, outputs * work.columns, outputs * work.columns},
-                                             {half == 1 ? step_bytes / 2 : step_bytes, scale_block, 1, 1})) {
-                return status;
-            }
-        }
+        operands.w[i] = static_cast<const uint8_t*>(part.weight);
     }
     int const rows = static_cast<int>(std::min<int64_t>(B::tokens, round_up<int64_t>(work.tokens, 8)));
     operands.x_bytes = 2 * rows * step_bytes;

@@ -124,7 +124,9 @@ def run_op(
     kinds = {
         name: TensorType(helper.np_dtype_to_tensor_dtype(array.dtype), array.shape) for name, array in inputs.items()
     }
-    tables = [formal.name for formal in op.inputs if formal.kind == TABLE]  # kernels take more of them than the op set has
+    tables = [
+        formal.name for formal in op.inputs if formal.kind == TABLE
+    ]  # kernels take more of them than the op set has
     inferred = infer_shapes(node, [kinds[name] if name and name not in tables else None for name in node.input])
     results = {name.removesuffix("_result"): kind for name, kind in zip(node.output, inferred, strict=True) if name}
     run = _Run(inputs, kinds, results, in_place, shift)

@@ -279,7 +279,7 @@ def test_tables_that_cannot_be_are_refused() -> None:
         ("cos", inputs["cos"][:, :7], "cos has 7 along ceil\\(Dr/2\\), expected 8"),
         ("sin", inputs["sin"].astype(ml_dtypes.float8_e4m3fn), "sin has the type 17"),
         ("sin", inputs["sin"][:1], "sin has 1 along N, expected 2"),
-        ("cos", inputs["cos"][None], "cos has 3 dimensions"),
+        ("cos", inputs["cos"][None], "cos has 2 along ceil\\(Dr/2\\), expected 8"),
     ):
         with pytest.raises(KernelError, match=message):
             run_op(OP, {**inputs, name: table}, **kv_attributes(pages))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -238,10 +239,14 @@ def e4m3_matrix(rng: np.random.Generator, *shape: int, row_axes: int = 1) -> tup
 
 
 def decoded_by_hand(weight: Array, scale: Array | None, row_axes: int = 1) -> Array:
-    """Each value of such a weight times the scale of its block, one after the other, in float64."""
-    columns = math.prod(weight.shape[row_axes:])
-    values = weight.astype(np.float64)
-    for place, index in enumerate(np.ndindex(weight.shape)):
-        if scale is not None:
-            values[index] *= float(scale[place // columns // 128, place % columns // 128])
-    return values
+    """Each value of such a weight in float64; of codes, which lie in tiles, times the scale of its block, one after the other."""
+    if scale is None:
+        return weight.astype(np.float64)
+    rows, columns = math.prod(weight.shape[:row_axes]), math.prod(weight.shape[row_axes:])
+    values = np.empty((rows, columns))
+    codes = iter(weight.reshape(-1).astype(np.float64).tolist())
+    for first_row, first_column in itertools.product(range(0, rows, 128), range(0, columns, 16)):
+        for row in range(first_row, min(first_row + 128, rows)):
+            for column in range(first_column, min(first_column + 16, columns)):
+                values[row, column] = next(codes) * float(scale[row // 128, column // 128])
+    return values.reshape(weight.shape)

@@ -50,13 +50,12 @@ def _inputs(sizes: tuple[int, ...], parts: tuple[str, ...], dtype: type = np.flo
     }
 
 
-def _coded(inputs: dict[str, Array], weights: tuple[str, ...], scaled: bool = True) -> dict[str, Array]:
+def _coded(inputs: dict[str, Array], weights: tuple[str, ...]) -> dict[str, Array]:
     """The inputs with other weights, which are e4m3."""
     rng = np.random.default_rng(1)
     made = dict(inputs)
     for name in weights:
-        made[name], scale = e4m3_matrix(rng, *inputs[name].shape)
-        made |= {f"{name}_scale": scale} if scaled else {}
+        made[name], made[f"{name}_scale"] = e4m3_matrix(rng, *inputs[name].shape)
     return made
 
 
@@ -107,19 +106,18 @@ def test_reference_is_what_sums_by_hand_give(epsilon: float) -> None:
             np.testing.assert_allclose(value, product * given["index_weights_factor"][head])
 
 
-CODES: dict[str, tuple[tuple[int, ...], tuple[str, ...], bool]] = {
-    "blocks": (BLOCKS, CODED, True),
-    "no scales": (BLOCKS, CODED, False),
-    "some": (BLOCKS, ("w_dq", "w_kr", "w_index_query"), True),
-    "the others": (BLOCKS, ("w_uq", "w_dkv", "w_index_key"), True),
-    **{name: (sizes, CODED, True) for name, sizes in SIZES.items()},
+CODES: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
+    "blocks": (BLOCKS, CODED),
+    "some": (BLOCKS, ("w_dq", "w_kr", "w_index_query")),
+    "the others": (BLOCKS, ("w_uq", "w_dkv", "w_index_key")),
+    **{name: (sizes, CODED) for name, sizes in SIZES.items()},
 }
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-@pytest.mark.parametrize(("sizes", "weights", "scaled"), CODES.values(), ids=CODES.keys())
-def test_weights_may_be_codes(sizes: tuple[int, ...], weights: tuple[str, ...], scaled: bool, dtype: type) -> None:
-    inputs = _coded(_inputs(sizes, PARTS["all"], dtype), weights, scaled)
+@pytest.mark.parametrize(("sizes", "weights"), CODES.values(), ids=CODES.keys())
+def test_weights_may_be_codes(sizes: tuple[int, ...], weights: tuple[str, ...], dtype: type) -> None:
+    inputs = _coded(_inputs(sizes, PARTS["all"], dtype), weights)
     inputs["hidden"] = (inputs["hidden"] / 256).astype(dtype)  # float16 has no more than products of codes alone
     expected, by_hand = reference(OP, inputs), reference(OP, _decoded(inputs))
     found = run_op(OP, inputs)
@@ -183,6 +181,19 @@ def test_queries_of_the_hidden_states_have_their_width() -> None:
 
 def _types(inputs: dict[str, Array]) -> dict[str, TensorType]:
     return {name: TensorType(helper.np_dtype_to_tensor_dtype(a.dtype), a.shape) for name, a in inputs.items()}
+
+
+@pytest.mark.parametrize("name", CODED)
+def test_codes_have_scales_and_other_weights_none(name: str) -> None:
+    types = _types(_coded(_inputs(BLOCKS, PARTS["all"]), CODED))
+    node = make_node(OP, {name: name for name in types}, ["query"])
+    floats = {**types, name: TensorType(TensorProto.FLOAT, types[name].shape)}
+    with pytest.raises(BadModelError, match=f"{name} has scales, so it must be e4m3"):
+        infer_shapes(node, [floats.get(name) for name in node.input])
+    del types[f"{name}_scale"]
+    node = make_node(OP, {name: name for name in types}, ["query"])
+    with pytest.raises(BadModelError, match=f"{name} is e4m3, so it needs {name}_scale"):
+        infer_shapes(node, [types.get(name) for name in node.input])
 
 
 @pytest.mark.parametrize("axis", [0, 1])
