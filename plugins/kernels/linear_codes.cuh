@@ -9,7 +9,6 @@ namespace linear_tiles {
 constexpr int scale_block = 128;  // columns and outputs that have one scale; a step is one of columns
 static_assert(tile_rows == scale_block);
 constexpr int rows_together = 4;  // whose 128 columns a warp makes codes of
-constexpr int few_stages = 4;  // of few tokens: with more copies under way the first ones, too, are there later
 
 // Weights as codes in tiles (`code_place`).
 struct CodeOperands : Operands<most_linear_parts, const uint8_t*> {
@@ -34,8 +33,8 @@ struct CodesBlock {
     static constexpr int row = columns + 4;  // floats of a row of sums: where half a warp writes no bank is met twice
     static constexpr int x_tile = tokens * step_bytes, x_bytes = 2 * x_tile;  // 64 columns of x, or 128 codes of one term, and a step's
     static constexpr int w_bytes = scale_block * columns;  // a step
-    static constexpr int stage_bytes = x_bytes + w_bytes, most = few ? few_stages : budget / stage_bytes;
-    static constexpr int stages = most < most_stages ? most : most_stages;
+    // More copies under way would fit, but then the first ones, too, are there later (benchmarks/LOG.md).
+    static constexpr int stage_bytes = x_bytes + w_bytes, stages = few ? 4 : 3;
     // Or a row maker's barrier could be two phases behind what it waits for, which looks like none.
     static_assert(!few || stages * tokens >= row_makers * rows_together);
     static constexpr int scales_start = stages * stage_bytes, scales_bytes = few ? tokens * 4 : 0;  // of the rows, [stages][tokens]
