@@ -103,41 +103,25 @@ __device__ inline float inverse_root(const Codes& work, int token) {
     return rsqrtf(sum * work.mean + work.epsilon);
 }
 
-// A block reads sixteen rows of 32 tiles, 256 bytes in one piece, and writes sixteen rows of 1 KB each.
+// Sixteen codes by a thread, of one row and one scale, at a time; four that follow each other have rows of one tile, and others the tiles beside it.
 __global__ void __launch_bounds__(decoding_threads) decode_kernel(LinearPart part, int64_t columns, __nv_bfloat16* decoded) {
-    constexpr int rows = 16, tiles = 32, turns = rows * tiles / decoding_threads;
-    __shared__ uint4 codes[rows][tiles + 1];  // no bank is met twice
-    int64_t const blocks = ceil_div<int64_t>(part.outputs, scale_block), across = ceil_div<int64_t>(part.outputs, tiles * tile_columns);
-    for (int64_t i = blockIdx.x; i < ceil_div<int64_t>(columns, rows) * across; i += gridDim.x) {
-        int64_t const first_column = i / across * rows, first_output = i % across * (tiles * tile_columns);
-        auto const for_own = [&](bool reads, auto&& each) {
+    constexpr int rows = 4;
+    int64_t const tiles = part.outputs / tile_columns, blocks = ceil_div<int64_t>(part.outputs, scale_block);
+    for (int64_t i = static_cast<int64_t>(blockIdx.x) * decoding_threads + threadIdx.x; i < columns * tiles;
+         i += static_cast<int64_t>(gridDim.x) * decoding_threads) {
+        int64_t const across = i / rows / tiles, column = rows * across + i % rows, output = (i / rows - across * tiles) * tile_columns;
+        Scale const scale(part.scales[column / scale_block * blocks + output / scale_block]);
+        uint4 const codes = static_cast<const uint4*>(part.weight)[code_place(column, output, columns, part.outputs) / tile_columns];
+        uint32_t const words[4] = {codes.x, codes.y, codes.z, codes.w};
+        uint32_t pairs[8];
 #pragma unroll
-            for (int turn = 0; turn < turns; ++turn) {
-                int const piece = turn * decoding_threads + static_cast<int>(threadIdx.x);
-                int const row = reads ? piece % rows : piece / tiles, tile = reads ? piece / rows : piece % tiles;
-                int64_t const column = first_column + row, output = first_output + tile * tile_columns;
-                if (column < columns && output < part.outputs) each(row, tile, column, output);
-            }
-        };
-        for_own(true, [&](int row, int tile, int64_t column, int64_t output) {
-            codes[row][tile] = static_cast<const uint4*>(part.weight)[code_place(column, output, columns, part.outputs) / tile_columns];
-        });
-        __syncthreads();
-        for_own(false, [&](int row, int tile, int64_t column, int64_t output) {
-            Scale const scale(part.scales[column / scale_block * blocks + output / scale_block]);
-            uint4 const sixteen = codes[row][tile];
-            uint32_t const words[4] = {sixteen.x, sixteen.y, sixteen.z, sixteen.w};
-            uint32_t pairs[8];
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                pairs[2 * j] = scale.times(code_pair<codes_01>(words[j]));
-                pairs[2 * j + 1] = scale.times(code_pair<codes_23>(words[j]));
-            }
-            auto* const out = reinterpret_cast<uint4*>(decoded + column * part.outputs + output);
-            out[0] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
-            out[1] = make_uint4(pairs[4], pairs[5], pairs[6], pairs[7]);
-        });
-        __syncthreads();
+        for (int j = 0; j < 4; ++j) {
+            pairs[2 * j] = scale.times(code_pair<codes_01>(words[j]));
+            pairs[2 * j + 1] = scale.times(code_pair<codes_23>(words[j]));
+        }
+        auto* const out = reinterpret_cast<uint4*>(decoded + column * part.outputs + output);
+        out[0] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+        out[1] = make_uint4(pairs[4], pairs[5], pairs[6], pairs[7]);
     }
 }
 
