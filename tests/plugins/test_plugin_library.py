@@ -155,6 +155,14 @@ class Case:
         return "\n".join(lines) + "\n"
 
 
+def _of(op: str) -> Case:
+    """An op with all of its inputs. Those of projections have scales of codes alone."""
+    everything = tuple(i.name for i in OPS[op].inputs)
+    of_codes = op in ("MlaInputProjections", "MlaOutputProjection")
+    weight = TensorProto.FLOAT8E4M3FN if of_codes else TensorProto.BFLOAT16
+    return Case(OPS[op], everything, tuple(o.name for o in OPS[op].outputs), weight_type=weight)
+
+
 def _cases() -> Iterator[Any]:
     """Each op with all its inputs, with only those that it needs, and some between."""
     indexer = [i.name for i in OPS["MlaSparseAttention"].inputs if i.name.startswith("index")]
@@ -177,11 +185,11 @@ def _cases() -> Iterator[Any]:
         if op.name == "MlaAttention":
             needed += ("w_uk", "w_uv")
             needed = tuple(name for name in everything if name in needed)
-        yield pytest.param(Case(op, everything, outputs), id=f"{op.name}-all")
+        yield pytest.param(_of(op.name), id=f"{op.name}-all")
         yield pytest.param(Case(op, needed, needed_outputs), id=f"{op.name}-needed")
         if op.name in ("MlaAttention", "MlaDecodeBranchFp8"):
             yield pytest.param(_resident(Case(op, everything, outputs)), id=f"{op.name}-resident")
-        yield pytest.param(Case(op, everything, outputs, named=False), id=f"{op.name}-unnamed")
+        yield pytest.param(replace(_of(op.name), named=False), id=f"{op.name}-unnamed")
         for dtype in (TensorProto.FLOAT, TensorProto.FLOAT16):
             case = Case(op, everything, outputs, dtype, TensorProto.FLOAT8E4M3FN)
             yield pytest.param(case, id=f"{op.name}-{TensorProto.DataType.Name(dtype)}")
@@ -209,11 +217,6 @@ def _resident(case: Case) -> Case:
 
 
 CASES = list(_cases())
-
-
-def _of(op: str) -> Case:
-    everything = tuple(i.name for i in OPS[op].inputs)
-    return Case(OPS[op], everything, tuple(o.name for o in OPS[op].outputs))
 
 
 def test_compiles_without_warnings(plugin_build: tuple[Library, list[str]]):
