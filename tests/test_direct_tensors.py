@@ -268,7 +268,8 @@ def test_tables_are_those_whose_first_values_count(chain: Chain, dtype: int, sou
 
 def _more(model: onnx.ModelProto) -> None:
     """The result of the product is read by more than the Reshape."""
-    model.graph.output.append(helper.make_tensor_value_info("hidden", BFLOAT16, None))
+    model.graph.node.append(helper.make_node("Relu", ["hidden"], ["z"]))
+    model.graph.output.append(helper.make_tensor_value_info("z", BFLOAT16, None))
 
 
 def _wider(model: onnx.ModelProto) -> None:
@@ -293,5 +294,31 @@ def test_results_with_an_axis_of_one_before_them(change: Callable[[onnx.ModelPro
     read_directly(ModelOnDisk(model, Path()))
     batched = [attribute.s.decode() for attribute in model.graph.node[0].attribute if attribute.name == BATCHED]
     assert batched == (["hidden"] if change is None else [])
-    assert [node.op_type for node in model.graph.node] == ["MlaOutputProjection"] + ["Reshape"] * (change is not None)
-    assert model.graph.node[-1].output[0] == "y"
+    assert [node.op_type for node in model.graph.node][1:] == {None: [], _more: ["Reshape", "Relu"]}.get(
+        change, ["Reshape"]
+    )
+    assert "y" in [name for node in model.graph.node for name in node.output]
+
+
+@pytest.mark.parametrize(
+    ("axis", "index", "taken"),
+    [(-1, np.array(3), True), (2, np.array(0), True), (1, np.array(0), False), (-1, np.array([0]), False)],
+)
+def test_tokens_are_counted_by_their_rows(axis: int, index: np.ndarray, taken: bool) -> None:
+    inputs = {"tokens": "tokens", "query_offsets": "query_offsets", "cache_lengths": "cache_lengths"}
+    op = make_node("MlaPlan", inputs, {"token_sequence": "out", "positions": "positions", "schedule": "schedule"})
+    values = [helper.make_tensor_value_info("x", BFLOAT16, [1, "T", 16])]
+    values += [helper.make_tensor_value_info(name, TensorProto.INT32, None) for name in inputs if name != "tokens"]
+    graph = helper.make_graph(
+        [helper.make_node("Gather", ["x", "index"], ["tokens"], axis=axis), op],
+        "g",
+        values,
+        [helper.make_tensor_value_info("out", TensorProto.INT32, None)],
+        [numpy_helper.from_array(index, "index")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20), helper.make_opsetid("mla_trt", 1)])
+    read_directly(ModelOnDisk(model, Path()))
+    (node,) = mla_nodes(model)
+    assert node.input[0] == ("x" if taken else "tokens")
+    assert [attribute.s for attribute in node.attribute if attribute.name == ROWS] == [b"tokens"] * taken
+    assert len(model.graph.node) == 2 - taken

@@ -2,7 +2,7 @@
 
 The op set has tokens in rows, and cos and sin of the pairs alone in float32. A model has a batch axis before its tokens, and rope tables of
 its own type whose rows hold each value twice. What makes the one of the other is a kernel for each tensor, as TensorRT 10.6 does it, wherever
-nothing else is there that it could be part of: before a layer 4 to 6 us of 130 (docs/engines.md). Plugins need none of it.
+nothing else is there that it could be part of: 4 us of a layer's 131 (docs/engines.md). Plugins need none of it.
 """
 
 from __future__ import annotations

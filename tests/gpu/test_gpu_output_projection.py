@@ -8,10 +8,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 from cases import HALF_TYPES
-from harness import Array, compare, run_op
+from harness import Array, compare, library, run_op
+from onnx import TensorProto
 
 from mla_trt.formats import ceil_div
 from mla_trt.ops.projection_weights import matrix_reference
+from mla_trt.ops.schema import Attributes
+from mla_trt.plugins.kernel_library import DeviceTensor, KernelError
 
 OP = "MlaOutputProjection"
 TOLERANCE = {"f32": 1e-5, "f16": 2**-10, "bf16": 2**-8}
@@ -188,3 +191,20 @@ def test_a_thousand_repeats(tokens: int) -> None:
     first = {**inputs, "attended": inputs["attended"][:tokens]}
     found = run_op(OP, first, ["hidden"], repeat=1000, graph=True)
     compare("hidden", found["hidden"], expected[:tokens], TOLERANCE["bf16"])
+
+
+@pytest.mark.small
+@pytest.mark.parametrize("dtype", [TensorProto.FLOAT8E4M3FN, TensorProto.BFLOAT16])
+def test_codes_have_scales_and_other_weights_none(dtype: int) -> None:
+    given = {
+        "attended": DeviceTensor(256, TensorProto.BFLOAT16, (3, 2, 8)),
+        "w_o": DeviceTensor(256, dtype, (2, 8, 16)),
+    }
+    codes = dtype == TensorProto.FLOAT8E4M3FN
+    if not codes:
+        given["w_o_scale"] = DeviceTensor(256, TensorProto.FLOAT, (1, 1))
+    call = library().call(OP, Attributes(), given, {"hidden": DeviceTensor(256, TensorProto.BFLOAT16, (3, 16))})
+    with pytest.raises(
+        KernelError, match="w_o is e4m3, so it needs scales" if codes else "w_o has scales, so it must be"
+    ):
+        call.workspace_bytes()
