@@ -153,7 +153,7 @@ class Lowerer:
         while given and not given[-1].name:
             given.pop()
         name = self.emitter.names.new(wish)
-        complete = {**op.complete(attributes, name), "plugin_version": "1", "plugin_namespace": "mla_trt"}
+        complete = {**op.complete(attributes, name), **op.plugin_attributes}
         self.graph.nodes.append(gs.Node(op_type, name, complete, given, outputs, domain="mla_trt"))
 
     # -- token features -------------------------------------------------------------------------------------------

@@ -88,7 +88,7 @@ def header() -> str:
         "};",
         "",
         "struct OpSpec {",
-        "    const char* name;",
+        "    const char *name, *version;",
         "    int32_t inputs, outputs, attributes;",
         "    const TensorSpec* input;",
         "    const TensorSpec* output;",
@@ -106,7 +106,7 @@ def header() -> str:
         short = enum_name(name)
         counts = f"{len(op.inputs)}, {len(op.outputs)}, {len(op.attributes)}"
         lines.append(
-            f'    {{"{name}", {counts}, table::{short}_inputs, table::{short}_outputs, table::{short}_attributes}},'
+            f'    {{"{name}", "{op.plugin_version}", {counts}, table::{short}_inputs, table::{short}_outputs, table::{short}_attributes}},'
         )
     lines += ["};", "", "}  // namespace mla", ""]
     return "\n".join(lines)

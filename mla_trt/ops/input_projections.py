@@ -147,4 +147,5 @@ OP = Op(
     reference=reference,
     check=check,
     bind=_bind,
+    plugin_version="2",  # codes lie in tiles
 )

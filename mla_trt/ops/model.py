@@ -24,7 +24,7 @@ from mla_trt.ops import (
     sparse_attention,
 )
 from mla_trt.ops.body import OPSET
-from mla_trt.ops.schema import DOMAIN, DOMAIN_VERSION, PLUGIN_ATTRIBUTES, Attributes, Op, TensorType
+from mla_trt.ops.schema import DOMAIN, DOMAIN_VERSION, Attributes, Op, TensorType
 
 _MODULES = (
     plan,
@@ -97,14 +97,14 @@ def make_node(
         name=name or None,
         domain=DOMAIN,
     )
-    _set_attributes(node, complete)
+    _set_attributes(node, op, complete)
     return node
 
 
-def _set_attributes(node: onnx.NodeProto, attributes: Attributes) -> None:
+def _set_attributes(node: onnx.NodeProto, op: Op, attributes: Attributes) -> None:
     del node.attribute[:]
     node.attribute.extend(
-        helper.make_attribute(name, value) for name, value in {**attributes, **PLUGIN_ATTRIBUTES}.items()
+        helper.make_attribute(name, value) for name, value in {**attributes, **op.plugin_attributes}.items()
     )
 
 
@@ -199,7 +199,7 @@ def retarget(
         changed = op.complete(
             {**attributes, **{k: v for k, v in changes.items() if k in attributes}}, f"node '{node.name}'"
         )
-        _set_attributes(node, changed)
+        _set_attributes(node, op, changed)
         values = {**op.given_inputs(node), **op.given_outputs(node)}
         for formal, layout in (("kv_cache", changed.kv_layout), ("indexer_cache", changed.index_layout)):
             for value in (values.get(formal), values.get(f"{formal}_out")):

@@ -46,4 +46,5 @@ OP = Op(
     emit=emit,
     reference=reference,
     bind=_bind,
+    plugin_version="2",  # codes lie in tiles
 )

@@ -23,7 +23,8 @@ from mla_trt.ops.body import FLOAT, OPSET, Body, Value
 
 DOMAIN = "mla_trt"
 DOMAIN_VERSION = 1
-PLUGIN_ATTRIBUTES = {"plugin_version": "1", "plugin_namespace": "mla_trt"}
+PLUGIN_ATTRIBUTES = ("plugin_version", "plugin_namespace")
+"""Of every node, beside its op's own: by these TensorRT finds the plugin."""
 
 Dim = int | str | None
 Array = npt.NDArray[np.generic]
@@ -204,6 +205,8 @@ class Op:
         reference: numpy, float64; takes attributes and the given inputs by name, gives every output.
         check: raises UsageError for a combination of attributes and given inputs that has no meaning.
         bind: binds letters that no shape word can express.
+        plugin_version: another where a plugin of the version before would take the same tensors for something else: TensorRT then refuses
+            engines that were built with that.
     """
 
     name: str
@@ -215,6 +218,12 @@ class Op:
     reference: Reference
     check: Check | None = None
     bind: Bind | None = None
+    plugin_version: str = "1"
+
+    @property
+    def plugin_attributes(self) -> dict[str, str]:
+        """The values of `PLUGIN_ATTRIBUTES`."""
+        return {"plugin_version": self.plugin_version, "plugin_namespace": DOMAIN}
 
     def complete(self, given: Mapping[str, object], where: str) -> Attributes:
         """``given`` with defaults for what is missing; raises UsageError for what is unknown, missing or wrong."""

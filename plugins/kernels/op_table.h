@@ -114,7 +114,7 @@ struct AttributeSpec {
 };
 
 struct OpSpec {
-    const char* name;
+    const char *name, *version;
     int32_t inputs, outputs, attributes;
     const TensorSpec* input;
     const TensorSpec* output;
@@ -451,17 +451,17 @@ constexpr const AttributeSpec* output_projection_attributes = nullptr;
 }  // namespace table
 
 constexpr OpSpec ops[] = {
-    {"MlaPlan", 3, 3, 2, table::plan_inputs, table::plan_outputs, table::plan_attributes},
-    {"MlaFusedRopeRmsNormQuantization", 12, 2, 7, table::fused_rope_rms_norm_quantization_inputs, table::fused_rope_rms_norm_quantization_outputs, table::fused_rope_rms_norm_quantization_attributes},
-    {"MlaDecoding", 10, 2, 7, table::decoding_inputs, table::decoding_outputs, table::decoding_attributes},
-    {"MlaPrefill", 13, 2, 6, table::prefill_inputs, table::prefill_outputs, table::prefill_attributes},
-    {"MlaPrefillSparse", 11, 2, 7, table::prefill_sparse_inputs, table::prefill_sparse_outputs, table::prefill_sparse_attributes},
-    {"MlaDecodeBranchFp8", 21, 2, 9, table::decode_branch_fp8_inputs, table::decode_branch_fp8_outputs, table::decode_branch_fp8_attributes},
-    {"MlaIndexer", 15, 2, 9, table::indexer_inputs, table::indexer_outputs, table::indexer_attributes},
-    {"MlaAttention", 20, 2, 12, table::attention_inputs, table::attention_outputs, table::attention_attributes},
-    {"MlaSparseAttention", 29, 4, 20, table::sparse_attention_inputs, table::sparse_attention_outputs, table::sparse_attention_attributes},
-    {"MlaInputProjections", 16, 6, 1, table::input_projections_inputs, table::input_projections_outputs, table::input_projections_attributes},
-    {"MlaOutputProjection", 3, 1, 0, table::output_projection_inputs, table::output_projection_outputs, table::output_projection_attributes},
+    {"MlaPlan", "1", 3, 3, 2, table::plan_inputs, table::plan_outputs, table::plan_attributes},
+    {"MlaFusedRopeRmsNormQuantization", "1", 12, 2, 7, table::fused_rope_rms_norm_quantization_inputs, table::fused_rope_rms_norm_quantization_outputs, table::fused_rope_rms_norm_quantization_attributes},
+    {"MlaDecoding", "1", 10, 2, 7, table::decoding_inputs, table::decoding_outputs, table::decoding_attributes},
+    {"MlaPrefill", "1", 13, 2, 6, table::prefill_inputs, table::prefill_outputs, table::prefill_attributes},
+    {"MlaPrefillSparse", "1", 11, 2, 7, table::prefill_sparse_inputs, table::prefill_sparse_outputs, table::prefill_sparse_attributes},
+    {"MlaDecodeBranchFp8", "1", 21, 2, 9, table::decode_branch_fp8_inputs, table::decode_branch_fp8_outputs, table::decode_branch_fp8_attributes},
+    {"MlaIndexer", "1", 15, 2, 9, table::indexer_inputs, table::indexer_outputs, table::indexer_attributes},
+    {"MlaAttention", "1", 20, 2, 12, table::attention_inputs, table::attention_outputs, table::attention_attributes},
+    {"MlaSparseAttention", "1", 29, 4, 20, table::sparse_attention_inputs, table::sparse_attention_outputs, table::sparse_attention_attributes},
+    {"MlaInputProjections", "2", 16, 6, 1, table::input_projections_inputs, table::input_projections_outputs, table::input_projections_attributes},
+    {"MlaOutputProjection", "2", 3, 1, 0, table::output_projection_inputs, table::output_projection_outputs, table::output_projection_attributes},
 };
 
 }  // namespace mla

@@ -59,7 +59,7 @@ public:
 
     const nvinfer1::PluginFieldCollection* getFieldNames() noexcept override { return &collection_; }
     const char* getPluginName() const noexcept override { return ops[op_].name; }
-    const char* getPluginVersion() const noexcept override { return plugin_version; }
+    const char* getPluginVersion() const noexcept override { return ops[op_].version; }
     const char* getPluginNamespace() const noexcept override { return plugin_namespace; }
 
 private:

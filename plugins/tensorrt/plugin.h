@@ -8,7 +8,6 @@
 
 namespace mla::tensorrt {
 
-constexpr const char* plugin_version = "1";
 constexpr const char* plugin_namespace = "mla_trt";
 
 class Plugin final : public nvinfer1::IPluginV3,
@@ -23,7 +22,7 @@ public:
     nvinfer1::IPluginV3* clone() noexcept override;
 
     const char* getPluginName() const noexcept override { return instance_.spec().name; }
-    const char* getPluginVersion() const noexcept override { return plugin_version; }
+    const char* getPluginVersion() const noexcept override { return instance_.spec().version; }
     const char* getPluginNamespace() const noexcept override { return plugin_namespace; }
 
     int32_t getNbOutputs() const noexcept override { return instance_.output_count(); }

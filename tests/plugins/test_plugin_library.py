@@ -270,7 +270,7 @@ def test_every_op_has_a_creator_with_its_attributes(probe: Probe):
     assert list(creators) == list(OPS)
     for op in OPS.values():
         creator = creators[op.name]
-        assert (creator["version"], creator["namespace"]) == ("1", "mla_trt")
+        assert (creator["version"], creator["namespace"]) == (op.plugin_version, "mla_trt")
         assert creator["interface"] == "PLUGIN CREATOR_V3ONE"
         attributes = [[attribute.name, FIELD_TYPES[attribute.kind], None] for attribute in op.attributes]
         assert creator["fields"] == [*attributes, ["inputs", 6, None], ["outputs", 6, None], *OTHER_FIELDS]
