@@ -121,20 +121,28 @@ Value product(Algebra& algebra, const Value* first, const Value* last) {
     return all;
 }
 
+template <typename Value>
+struct Sizes {
+    std::array<Value, Dims::MAX_DIMS> size;
+    int32_t rank;
+};
+
 // Sizes of an input as the op has it, from those that it has in the network.
 template <typename Value, typename Algebra>
-std::vector<Value> op_sizes(const Instance& instance, int32_t input, Algebra& algebra, const Value* sizes, int32_t rank) {
+Sizes<Value> op_sizes(const Instance& instance, int32_t input, Algebra& algebra, const Value* sizes, int32_t rank) {
     rank = std::max(rank, 0);
     bool const rows = instance.has_rows(input) && rank > 0;
-    if (instance.input(input).shape == nullptr) return {product(algebra, sizes, sizes + rank - rows)};  // MlaPlan's tokens
-    if (!rows) return {sizes, sizes + rank};
-    return {product(algebra, sizes, sizes + rank - 1), sizes[rank - 1]};
+    if (instance.input(input).shape == nullptr) return {{product(algebra, sizes, sizes + rank - rows)}, 1};  // MlaPlan's tokens
+    if (rows) return {{product(algebra, sizes, sizes + rank - 1), sizes[rank - 1]}, 2};
+    Sizes<Value> same{{}, rank};
+    std::copy_n(sizes, rank, same.size.begin());
+    return same;
 }
 
 // Letters by attributes and by the inputs' dimensions: sizes_of(i) are those of input i in the op. merge(known, size) settles what a letter
 // is that several dimensions give.
-template <typename Algebra, typename Sizes, typename Merge>
-Letters<typename Algebra::Value> bind_letters(const Instance& instance, Algebra& algebra, Sizes&& sizes_of, Merge&& merge) {
+template <typename Algebra, typename SizesOf, typename Merge>
+Letters<typename Algebra::Value> bind_letters(const Instance& instance, Algebra& algebra, SizesOf&& sizes_of, Merge&& merge) {
     Letters<typename Algebra::Value> letters;
     Letters<bool> fixed;
     const OpSpec& op = instance.spec();
@@ -154,16 +162,15 @@ Letters<typename Algebra::Value> bind_letters(const Instance& instance, Algebra&
     for (int32_t i = 0; i < instance.input_count(); ++i) {
         const TensorSpec& spec = instance.input(i);
         auto const sizes = sizes_of(i);
-        auto const rank = static_cast<int32_t>(sizes.size());
         if (spec.shape == nullptr) {
-            give("T", sizes[0]);
+            give("T", sizes.size[0]);
             continue;
         }
         int32_t const axes = each_word(spec.shape, [&](int32_t axis, std::string_view word) {
-            if (axis < rank && is_letter(word)) give(word, sizes[static_cast<size_t>(axis)]);
+            if (axis < sizes.rank && is_letter(word)) give(word, sizes.size[static_cast<size_t>(axis)]);
         });
-        if (axes != rank) {
-            throw std::invalid_argument("the input '" + std::string(spec.name) + "' has " + std::to_string(rank) +
+        if (axes != sizes.rank) {
+            throw std::invalid_argument("the input '" + std::string(spec.name) + "' has " + std::to_string(sizes.rank) +
                                         " dimensions, expected [" + spec.shape + "]");
         }
     }
@@ -218,7 +225,7 @@ MlaTensor tensor_of_sizes(DataType type, const int64_t* sizes, int32_t rank, voi
 MlaTensor input_tensor(const Instance& instance, int32_t input, DataType type, const Dims& dims, const void* data) {
     Numbers numbers;
     auto const sizes = op_sizes(instance, input, numbers, dims.d, dims.nbDims);
-    return tensor_of_sizes(type, sizes.data(), static_cast<int32_t>(sizes.size()), const_cast<void*>(data));
+    return tensor_of_sizes(type, sizes.size.data(), sizes.rank, const_cast<void*>(data));
 }
 
 MlaTensor output_tensor(const Instance& instance, int32_t output, DataType type, const Dims& dims, void* data) {
