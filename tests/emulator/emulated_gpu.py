@@ -21,11 +21,12 @@ class EmulatedRuntime(HostRuntime):
 
     Args:
         run: runs what is on the machine's stream.
+        tell: is told where memory begins and how much of it there is; 0: no more.
     """
 
-    def __init__(self, run: Callable[[], None]) -> None:
+    def __init__(self, run: Callable[[], None], tell: Callable[[int, int], None]) -> None:
         super().__init__()
-        self._run = run
+        self._run, self._tell = run, tell
 
     def cudaMemset(self, address: int, byte: int, size: int) -> tuple[Status]:
         self._run()
@@ -49,7 +50,13 @@ class EmulatedRuntime(HostRuntime):
             return status, address
         aligned = -(-address // ALIGNMENT) * ALIGNMENT
         self.blocks[aligned] = self.blocks.pop(address)
+        self._tell(aligned, size)
         return status, aligned
+
+    def cudaFree(self, address: int) -> tuple[Status]:
+        self._run()
+        self._tell(address, 0)
+        return super().cudaFree(address)
 
 
 class EmulatedGpu:
@@ -74,7 +81,8 @@ class EmulatedGpu:
             self._machine = ctypes.CDLL(str(path))
         self._machine.emulator_synchronize.restype = ctypes.c_char_p
         self._early, self._hopper = early, hopper
-        self._runtime = EmulatedRuntime(self._run)
+        self._machine.emulator_memory.argtypes = [ctypes.c_size_t, ctypes.c_size_t]
+        self._runtime = EmulatedRuntime(self._run, self._machine.emulator_memory)
         self._before: tuple[Any, Any] | None = None
 
     def install(self, multiprocessors: int = 16) -> None:

@@ -1,4 +1,6 @@
 // What the kernels' host code asks of the CUDA runtime and the driver.
+#include <map>
+
 #include "scheduler.h"
 #include "tensor_map_box.h"
 
@@ -58,6 +60,18 @@ void Box::store(uint32_t source, int c0, int c1, int c2, int c3) const {
     });
 }
 
+// Where memory begins, and how much of it there is.
+static std::map<uintptr_t, size_t> memory;
+
+void check_read(const void* source, size_t bytes, const char* what) {
+    auto const begin = reinterpret_cast<uintptr_t>(source);
+    auto behind = memory.upper_bound(begin);
+    if (behind == memory.begin()) return;
+    --behind;
+    uintptr_t const end = behind->first + behind->second;
+    if (begin < end && begin + bytes > end) fail("%s: reads %zu bytes behind the end of the memory", what, begin + bytes - end);
+}
+
 }  // namespace emulator
 
 using emulator::settings;
@@ -99,6 +113,12 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** entry, unsigned
 
 __attribute__((visibility("default"))) void emulator_set(int multiprocessors, int early, int hopper) {
     settings = {multiprocessors, early != 0 ? emulator::Order::early : emulator::Order::late, hopper != 0};
+}
+
+// Memory that there is from now on; none: no more.
+__attribute__((visibility("default"))) void emulator_memory(uintptr_t address, size_t bytes) {
+    emulator::memory.erase(address);
+    if (bytes > 0) emulator::memory.emplace(address, bytes);
 }
 
 // Does what is on the stream. The text says what went wrong; NULL: nothing.

@@ -47,6 +47,15 @@ def test_a_copy_that_is_not_waited_for_is_late(machine: ctypes.CDLL) -> None:
     assert (out[:128] == 0xFF).all()
 
 
+def test_a_copy_from_behind_the_end_of_the_memory_is_said(machine: ctypes.CDLL) -> None:
+    machine.emulator_memory.argtypes = [ctypes.c_size_t, ctypes.c_size_t]
+    for size, message in ((128, ""), (96, "copy_bytes: reads 32 bytes behind the end of the memory"), (0, "")):
+        machine.emulator_memory(ROW.ctypes.data, size)
+        _, said = run(machine, "copied_row")
+        assert message in said
+        assert bool(said) == bool(message)
+
+
 def test_a_copy_to_a_place_that_is_still_read_is_early(machine: ctypes.CDLL) -> None:
     for right in (True, False):
         out, said = run(machine, "two_rows", right=right, order=EARLY)

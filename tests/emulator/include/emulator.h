@@ -54,6 +54,9 @@ extern const Place* place;
 
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
+// Fails where bytes of a memory and others behind its end are read; what begins in no memory that is known may be any.
+void check_read(const void* source, size_t bytes, const char* what);
+
 // Shared memory of the running thread's block: the dynamic part, and one variable by its declaration. All of it lies below 4 GiB, and
 // begins at a multiple of 256 KiB: the low 18 bits of an address say where it is in the block's memory.
 void* dynamic_shared();

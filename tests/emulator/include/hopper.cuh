@@ -35,6 +35,7 @@ inline void prefetch_map(const void*) {}
 inline void prefetch_box(const void*, int, int, int, int) {}
 inline void copy_bytes(uint32_t target, const void* source, uint32_t bytes, uint32_t barrier) {
     if (bytes % 16 != 0 || target % 16 != 0 || reinterpret_cast<size_t>(source) % 16 != 0) emulator::fail("copy_bytes: not multiples of 16");
+    emulator::check_read(source, bytes, "copy_bytes");
     emulator::engine_copy([=] {
         std::memcpy(reinterpret_cast<void*>(size_t{target}), source, bytes);
         emulator::barrier_complete(barrier, bytes);
