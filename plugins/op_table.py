@@ -11,18 +11,18 @@ import re
 from pathlib import Path
 
 from mla_trt.ops import OPS
-from mla_trt.ops.schema import Attribute, Op
+from mla_trt.ops.schema import ANY, E4M3, F32, I32, TABLE, WEIGHT, Attribute, F, Op
 
 HEADER = Path(__file__).parent / "kernels" / "op_table.h"
 
 KINDS = {
-    "f32, f16 or bf16": "Kind::any_float",
-    "f32": "Kind::f32",
-    "f32 (rows of a table)": "Kind::table",
-    "i32": "Kind::i32",
-    "f32, f16, bf16 or e4m3": "Kind::weight",
-    "e4m3": "Kind::e4m3",
-    "any": "Kind::any",
+    F: "Kind::any_float",
+    F32: "Kind::f32",
+    TABLE: "Kind::table",
+    I32: "Kind::i32",
+    WEIGHT: "Kind::weight",
+    E4M3: "Kind::e4m3",
+    ANY: "Kind::any",
 }
 
 

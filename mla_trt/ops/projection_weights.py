@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 
 import numpy as np
+import numpy.typing as npt
 from onnx import TensorProto
 
 from mla_trt.errors import BadModelError, UsageError
@@ -26,28 +27,27 @@ def scale_of(weight: str) -> str:
     return f"{weight}_scale"
 
 
+def _order(rows: int, columns: int) -> npt.NDArray[np.int64]:
+    """Of each code of so many rows, at most a tile's, as they lie in tiles: its place among them row by row."""
+    places = np.arange(rows * columns).reshape(rows, columns)
+    whole = columns // TILE_COLUMNS * TILE_COLUMNS
+    tiles = places[:, :whole].reshape(rows, -1, TILE_COLUMNS).swapaxes(0, 1)
+    return np.concatenate([tiles.reshape(-1), places[:, whole:].reshape(-1)])
+
+
 def to_tiles(codes: Array) -> None:
     """Brings the codes of a contiguous matrix ``[rows, columns]`` into the order of tiles, in place."""
-    columns = codes.shape[1]
-    whole = columns // TILE_COLUMNS * TILE_COLUMNS
     for first in range(0, len(codes), TILE_ROWS):
         part = codes[first : first + TILE_ROWS]
-        rows = part.copy()
-        flat, end = part.reshape(-1), len(rows) * whole
-        flat[:end] = rows[:, :whole].reshape(len(rows), -1, TILE_COLUMNS).swapaxes(0, 1).reshape(-1)
-        flat[end:] = rows[:, whole:].reshape(-1)
+        part.reshape(-1)[:] = part.reshape(-1)[_order(*part.shape)]
 
 
 def from_tiles(codes: Array) -> Array:
     """The inverse: a matrix ``[rows, columns]`` of codes in tiles as it is."""
-    found = codes.copy()
-    columns = codes.shape[1]
-    whole = columns // TILE_COLUMNS * TILE_COLUMNS
+    found = np.empty(codes.shape, codes.dtype)
     for first in range(0, len(codes), TILE_ROWS):
-        rows = found[first : first + TILE_ROWS]
-        flat, end = codes[first : first + TILE_ROWS].reshape(-1), len(rows) * whole
-        rows[:, :whole] = flat[:end].reshape(-1, len(rows), TILE_COLUMNS).swapaxes(0, 1).reshape(len(rows), whole)
-        rows[:, whole:] = flat[end:].reshape(len(rows), columns - whole)
+        part = codes[first : first + TILE_ROWS]
+        found[first : first + TILE_ROWS].reshape(-1)[_order(*part.shape)] = part.reshape(-1)
     return found
 
 

@@ -162,9 +162,6 @@ __device__ inline void pin(uint32_t (&a)[n][4]) {
     for (int i = 0; i < 4 * n; ++i) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
 }
 
-// Keeps the compiler from making a value anew where it is used.
-__device__ inline void keep(uint32_t& value) { asm volatile("" : "+r"(value)); }
-
 // Lower half of the descriptor of a K-major tile in shared memory; 32 bytes further along K are 2 more, 16 bytes 1. The upper half
 // is that of rows of 128 bytes, permuted, eight of them one kilobyte: 0x40000040; of rows of 64 bytes, half of it: 0x80000020.
 __device__ inline uint32_t tile_descriptor(uint32_t address) { return (address & 0x3ffff) >> 4 | 1u << 16; }

@@ -38,12 +38,12 @@ int run_input_projections(Call& call) {
     auto* const squares = normed ? call.workspace.take<float>(dims.T * square_tiles(dims.Q)) : nullptr;
     const MlaTensor& hidden = call.in[in::hidden];
     Linear first{hidden.data, hidden.type, dims.T, dims.C, {}, 0, nullptr, 0.0f, false}, second = first;
+    int status = MLA_OK;  // the first that is another one
     // The product with an input whose scales, and factors of what it makes, other inputs may be.
-    int status = MLA_OK;
     auto add = [&](Linear* work, int weight, int scales, int factors, const MlaTensor& result) {
         const MlaTensor& given = call.in[weight];
         if (given.rank < 0 || status != MLA_OK) return;
-        status = check_scales(given, scales >= 0 && call.given(scales), ops[op::input_projections], weight);
+        status = check_codes(given, scales >= 0 && call.given(scales), ops[op::input_projections], weight);
         int64_t const outputs = given.shape[1] * (given.rank == 3 ? given.shape[2] : 1);
         if (outputs == 0) return;
         bool const scaled = factors >= 0 && call.given(factors);
@@ -67,7 +67,6 @@ int run_input_projections(Call& call) {
     add(&first, in::w_index_weights, none, in::index_weights_factor, call.out[out::index_weights]);
     add(&second, in::w_uq, in::w_uq_scale, none, call.out[out::query]);
     add(&second, in::w_index_query, in::w_index_query_scale, none, call.out[out::index_query]);
-
     if (status != MLA_OK) return status;
 
     bool const many = dims.T > most_coded_tokens;

@@ -58,7 +58,7 @@ struct Linear {
 };
 
 // Codes have scales, and other weights none. `input`: which of the op's the weight is.
-inline int check_scales(const MlaTensor& weight, bool has_scales, const OpSpec& op, int input) {
+inline int check_codes(const MlaTensor& weight, bool has_scales, const OpSpec& op, int input) {
     if ((weight.type == MLA_FLOAT8E4M3FN) == has_scales) return MLA_OK;
     return fail(MLA_BAD_CALL, "%s: %s %s", op.name, op.input[input].name, has_scales ? "has scales, so it must be e4m3" : "is e4m3, so it needs scales");
 }

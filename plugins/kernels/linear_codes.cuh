@@ -21,7 +21,6 @@ struct CodeOperands : Operands<most_linear_parts, const uint8_t*> {
 // the groups orders copies; of few tokens others make codes of the rows of x.
 template <int tokens_, int groups>
 struct CodesBlock {
-
     static constexpr int tokens = tokens_, tiles = groups, columns = tiles * 64;
     static constexpr bool few = tokens <= 16;
     static constexpr int other_groups = few && tokens > 8 ? 2 : 1;

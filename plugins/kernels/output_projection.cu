@@ -8,7 +8,7 @@ int run_output_projection(Call& call) {
     namespace in = output_projection::in;
     Dims const& dims = call.dims;
     const MlaTensor &attended = call.in[in::attended], &weight = call.in[in::w_o], &hidden = call.out[output_projection::out::hidden];
-    if (int status = check_scales(weight, call.given(in::w_o_scale), ops[op::output_projection], in::w_o)) return status;
+    if (int status = check_codes(weight, call.given(in::w_o_scale), ops[op::output_projection], in::w_o)) return status;
     Linear work{attended.data, attended.type, dims.T, dims.H * dims.Dv, {}, 0, nullptr, 0.0f, false};
     work.add({weight.data, weight.type, call.input<float>(in::w_o_scale), nullptr, 0, hidden.data, hidden.type, dims.C, nullptr});
     bool const many = dims.T > most_coded_tokens;

@@ -9,11 +9,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 from cases import HALF_TYPES
-from harness import Array, compare, run_op
+from harness import Array, compare, library, run_op
+from onnx import helper
 
 from mla_trt.ops import OPS
 from mla_trt.ops.input_projections import CODED, FROM_LATENT, OUTPUT_OF
 from mla_trt.ops.projection_weights import matrix_reference, scale_of
+from mla_trt.plugins.kernel_library import DeviceTensor, KernelError
 
 OP = "MlaInputProjections"
 # Sums are in f32, so that of a product of the hidden states the output's type is what is left.
@@ -322,3 +324,24 @@ def test_sizes_of_models(model: str, codes: bool, tokens: int) -> None:
     first = {**inputs, "hidden": inputs["hidden"][:tokens]}
     found = run_op(OP, first, list(expected), repeat=2)
     _compare(found, {name: values[:tokens] for name, values in expected.items()}, first)
+
+
+@pytest.mark.small
+@pytest.mark.parametrize("name", CODED)
+@pytest.mark.parametrize("codes", [True, False])
+def test_codes_have_scales_and_other_weights_none(codes: bool, name: str) -> None:
+    given = _coded(_inputs(20, 3, SMALL["tiles"][0]), 20)
+    if codes:
+        del given[scale_of(name)]
+    else:
+        given[name] = given[name].astype(HALF_TYPES["bf16"])
+    tensors, results = (
+        {
+            key: DeviceTensor(256, helper.np_dtype_to_tensor_dtype(values.dtype), values.shape)
+            for key, values in arrays.items()
+        }
+        for arrays in (given, _expected(_inputs(20, 3, SMALL["tiles"][0])))
+    )
+    call = library().call(OP, OPS[OP].complete({}, OP), tensors, results)
+    with pytest.raises(KernelError, match=f"{name} (is e4m3, so it needs|has scales, so it must be e4m3)"):
+        call.workspace_bytes()

@@ -109,7 +109,6 @@ template <int n>
 inline void pin(float (&)[n]) {}
 template <int n>
 inline void pin(uint32_t (&)[n][4]) {}
-inline void keep(uint32_t&) {}
 
 inline uint32_t tile_descriptor(uint32_t address) { return (address & 0x3ffff) >> 4 | 1u << 16; }
 
