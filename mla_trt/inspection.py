@@ -10,6 +10,7 @@ from mla_trt.interface import ModelInterface
 from mla_trt.passes.match_indexer import IndexerMatch
 from mla_trt.passes.match_mla import MlaMatch
 from mla_trt.passes.probe import Probe
+from mla_trt.passes.static_quantization import Rounding
 from mla_trt.report import Report
 
 
@@ -19,6 +20,7 @@ class Inspection:
 
     Attributes:
         cache_outputs: outputs that hold what attentions would cache, of an export that takes no caches.
+        roundings: of data, taken out of the graph.
     """
 
     graph: gs.Graph
@@ -28,3 +30,4 @@ class Inspection:
     indexers: dict[int, IndexerMatch]
     report: Report
     cache_outputs: set[str] = field(default_factory=set)
+    roundings: list[Rounding] = field(default_factory=list)

@@ -40,6 +40,7 @@ from mla_trt.passes.match_outputs import cache_outputs
 from mla_trt.passes.positions import BY_SEQUENCE, PACKED, UNPACKED
 from mla_trt.passes.probe import Linear, Probe, ProbeError, case_sizes
 from mla_trt.passes.simplify import simplify
+from mla_trt.passes.static_quantization import put_back_roundings, take_out_roundings
 from mla_trt.passes.standardize import forbid_rounded_activations, standardize
 from mla_trt.report import LayerReport, PassReport, Report
 from mla_trt.weight_file import WeightFile
@@ -166,6 +167,9 @@ def inspect(
     with stages.run("import") as changed:
         graph = gs.import_onnx(model)
         changed[0] = len(graph.nodes)
+    with stages.run("take_out_roundings") as changed:
+        roundings = take_out_roundings(graph)
+        changed[0] = len(roundings)
     with stages.run("simplify") as changed:
         topological(graph.nodes)
         changed[0] = simplify(graph)
@@ -206,7 +210,8 @@ def inspect(
             f"{permitted} MatMulNBits of the export let ONNX Runtime round activations to int8 (accuracy_level 4), which the lowered model does not: "
             "it is compared with the export without that rounding"
         )
-    if undone or rounds_activations(found):
+    found.roundings = roundings
+    if undone or roundings or rounds_activations(found):
         report.assumptions.append(ROUNDED_ACTIVATIONS)
     return found
 
@@ -446,6 +451,8 @@ def lower(
         changed[0] += pack.replace_lost_shapes(graph, surroundings, emitter, tokens, stays)
         pack.drop_inputs(graph, surroundings, stays)
         token_axes = _pack_tokens(tokens, found.interface, lowerer.layout)
+    with stages.run("put_back_roundings") as changed:
+        changed[0] = put_back_roundings(graph, found.roundings)
     with stages.run("legalize") as changed:
         changed[0] = legalize(graph, options.target, base_dir, weight_file, report.notes)
         report.notes.extend(_refusal_notes(illegal_nodes(graph, options.target), options.target))

@@ -16,7 +16,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from mla_trt import interface as roles
-from mla_trt.passes.graph import Emitter, is_empty, outer_inputs, producer
+from mla_trt.passes.graph import Emitter, from_constants, is_empty, outer_inputs, producer
 from mla_trt.passes.probe import Probe, ProbeError
 
 _TABLE_MOVES = ("Slice", "Gather", "GatherND", "GatherElements", "Split", "Squeeze", "Unsqueeze", "Reshape", "Expand")
@@ -272,7 +272,7 @@ class PackedPositions:
         target = [size if isinstance(size, int) else -1 if size == varying else 1 for size in shape]
         return self._emitter.reshape(tensor, target, wish)
 
-    def _as_table(self, tensor: gs.Tensor, table: gs.Constant, values: list[np.ndarray]) -> gs.Tensor | None:
+    def _as_table(self, tensor: gs.Tensor, table: gs.Tensor, values: list[np.ndarray]) -> gs.Tensor | None:
         """A Gather, where the values are rows of a constant chosen by position (the same for every sequence)."""
         rows = np.asarray(self._probes[0].known(table))
         for axis in range(rows.ndim):
@@ -286,7 +286,7 @@ class PackedPositions:
             if len(layouts) != 1 or None in layouts:
                 continue
             token_axis, sequence_axis = layouts.pop()  # type: ignore[misc]
-            length = int(table.shape[axis])
+            length = int(rows.shape[axis])
             self.max_position = min(self.max_position or length, length)
             flat = self._emitter.cast(self._positions, np.dtype(np.int64), "packed_positions")
             gathered = self._emitter.gather(table, flat, axis, f"{tensor.name}.packed")
@@ -400,12 +400,10 @@ def packed_sizes(
     return pieces[0] if len(pieces) == 1 else emitter.node("Concat", pieces, wish, axis=0)
 
 
-def _moved_constant(tensor: gs.Tensor) -> gs.Constant | None:
-    """The constant whose entries a tensor rearranges, if it does."""
-    node = producer(tensor)
+def _moved_constant(tensor: gs.Tensor) -> gs.Tensor | None:
+    """The constant, or what is computed from constants alone (codes that are dequantised), whose entries a tensor rearranges, if it does."""
+    source, node = tensor, producer(tensor)
     while node is not None and node.op in _TABLE_MOVES:
-        tensor = node.inputs[0]
-        if isinstance(tensor, gs.Constant):
-            return tensor
-        node = producer(tensor)
-    return None
+        source = node.inputs[0]
+        node = producer(source)
+    return source if source is not tensor and from_constants(source) else None
