@@ -40,8 +40,8 @@ from mla_trt.passes.match_outputs import cache_outputs
 from mla_trt.passes.positions import BY_SEQUENCE, PACKED, UNPACKED
 from mla_trt.passes.probe import Linear, Probe, ProbeError, case_sizes
 from mla_trt.passes.simplify import simplify
-from mla_trt.passes.static_quantization import put_back_roundings, take_out_roundings
 from mla_trt.passes.standardize import forbid_rounded_activations, standardize
+from mla_trt.passes.static_quantization import put_back_roundings, take_out_roundings
 from mla_trt.report import LayerReport, PassReport, Report
 from mla_trt.weight_file import WeightFile
 

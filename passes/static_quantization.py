@@ -153,4 +153,3 @@ def _numbers(node: gs.Node) -> list[float | None]:
     """The scale and the zero point, if there is one; None for what is not one constant number."""
     found = [small_constant(tensor, 1) for tensor in node.inputs[1:] if not is_empty(tensor)]
     return [None if values is None or values.size != 1 else float(values.reshape(-1)[0]) for values in found]
-

@@ -195,8 +195,12 @@ def test_a_node_that_became_another_one_gets_no_rounding() -> None:
     assert put_back_roundings(graph, roundings) == 0
 
 
-@pytest.mark.parametrize("options", [{}, {"op_types_to_quantize": ["MatMul"], "per_channel": True}], ids=["all", "products"])
-def test_an_export_with_constant_scales_is_lowered(options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "options", [{}, {"op_types_to_quantize": ["MatMul"], "per_channel": True}], ids=["all", "products"]
+)
+def test_an_export_with_constant_scales_is_lowered(
+    options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Every product is rounded, those of queries and keys too, and all but MatMul by default."""
     export = quantised(tmp_path, **options)
     assert main(["lower", str(export), "-o", str(tmp_path / "lowered"), "--quiet"]) == 0
@@ -209,7 +213,9 @@ def test_an_export_with_constant_scales_is_lowered(options: dict[str, Any], tmp_
     before, after = rounded(onnx.load(export)), rounded(onnx.load(tmp_path / "lowered" / "model.onnx"))
     gone = set(before) - set(after)
     assert gone  # those of the attention itself
-    assert sum(readers.count("MatMul") for readers in after.values()) >= 2 * CONFIG.layers + 1  # the logits' product as well
+    assert (
+        sum(readers.count("MatMul") for readers in after.values()) >= 2 * CONFIG.layers + 1
+    )  # the logits' product as well
 
     # less these the export is what the lowered model computes
     plain = tmp_path / "plain.onnx"
