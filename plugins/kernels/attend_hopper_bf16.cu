@@ -174,6 +174,7 @@ __global__ void __launch_bounds__(lists || format != row_format::bf16 ? fed_thre
                               Partials partials) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     constexpr bool codes = format != row_format::bf16, fed = lists || codes, halves = hopper_bf16_halves(format);
+    constexpr int feed_registers = lists && codes ? 96 : 88, score_registers = 192 - feed_registers;  // of blocks whose keys are fed
     using Places = std::conditional_t<fed, FedPlaces, RingPlaces>;
     extern __shared__ __align__(1024) uint8_t memory[];
     __shared__ Item shared_item;
@@ -204,7 +205,7 @@ __global__ void __launch_bounds__(lists || format != row_format::bf16 ? fed_thre
 
     if constexpr (codes) TileDecoder<lists, format>{work, item, span}.run_few(memory);
     if (fed && warp >= block_threads / warp_size) {
-        registers_decrease<88>();
+        registers_decrease<feed_registers>();
         if constexpr (codes) {
             TileDecoder<lists, format>{work, item, span}.run(memory);
         } else if constexpr (lists) {
@@ -213,7 +214,7 @@ __global__ void __launch_bounds__(lists || format != row_format::bf16 ? fed_thre
         __syncthreads();
     } else if (warp < group / warp_size) {
         if constexpr (fed) {
-            registers_decrease<104>();
+            registers_decrease<score_registers>();
             score_fed<lists, format>(work, partials, item, span, memory);
         } else {
             registers_increase<184>();

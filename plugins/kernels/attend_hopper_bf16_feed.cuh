@@ -71,8 +71,9 @@ __device__ const uint4 missing_row[(rank + rank / scale_group * 4 + rope * 2) / 
 // the scores' group, and what the codes become is exact; else they are rounded with their scales, which are two bf16 numbers each. These
 // have the 2^120 of `decode_pair` in them, unless one of the scales is too large for that.
 // Rows are fetched half a tile at a time, eight by a warp, each part while that of the rows before is decoded. Four lanes have a row:
-// 16 of its columns of each piece, and two units of its rope. Where there are no more than two tiles all of the block's warps decode them
-// at once, for nobody has anything else to do.
+// 16 of its columns of each piece, and two units of its rope, which go to their places without a register: what is stored from registers
+// keeps these until shared memory has taken it, behind all that the products read. Where there are no more than two tiles all of the
+// block's warps decode them at once, for nobody has anything else to do.
 template <bool lists, int format>
 struct TileDecoder {
     static constexpr int half = tile / 2, rows = half / 4, tile_warps = tile / rows;
@@ -85,11 +86,10 @@ struct TileDecoder {
     const Item& item;
     const Span& span;
     int quarter;
-    static constexpr bool staged = lists && !page_scales;
-    std::conditional_t<staged, StagedRows, RowOffsets<lists, half, page_scales>> offsets;
-    const uint8_t* row;  // to be fetched
+    std::conditional_t<lists, StagedRows<page_scales>, RowOffsets<lists, half, page_scales>> offsets;
+    const uint8_t *row, *rope_row;  // to be fetched; and whose codes are there, but for its rope
     bool present;
-    uint4 codes[value_pieces], rope_units[2];
+    uint4 codes[value_pieces];
     uint4 scales;  // f32
 
     // Two scales in a unit as pairs of bf16 numbers whose sums they are, to 2^-16; and one of them, twice.
@@ -127,7 +127,10 @@ struct TileDecoder {
         for (int i = 0; i < value_pieces; ++i) fetch(i);
         uint32_t const bits = rows_of(__ballot_sync(0xffffffffu, present));
         if (lane == 0) memory[FedPlaces::there + n * 8 + warp] = static_cast<uint8_t>(bits);
+        if (page_scales) put_scale(memory, n, line);
+        rope_row = row;
         decode_row<false>(memory, n, line, own_row);
+        copy_async_wait_all();
         fence_async();
         __syncwarp();
         static_assert(tile_warps * warp_size / 2 == group);
@@ -139,7 +142,7 @@ struct TileDecoder {
         if (span.count <= few_tiles) return;
         int const warp = threadIdx.x % group / warp_size, lane = threadIdx.x % warp_size, own_row = lane / 4;
         quarter = lane % 4;
-        if constexpr (staged) {
+        if constexpr (lists) {
             offsets.begin(work, item, span, memory, warp * rows + own_row);
         } else {
             offsets.begin(work, item, span, warp * rows + own_row);
@@ -149,6 +152,7 @@ struct TileDecoder {
 #pragma unroll
         for (int i = 0; i < value_pieces; ++i) fetch(i);
         bool fetched = present;
+        rope_row = row;
         find_row();
 #pragma unroll 1
         for (int32_t m = 0; m < 2 * span.count; ++m) {
@@ -158,10 +162,12 @@ struct TileDecoder {
             uint32_t const bits = rows_of(__ballot_sync(0xffffffffu, fetched));
             if (lane == 0) memory[FedPlaces::there + (n & 1) * 8 + m % 2 * 4 + warp] = static_cast<uint8_t>(bits);
             fetched = present;
+            if (page_scales && !lists) put_scale(memory, n, line);
             decode_row<true>(memory, n, line, own_row);
-            find_row();
             // without a fence, which would wait for the next rows: those who use the tile have one
-            if (m % 2 == 1) barrier_arrive(barrier_of(memory, FedPlaces::full, n, 0));
+            if (m % 2 == 1) barrier_arrive_after_copies(barrier_of(memory, FedPlaces::full, n, 0));
+            rope_row = row;
+            find_row();
         }
     }
 
@@ -169,12 +175,14 @@ private:
     static constexpr uint32_t large_scale = 0x43000000;  // 2^7 as bits
     __device__ static uint32_t most(uint32_t a, uint32_t b) { return a > b ? a : b; }
 
+    // The row's only scale, where it is in a register.
+    __device__ void put_scale(uint8_t* memory, int32_t n, int line) const {
+        if (quarter == 0) *reinterpret_cast<uint32_t*>(memory + FedPlaces::scale_of(n, line)) = scales.x;
+    }
+
     // The lane's codes to their places; `more`: while those of the row after are fetched.
     template <bool more>
     __device__ void decode_row(uint8_t* memory, int32_t n, int line, int own_row) {
-        if (page_scales && quarter == 0) {
-            reinterpret_cast<float*>(memory + FedPlaces::scales)[(n & 1) * tile + line] = __uint_as_float(scales.x);
-        }
         uint32_t const target = shared_address(memory) + FedPlaces::tiles + (n & 1) * tile_bytes + line * 128;
         if (!page_scales && __any_sync(0xffffffffu, most(most(scales.x, scales.y), most(scales.z, scales.w)) >= large_scale)) {
             decode_codes<more, true>(target, own_row);
@@ -188,16 +196,17 @@ private:
         constexpr float unit_of_codes = large || page_scales ? 1.0f : 0x1p120f;
         Scales const pairs[2] = {{scales.x, scales.y, unit_of_codes}, {scales.z, scales.w, unit_of_codes}};
         if (more) scales = ask_scales();
-        uint32_t const unit = (2 * quarter ^ own_row) * 16;
+        uint32_t const unit = (2 * quarter ^ own_row) * 16, rope_target = target + value_pieces * piece_bytes;
+#pragma unroll
+        for (int i = 0; i < 8; i += 4) {
+            copy_async_16(rope_target + ((quarter + i) * 16 ^ own_row * 16), rope_row + rope_offset + i * 16, true);
+        }
 #pragma unroll
         for (int i = 0; i < value_pieces; ++i) {
             uint32_t const which = i % 4 < 2 ? 0x1010 : 0x3232;
             Factor const factor{__byte_perm(pairs[i / 4].high, 0, which), __byte_perm(pairs[i / 4].low, 0, which)};
             store_in_order(target + i * piece_bytes + unit, decode<large>(codes[i].x, codes[i].y, factor));
             store_in_order(target + i * piece_bytes + (unit ^ 16), decode<large>(codes[i].z, codes[i].w, factor));
-            if (i % 4 == 0) {
-                store_in_order(target + value_pieces * piece_bytes + ((quarter + i) * 16 ^ own_row * 16), rope_units[i / 4]);
-            }
             if (more) fetch(i);
         }
     }
@@ -222,19 +231,18 @@ private:
         return (bits | bits >> 12) & 0xffu;
     }
 
-    // The row's only scale, or its four.
+    // The row's four scales, or its only one; that of a listed row is not here.
     __device__ uint4 ask_scales() const {
-        if constexpr (page_scales) {
+        if constexpr (!page_scales) {
+            return load_in_order(row - quarter * 16 + rank);
+        } else if constexpr (!lists) {
             return make_uint4(__float_as_uint(offsets.scale), 0, 0, 0);
         } else {
-            return load_in_order(row - quarter * 16 + rank);
+            return {};
         }
     }
-    // Asks for what the lane has of piece i, and with every fourth one for a unit of the rope.
-    __device__ void fetch(int i) {
-        codes[i] = load_in_order(row + i * 64);
-        if (i % 4 == 0) rope_units[i / 4] = load_in_order(row + rope_offset + i * 16);
-    }
+    // Asks for what the lane has of piece i.
+    __device__ void fetch(int i) { codes[i] = load_in_order(row + i * 64); }
 
     // Eight codes.
     template <bool large>

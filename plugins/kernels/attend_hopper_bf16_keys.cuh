@@ -25,8 +25,8 @@ struct FedPlaces {
     static constexpr int factors = changed + 2 * 4 * 4;  // [64]
     static constexpr int limits = factors + 64 * 4;  // [64]
     static constexpr int offsets = limits + 64 * 4;  // [2][64], of listed bf16 rows
-    static constexpr int scales = offsets;  // [2][64], of fp8 rows
-    static constexpr int there = offsets + 2 * tile * 4;  // [2], a bit for each key of a tile
+    static constexpr int scales = offsets, scale_tiles = 4;  // [4][64], of fp8 rows, of which listed ones are a tile ahead
+    static constexpr int there = offsets + scale_tiles * tile * 4;  // [2], a bit for each key of a tile
     static constexpr int lookups = there + 2 * 2 * 4;  // [2][group], of the decoding group's threads: a list's entry and a page on their way
     static constexpr int full = lookups + 2 * group * 4;  // [2][2 sides] barriers: that side of a tile is there
     static constexpr int used = full + 4 * 8;  // [2][2 sides]: the output has it
@@ -36,6 +36,8 @@ struct FedPlaces {
 
     // Where a piece of the queries comes to.
     static __device__ int query_piece(int i) { return i * piece_bytes; }
+    // Where a key's scale of tile n lies.
+    static __device__ int scale_of(int32_t n, int key) { return scales + ((n & (scale_tiles - 1)) * tile + key) * 4; }
     // Where the weights of tile n lie, and its values of a side; and where the output tells that it has them.
     static __device__ int weights_of(int32_t n) { return weights + (n & 1) * tile_bytes; }
     static __device__ int values_of(int side, int32_t n, int) { return tiles + (n & 1) * tile_bytes + side * side_values * piece_bytes; }

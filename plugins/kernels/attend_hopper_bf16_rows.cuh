@@ -69,16 +69,23 @@ private:
     }
 };
 
-// The same of listed keys for the decoding group, one of every half tile, whose entries and pages come through shared memory: loads to
-// registers would be waited for together with those of the rows' codes. Faster where a row is found without more: its scales lie in it.
+// The same of listed keys for the decoding group, one of every half tile, whose entries and pages come through shared memory, and scales of
+// whole rows to where the scores look for them: loads to registers would be waited for together with those of the rows' codes.
+template <bool page_scales>
 struct StagedRows {
     static constexpr int step = tile / 2;
+    uint8_t* memory;
+    int line;  // of the first key in its tile
+    int32_t count;  // keys so far
     int32_t at;  // of the key to ask for
     int32_t key, last;
     int page_shift;
     int32_t volatile *entry, *page;  // of this thread
 
-    __device__ void begin(const Attend& work, const Item& item, const Span& span, uint8_t* memory, int line) {
+    __device__ void begin(const Attend& work, const Item& item, const Span& span, uint8_t* block_memory, int first_line) {
+        memory = block_memory;
+        line = first_line;
+        count = 0;
         page_shift = __ffs(work.layout.page_size) - 1;
         at = span.first * tile + line;
         last = last_key(work, item.first_token);
@@ -93,8 +100,14 @@ struct StagedRows {
     __device__ uint32_t next(const Attend& work, const Item& item, const Span& span) {
         copy_async_wait<0>();
         int32_t const of_page = *page, slot = key & (work.layout.page_size - 1);
-        advance(work, item, span);
         bool const there = of_page >= 0 && of_page < work.step.pages;
+        if (page_scales && threadIdx.x % 4 == 0) {  // of a row's lanes one
+            auto* target = reinterpret_cast<int32_t volatile*>(memory + FedPlaces::scale_of(count / 2, count % 2 * step + line));
+            const uint8_t* scales = work.pool + of_page * work.layout.page_bytes + work.layout.scales_offset;
+            ask(target, there ? reinterpret_cast<const int32_t*>(scales) + slot : nullptr, 0);
+        }
+        ++count;
+        advance(work, item, span);
         return there ? static_cast<uint32_t>((of_page * work.layout.page_bytes + slot * work.layout.row_bytes) / 16) : no_row;
     }
 
@@ -111,12 +124,12 @@ private:
     __device__ const int32_t* listed(const Attend& work, const Item& item, const Span& span) const {
         return at < span.end() ? work.indices + item.first_token * work.top_k + at : nullptr;
     }
-    // -1 where there is no source.
-    __device__ static void ask(int32_t volatile* target, const int32_t* source) {
+    // `missing` where there is no source.
+    __device__ static void ask(int32_t volatile* target, const int32_t* source, int32_t missing = -1) {
         if (source != nullptr) {
             copy_async_4(shared_address(const_cast<int32_t*>(target)), source);
         } else {
-            *target = -1;
+            *target = missing;
         }
     }
 };

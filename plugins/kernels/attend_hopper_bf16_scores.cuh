@@ -174,7 +174,7 @@ __device__ void score_fed(const Attend& work, const Partials& partials, const It
         product_commit();
         product_wait();
         pin(scores);
-        const auto* row_scale = reinterpret_cast<const volatile float*>(memory + FedPlaces::scales) + (n & 1) * tile + 2 * softmax.t;
+        const auto* row_scale = reinterpret_cast<const volatile float*>(memory + FedPlaces::scale_of(n, 2 * softmax.t));
         if (row_scales) {
 #pragma unroll
             for (int j = 0; j < 8; ++j) {
