@@ -28,15 +28,26 @@ from mla_trt.passes.graph import (
 )
 
 _SIZES = ("Shape", "Size")
+_PRODUCTS = ("MatMul", "Gemm")
 
 
 @dataclass(frozen=True)
 class Reader:
-    """An input of a node that got rounded data; the node's op tells whether it is still the same one."""
+    """An input of a node that got rounded data, and the node's op."""
 
     node: gs.Node
     index: int
     op: str
+
+    def current(self, data: gs.Tensor) -> gs.Tensor | None:
+        """What the node reads there now, if that stands for the data: the same tensor, or what a product has in its place by now. None else, and for
+        who reads a size alone."""
+        inputs = self.node.inputs
+        if self.node.op != self.op or self.op in _SIZES or self.index >= len(inputs):
+            return None
+        found = inputs[self.index]
+        replaced = self.op in _PRODUCTS and not isinstance(found, gs.Constant)
+        return found if found is data or replaced else None
 
 
 @dataclass(frozen=True)
@@ -62,8 +73,9 @@ class Half:
 
 @dataclass(frozen=True)
 class Rounding:
-    """A pair that was taken out, and who read its result: nodes, and outputs of the graph, by name."""
+    """A pair that was taken out, what it rounded, and who read its result: nodes, and outputs of the graph, by name."""
 
+    data: gs.Tensor
     quantize: Half
     dequantize: Half
     readers: tuple[Reader, ...]
@@ -96,7 +108,7 @@ def take_out_roundings(graph: gs.Graph) -> list[Rounding]:
             if tensor is rounded
         )
         outputs = tuple(tensor.name for tensor in graph.outputs if tensor is rounded)
-        found.append(Rounding(Half.of(quantize), Half.of(node), readers, outputs))
+        found.append(Rounding(data, Half.of(quantize), Half.of(node), readers, outputs))
         replace_uses(graph, rounded, data)
     remove_dead_nodes(graph)
     return found
@@ -110,10 +122,8 @@ def put_back_roundings(graph: gs.Graph, roundings: list[Rounding]) -> int:
     for rounding in roundings:
         rounded: dict[int, gs.Tensor] = {}
         for reader in rounding.readers:
-            if id(reader.node) not in alive or reader.node.op != reader.op or reader.op in _SIZES:
-                continue
-            data = reader.node.inputs[reader.index]
-            if isinstance(data, gs.Constant):
+            data = reader.current(rounding.data) if id(reader.node) in alive else None
+            if data is None:
                 continue
             if id(data) not in rounded:
                 rounded[id(data)] = rounding.emit(emitter, data)

@@ -18,6 +18,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 
 from mla_trt.cli import main
 from mla_trt.engines.onnxruntime_session import open_session
+from mla_trt.passes.graph import Emitter, Names
 from mla_trt.passes.standardize import standardize
 from mla_trt.passes.static_quantization import put_back_roundings, take_out_roundings
 
@@ -193,6 +194,18 @@ def test_a_node_that_became_another_one_gets_no_rounding() -> None:
     product = next(node for node in graph.nodes if node.op == "MatMul")
     product.op = "Gemm"
     assert put_back_roundings(graph, roundings) == 0
+
+
+@pytest.mark.parametrize(("op", "count"), [("MatMul", 1), ("Exp", 0)])
+def test_what_took_the_place_of_the_data_is_rounded_for_products_alone(op: str, count: int) -> None:
+    """Other nodes' inputs may have changed places."""
+    reader = "y = MatMul(r, w)" if op == "MatMul" else "e = Exp(r) y = MatMul(e, w)"
+    graph = gs.import_onnx(standardize(graph_of(f"{rounding('x', 'r')} {reader}")))
+    roundings = take_out_roundings(graph)
+    emitter = Emitter(graph, Names(graph))
+    node = next(node for node in graph.nodes if node.op == op)
+    node.inputs[0] = emitter.node("Identity", [node.inputs[0]], "other")
+    assert put_back_roundings(graph, roundings) == count
 
 
 @pytest.mark.parametrize(

@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(lists || format != row_format::bf16 ? fed_thre
     int const warp = threadIdx.x / warp_size;
     if (threadIdx.x == 32) {
         if constexpr (fed) {
-            init_fed_barriers(shared_address(memory), codes ? group : group + 2);
+            init_fed_barriers(shared_address(memory), codes ? code_arrivals : gather_arrivals);
         } else {
             init_ring_barriers(shared_address(memory));
         }

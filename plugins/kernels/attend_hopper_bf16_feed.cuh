@@ -133,8 +133,8 @@ struct TileDecoder {
         copy_async_wait_all();
         fence_async();
         __syncwarp();
-        static_assert(tile_warps * warp_size / 2 == group);
-        if (lane % 2 == 0) barrier_arrive(barrier_of(memory, FedPlaces::full, n, 0));
+        static_assert(code_arrivals % tile_warps == 0);
+        if (lane < code_arrivals / tile_warps) barrier_arrive(barrier_of(memory, FedPlaces::full, n, 0));
     }
 
     // All tiles one after the other where they are more, by a group.
@@ -164,8 +164,11 @@ struct TileDecoder {
             fetched = present;
             if (page_scales && !lists) put_scale(memory, n, line);
             decode_row<true>(memory, n, line, own_row);
-            // without a fence, which would wait for the next rows: those who use the tile have one
-            if (m % 2 == 1) barrier_arrive_after_copies(barrier_of(memory, FedPlaces::full, n, 0));
+            if (m % 2 == 1) {  // without a fence, which would wait for the next rows: those who use the tile have one
+                barrier_arrive_after_copies(barrier_of(memory, FedPlaces::full, n, 0));
+                __syncwarp();
+                if (lane < 2) barrier_arrive(barrier_of(memory, FedPlaces::full, n, 0));
+            }
             rope_row = row;
             find_row();
         }

@@ -44,6 +44,10 @@ struct FedPlaces {
     static __device__ int used_of(int side, int32_t n, int) { return used + 16 * (n & 1) + 8 * side; }
 };
 
+// Arrivals that say that a side of a tile is there. Of codes each thread of the decoding group says so of its copies, and two lanes of each of
+// its warps of what these have stored.
+constexpr int gather_arrivals = group + 2, code_arrivals = group + 2 * group / warp_size;
+
 enum : int { keys_read = 1, limits_there = 2, rows_found = 3, second_side_first = 4 };  // named barriers; of the last one two
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)

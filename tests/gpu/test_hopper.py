@@ -325,6 +325,26 @@ def test_more_tiles_than_places(sequences: int, heads: int, kind: Kind) -> None:
 
 
 @pytest.mark.small
+@pytest.mark.multiprocessors(2)
+@KINDS
+def test_lists_of_more_tiles_than_places(kind: Kind) -> None:
+    """Too many tokens for the multiprocessors, so that no list is cut. Rows differ in size, so that none has the scale of another one's place."""
+    rng = np.random.default_rng(30)
+    step, pages = step_of(rng, [1, 1, 1, 1], [700, 300, 0, 640]), layout(_row_format(kind))
+    pool = long_pool(rng, step, pages)
+    for sequence, cached in enumerate((700, 300, 0, 640)):
+        tokens = np.arange(cached + 1)
+        latent = (
+            rng.standard_normal((len(tokens), pages.kv_lora_rank), np.float32) * 2.0 ** (tokens % 5 // 2 - 1)[:, None]
+        )
+        rope = rng.standard_normal((len(tokens), pages.qk_rope_head_dim), np.float32)
+        pages.write(pool, *step.places(sequence, tokens), latent.astype(np.float32), rope)
+    inputs, attributes = _case(rng, step, 64, kind, pool=pool)
+    inputs["indices"] = key_lists(rng, step, 641)
+    _compare(run_op("MlaDecoding", inputs, repeat=2, **attributes), inputs, attributes)
+
+
+@pytest.mark.small
 @pytest.mark.multiprocessors(132)
 @pytest.mark.parametrize(
     ("new", "cached", "padding", "more_pages", "heads", "terms"),
