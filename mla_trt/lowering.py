@@ -453,6 +453,11 @@ def lower(
         token_axes = _pack_tokens(tokens, found.interface, lowerer.layout)
     with stages.run("put_back_roundings") as changed:
         changed[0] = put_back_roundings(graph, found.roundings)
+        if changed[0] < len(found.roundings):
+            report.notes.append(
+                f"{len(found.roundings) - changed[0]} of the {len(found.roundings)} places where the export rounds data with a constant scale "
+                "(QuantizeLinear and DequantizeLinear) went with its attention, masks and positions: the lowered model does not round there"
+            )
     with stages.run("legalize") as changed:
         changed[0] = legalize(graph, options.target, base_dir, weight_file, report.notes)
         report.notes.extend(_refusal_notes(illegal_nodes(graph, options.target), options.target))

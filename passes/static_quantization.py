@@ -115,7 +115,7 @@ def take_out_roundings(graph: gs.Graph) -> list[Rounding]:
 
 
 def put_back_roundings(graph: gs.Graph, roundings: list[Rounding]) -> int:
-    """Rounds again what nodes read that are still in the graph, and its outputs; returns how many of both that were."""
+    """Rounds again what nodes read that are still in the graph, and its outputs; returns how many roundings have a reader."""
     alive = {id(node) for node in graph.nodes}
     emitter = Emitter(graph, Names(graph))
     count = 0
@@ -128,11 +128,12 @@ def put_back_roundings(graph: gs.Graph, roundings: list[Rounding]) -> int:
             if id(data) not in rounded:
                 rounded[id(data)] = rounding.emit(emitter, data)
             reader.node.inputs[reader.index] = rounded[id(data)]
-            count += 1
-        for index, output in enumerate(graph.outputs):
-            if output.name in rounding.outputs and output.inputs:
-                graph.outputs[index] = _rounded_output(emitter, rounding, output)
-                count += 1
+        results = [
+            index for index, output in enumerate(graph.outputs) if output.name in rounding.outputs and output.inputs
+        ]
+        for index in results:
+            graph.outputs[index] = _rounded_output(emitter, rounding, graph.outputs[index])
+        count += bool(rounded or results)
     return count
 
 

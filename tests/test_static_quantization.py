@@ -226,6 +226,9 @@ def test_an_export_with_constant_scales_is_lowered(
     before, after = rounded(onnx.load(export)), rounded(onnx.load(tmp_path / "lowered" / "model.onnx"))
     gone = set(before) - set(after)
     assert gone  # those of the attention itself
+    (told,) = (line for line in report["notes"] if "places where the export rounds data" in line)
+    if options:  # else constants are rounded as well
+        assert told.startswith(f"{len(gone)} of the {len(before)} places")
     assert (
         sum(readers.count("MatMul") for readers in after.values()) >= 2 * CONFIG.layers + 1
     )  # the logits' product as well
