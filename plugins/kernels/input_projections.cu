@@ -80,8 +80,10 @@ int run_input_projections(Call& call) {
             if (int status = decode_weights(first, first_weights, &first, call.stream)) return status;
             if (int status = decode_weights(second, second_weights, &second, call.stream)) return status;
         }
-        if (int status = linear_hopper_split(first.of_codes(false), device, call.stream)) return status;
-        if (int status = linear_hopper_codes(first.of_codes(true), device, call.stream)) return status;
+        Linear codes = first.of_codes(true), others = first.of_codes(false);
+        if (codes.count > 0 && others.count > 0) codes.order = LinearOrder::leading, others.order = LinearOrder::beside;
+        if (int status = linear_hopper_codes(codes, device, call.stream)) return status;
+        if (int status = linear_hopper_split(others, device, call.stream)) return status;
         if (int status = linear_hopper(second.of_codes(false), device, call.stream)) return status;
         return linear_hopper_codes(second.of_codes(true), device, call.stream);
     }

@@ -34,6 +34,10 @@ MLA_BOTH constexpr int64_t code_place(int64_t column, int64_t output, int64_t co
 
 constexpr int most_linear_parts = 5, most_unsplit_parts = 2;
 
+// How a product that shares columns stands among the kernels before and behind it, on SM90. `leading`: the next one, which is `beside`, needs of
+// the kernels before no more than this one does, and begins when this one has waited for them.
+enum class LinearOrder { alone, leading, beside };
+
 struct Linear {
     const void* x;  // [tokens, columns]
     int32_t x_type;
@@ -44,6 +48,7 @@ struct Linear {
     const float* squares;
     float epsilon;
     bool weights_made;  // by a kernel before, which those of SM90 wait for
+    LinearOrder order = LinearOrder::alone;
 
     void add(const LinearPart& part) { parts[count++] = part; }
     // The parts whose weights are e4m3, or the others.

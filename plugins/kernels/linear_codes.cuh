@@ -96,11 +96,17 @@ __device__ inline void make_fragments(uint32_t (&a)[2][4], const uint32_t (&code
     }
 }
 
-// A warp's codes of a chunk: four matrices of eight of a step's `rows` rows. Behind these lies what is another warp's, or was there before.
+// Where the lane's first codes of a step lie in its stage. The step has `rows` rows of x; behind these lies what is another warp's, or was there
+// before.
 template <class B>
-__device__ inline void load_codes(uint32_t (&codes)[4], uint32_t stage, int index, int rows) {
+__device__ inline uint32_t own_place(int rows) {
     int const warp = static_cast<int>(threadIdx.x) / warp_size, lane = static_cast<int>(threadIdx.x) % warp_size;
-    ldmatrix_x4_transposed(codes, stage + B::x_bytes + (warp * rows + index * chunk + lane) * tile_columns);
+    return B::x_bytes + (warp * rows + lane) * tile_columns;
+}
+
+// A warp's codes of a chunk: four matrices of eight rows.
+__device__ inline void load_codes(uint32_t (&codes)[4], uint32_t own_codes, int index) {
+    ldmatrix_x4_transposed(codes, own_codes + index * (chunk * tile_columns));
 }
 
 #endif

@@ -123,7 +123,7 @@ __device__ inline void multiply_few(const Ring& ring, const CodeOperands& operan
         barrier_wait(ring.there + 8 * turn.stage, turn.turn & 1);
         uint32_t a[4][4];
 #pragma unroll
-        for (int k = 0; k < 4; ++k) load_codes<B>(a[k], place, k, rows);
+        for (int k = 0; k < 4; ++k) load_codes(a[k], place + own_place<B>(rows), k);
         if (rows < tile_rows) {  // what is not a number times zero is not zero
 #pragma unroll
             for (int i = 0; i < 16; ++i) {

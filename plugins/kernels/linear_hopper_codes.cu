@@ -20,24 +20,25 @@ constexpr int conversions = 200;  // about how many cycles those of a step and a
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// Adds a step's products to the sums; `clear`: they are zero before. Behind a step's `rows` codes may be anything: it becomes numbers, which
-// are multiplied by zeros.
+// Adds a step's products to the sums; `clear`: they are zero before. `own_codes`: where the lane's first ones are. Behind a step's rows codes may
+// be anything: it becomes numbers, which are multiplied by zeros.
 template <class B, bool clear, class Decode>
-__device__ inline void multiply_step(float (&sums)[B::tokens / 2], int rows, uint32_t x_tiles, uint32_t used_before, Decode decode) {
+__device__ inline void multiply_step(float (&sums)[B::tokens / 2], uint32_t own_codes, uint32_t x_tiles, uint32_t used_before, Decode decode) {
     // Those of the chunk before are in use while the next ones are made. Where registers are scarce there is no second set, and other groups'
     // products are under way meanwhile.
     constexpr int sets = B::tiles == 4 && B::tokens > 64 ? 1 : 2;
     uint32_t a[sets][2][4];
+    uint32_t const first_x = tile_descriptor(x_tiles);
 #pragma unroll
     for (int c = 0; c < chunks; ++c) {
         uint32_t codes[4];
-        load_codes<B>(codes, x_tiles, c, rows);
+        load_codes(codes, own_codes, c);
         product_wait<sets - 1>();
         auto& fragments = a[c % sets];
         make_fragments(fragments, codes, decode);
         pin(fragments);
         product_fence();
-        uint32_t const x = tile_descriptor(x_tiles + c / 2 * B::x_tile);
+        uint32_t const x = first_x + c / 2 * (B::x_tile >> 4);
         if (c == 0) {
             product_bf16<0, clear>(sums, fragments[0], x);
             product_bf16<1>(sums, fragments[1], x);
@@ -54,35 +55,40 @@ __device__ inline void multiply_step(float (&sums)[B::tokens / 2], int rows, uin
 }
 
 // The sums of a group's 64 outputs: sums[4 j] and [4 j + 2] of a lane are outputs 2 g and 2 g + 1 of its warp's 16, token 8 j + 2 t; the
-// ones behind them are of the next token. `scale_of(step)` is read a step ahead.
-template <class B, class ScaleOf>
+// ones behind them are of the next token. `scales`: the weight's of step `first`, where the block begins; `stride` further is the next one's,
+// which is read a step ahead.
+template <class B>
 __device__ inline void multiply_codes(const Ring& ring, const CodeOperands& operands, int first, int steps, float (&sums)[B::tokens / 2],
-                                      ScaleOf scale_of) {
+                                      const float* scales, int stride) {
     // There are registers for a step's own sums of up to 64 tokens.
     constexpr bool scales_sums = B::tokens <= 64;
 #pragma unroll
     for (int i = 0; i < B::tokens / 2; ++i) sums[i] = 0.0f;
     if constexpr (!scales_sums) pin(sums);
+    // The last step may have fewer rows, and then others lie elsewhere.
+    int const last_step = operands.steps - 1 - first;
+    uint32_t const own = own_place<B>(tile_rows), own_last = own_place<B>(operands.rows_of(operands.steps - 1));
     Turn<B> turn;
     uint32_t used_before = 0;
-    float next_scale = scale_of(0);
+    float next_scale = *scales;
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
         float const scale = next_scale;
-        if (step + 1 < steps) next_scale = scale_of(step + 1);
+        scales += stride;
+        if (step + 1 < steps) next_scale = *scales;
         uint32_t const place = ring.base + turn.stage * B::stage_bytes;
-        int const rows = operands.rows_of(first + step);
+        uint32_t const own_codes = place + (step == last_step ? own_last : own);
         barrier_wait(ring.there + 8 * turn.stage, turn.turn & 1);
         if constexpr (scales_sums) {
             float part[B::tokens / 2];
-            multiply_step<B, true>(part, rows, place, used_before, decode_pair);
+            multiply_step<B, true>(part, own_codes, place, used_before, decode_pair);
             product_wait();
             pin(part);
 #pragma unroll
             for (int i = 0; i < B::tokens / 2; ++i) sums[i] = fmaf(scale, part[i], sums[i]);
         } else {
             Scale const terms(scale);
-            multiply_step<B, false>(sums, rows, place, used_before, [&](uint32_t pair) { return terms.times(pair); });
+            multiply_step<B, false>(sums, own_codes, place, used_before, [&](uint32_t pair) { return terms.times(pair); });
         }
         used_before = ring.used + 8 * turn.stage;
         turn.advance();
@@ -134,7 +140,7 @@ __global__ void decode_kernel(LinearPart, int64_t, __nv_bfloat16*) {}
 template <class B>
 __global__ void __launch_bounds__(B::threads, 1) linear_codes_kernel(const __grid_constant__ Codes work) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    let_next_kernel_begin();
+    if (work.operands.order != LinearOrder::leading) let_next_kernel_begin();
     extern __shared__ __align__(1024) uint8_t memory[];
     __shared__ uint64_t full[2 * B::stages], empty[B::stages];  // in the second half those of rows as they come
     __shared__ float factors[B::tokens];
@@ -161,15 +167,13 @@ __global__ void __launch_bounds__(B::threads, 1) linear_codes_kernel(const __gri
         if (work.squares != nullptr) wait_for_kernel_before();
         if (threadIdx.x < B::tokens) factors[threadIdx.x] = inverse_root(work, first_token + static_cast<int>(threadIdx.x));
         int const blocks_of_outputs = ceil_div(outputs, scale_block);
-        const float* const scales = work.scales[part];
         int const own = min((first_output + warp / 4 * 64) / scale_block, blocks_of_outputs - 1);
         float sums[B::tokens / 2];
+        const float* const scales = work.scales[part] + static_cast<int64_t>(first) * blocks_of_outputs + own;
         if constexpr (B::few) {
-            multiply_few<B>(ring, operands, memory, first, steps, sums, scales + static_cast<int64_t>(first) * blocks_of_outputs + own, blocks_of_outputs);
+            multiply_few<B>(ring, operands, memory, first, steps, sums, scales, blocks_of_outputs);
         } else {
-            multiply_codes<B>(ring, operands, first, steps, sums, [&](int step) {
-                return scales[static_cast<int64_t>(first + step) * blocks_of_outputs + own];
-            });
+            multiply_codes<B>(ring, operands, first, steps, sums, scales, blocks_of_outputs);
         }
         named_sync(1, B::consumers);  // all have used the operands, and the factors are there
         float* const there = tile + lane % 4 * 2 * B::row + warp * 16 + lane / 4 * 2;
@@ -194,6 +198,7 @@ int make_operands(const Linear& work, Codes* codes) {
     operands.count = work.count;
     operands.tokens = static_cast<int>(work.tokens);
     operands.weights_made = work.weights_made;
+    operands.order = work.order;
     operands.columns = static_cast<int>(work.columns);
     operands.steps = static_cast<int>(ceil_div<int64_t>(work.columns, scale_block));
     int64_t blocks = 0;
