@@ -86,7 +86,7 @@ def _standardize(model: onnx.ModelProto, base_dir: Path | None) -> onnx.ModelPro
                 model.opset_import.append(helper.make_opsetid(RUNTIME_DOMAIN, 1))
     inline_constant_branches(model)
     model = _convert_opset(model)
-    _expand_runtime_ops(model, base_dir)
+    _expand_fused_ops(model, base_dir)
     model = _spell_out(model)
     del model.graph.value_info[:]
     return onnx.shape_inference.infer_shapes(model)
@@ -420,6 +420,29 @@ def _matmul_integer_to_float(rw: _Rewriter) -> None:
     _scaled_product(rw, [a, b, *points], scales, 6)
 
 
+def _quantized_product(rw: _Rewriter) -> None:
+    """QLinearMatMul (a, b and y, each with scale and zero point) as a product of dequantised operands whose result is quantised.
+
+    It sums integers: where a result is half way between two codes, the float32 sum may give the other one. Scales that are no constants, or
+    are of more than rows or columns, stay.
+    """
+    axes = (-2, -1, -2)  # of a scale for each row, or of b for each column
+    parameters: list[tuple[list[str], dict[str, Any]]] = []
+    for first, axis in zip((1, 4, 6), axes, strict=True):
+        shape = list(rw.constants[rw.node.input[first]].dims) if rw.node.input[first] in rw.constants else [0, 0]
+        if len(shape) > 1:
+            rw.nodes.append(rw.node)
+            return
+        names = list(rw.node.input[first : first + 2])
+        if shape == [1]:
+            names = [rw.reinterpreted(first, "scale", []), rw.reinterpreted(first + 1, "zero point", [])]
+        parameters.append((names, {} if shape in ([], [1]) else {"axis": axis}))
+    (of_a, axis_of_a), (of_b, axis_of_b), (of_y, axis_of_y) = parameters
+    a = rw.emit("DequantizeLinear", [rw.node.input[0], *of_a], None, **axis_of_a)
+    b = rw.emit("DequantizeLinear", [rw.node.input[3], *of_b], None, **axis_of_b)
+    rw.emit("QuantizeLinear", [rw.emit("MatMul", [a, b]), *of_y], rw.node.output[0], **axis_of_y)
+
+
 def _scaled_product(rw: _Rewriter, integers: list[str], scales: list[str], bias: int) -> None:
     while not integers[-1]:
         integers.pop()
@@ -497,11 +520,12 @@ _RUNTIME_OPS = {
     "RotaryEmbedding": _rotary,
     "MultiHeadAttention": _multi_head_attention,
 }
+_STANDARD_OPS = {"QLinearMatMul": _quantized_product}
 _RENAMED = ("DequantizeLinear", "QuantizeLinear", "GatherND", "Trilu", "Range")
 
 
-def _expand_runtime_ops(model: onnx.ModelProto, base_dir: Path | None) -> None:
-    """Rewrites ONNX Runtime's fused ops, in place. Ops without a rule stay; they matter only if an attention reaches them."""
+def _expand_fused_ops(model: onnx.ModelProto, base_dir: Path | None) -> None:
+    """Rewrites ONNX Runtime's fused ops and fused standard ones, in place. Ops without a rule stay; they matter only if an attention reaches them."""
     graph = model.graph
     constants = {
         node.output[0]: attribute.t
@@ -514,12 +538,10 @@ def _expand_runtime_ops(model: onnx.ModelProto, base_dir: Path | None) -> None:
     nodes: list[onnx.NodeProto] = []
     changed = False
     for node in graph.node:
-        if node.domain != RUNTIME_DOMAIN:
-            nodes.append(node)
-            continue
-        if node.op_type in _RENAMED:
+        if node.domain == RUNTIME_DOMAIN and node.op_type in _RENAMED:
             node.domain = ""
-        rule = _RUNTIME_OPS.get(node.op_type) if node.domain else None
+        rules = {RUNTIME_DOMAIN: _RUNTIME_OPS, "": _STANDARD_OPS}.get(node.domain, {})
+        rule = rules.get(node.op_type)
         if rule is None:
             nodes.append(node)
             continue

@@ -42,6 +42,73 @@ def test_a_fused_matmul_with_any_operand_turned(turned_a: int, turned_b: int, ba
     np.testing.assert_allclose(standard, fused, rtol=1e-5)
 
 
+def product_of_integers(
+    of_a: list[int], of_b: list[int], of_y: list[int], element: type
+) -> tuple[onnx.ModelProto, dict[str, np.ndarray], np.ndarray]:
+    """A QLinearMatMul whose scales have these shapes, what it is given, and its result. Scales are powers of two, so that nothing but the result is
+    rounded, whatever sums are made in."""
+    random, limits = np.random.default_rng(0), np.iinfo(element)
+    codes = {
+        name: random.integers(limits.min, limits.max + 1, shape).astype(element)
+        for name, shape in (("a", (2, 3, 8)), ("b", (8, 5)))
+    }
+    scales, points, exact = {}, {}, {}
+    for name, shape in (("a", of_a), ("b", of_b), ("y", of_y)):
+        scales[name] = (2.0 ** random.integers(-4, 0, shape) * (64.0 if name == "y" else 1.0)).astype(np.float32)
+        points[name] = np.asarray(random.integers(-3 if limits.min else 120, 4 if limits.min else 127, shape)).astype(
+            element
+        )
+        wide = (..., None) if name != "b" and len(shape) == 1 else ...
+        exact[name] = (scales[name].astype(np.float64)[wide], points[name].astype(np.float64)[wide])
+    product = np.matmul(*((codes[name] - exact[name][1]) * exact[name][0] for name in "ab"))
+    expected = np.clip(np.rint(product / exact["y"][0]) + exact["y"][1], limits.min, limits.max).astype(element)
+    inputs = ["a", "a_scale", "a_point", "b", "b_scale", "b_point", "y_scale", "y_point"]
+    code = helper.np_dtype_to_tensor_dtype(np.dtype(element))
+    graph = helper.make_graph(
+        [helper.make_node("QLinearMatMul", inputs, ["y"])],
+        "g",
+        [helper.make_tensor_value_info("a", code, (2, 3, 8))],
+        [helper.make_tensor_value_info("y", code, (2, 3, 5))],
+        [numpy_helper.from_array(codes["b"], "b")]
+        + [numpy_helper.from_array(values, f"{name}_scale") for name, values in scales.items()]
+        + [numpy_helper.from_array(values, f"{name}_point") for name, values in points.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    return model, {"a": codes["a"]}, expected
+
+
+@pytest.mark.parametrize("element", [np.int8, np.uint8])
+@pytest.mark.parametrize(
+    ("of_a", "of_b", "of_y"),
+    [([], [], []), ([1], [1], [1]), ([], [5], []), ([3], [5], [3])],
+    ids=["scalars", "one each", "columns", "rows and columns"],
+)
+def test_a_product_of_integers(of_a: list[int], of_b: list[int], of_y: list[int], element: type) -> None:
+    model, feeds, expected = product_of_integers(of_a, of_b, of_y, element)
+    standard = standardize(model)
+    assert [node.op_type for node in standard.graph.node] == [
+        "DequantizeLinear",
+        "DequantizeLinear",
+        "MatMul",
+        "QuantizeLinear",
+    ]
+    found = onnxruntime.InferenceSession(standard.SerializeToString()).run(None, feeds)[0]
+    assert len(np.unique(expected)) > 10
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("change", ["a scale that is data", "scales of more than rows"])
+def test_other_products_of_integers_stay(change: str) -> None:
+    model, _, _ = product_of_integers([], [], [], np.int8)
+    scale = next(tensor for tensor in model.graph.initializer if tensor.name == "a_scale")
+    if change == "a scale that is data":
+        model.graph.initializer.remove(scale)
+        model.graph.input.append(helper.make_tensor_value_info("a_scale", TensorProto.FLOAT, []))
+    else:
+        scale.CopyFrom(numpy_helper.from_array(np.ones((2, 3, 1), np.float32), "a_scale"))
+    assert [node.op_type for node in standardize(model).graph.node] == ["QLinearMatMul"]
+
+
 def test_an_op_of_another_domain_that_a_tool_wrote_as_a_standard_one() -> None:
     """onnxscript's fusions do so, and import nothing of it; ONNX Runtime takes them."""
     node = helper.make_node("SimplifiedLayerNormalization", ["x", "w"], ["n"], axis=-1, epsilon=1e-6, stash_type=1)
