@@ -92,6 +92,9 @@ def test_a_product_of_integers(of_a: list[int], of_b: list[int], of_y: list[int]
         "MatMul",
         "QuantizeLinear",
     ]
+    sizes = {tensor.name: list(tensor.dims) for tensor in standard.graph.initializer}
+    scales = [sizes[node.input[1]] for node in standard.graph.node if node.op_type != "MatMul"]
+    assert scales == [[] if shape == [1] else shape for shape in (of_a, of_b, of_y)]  # [1] would be of an axis
     found = onnxruntime.InferenceSession(standard.SerializeToString()).run(None, feeds)[0]
     assert len(np.unique(expected)) > 10
     np.testing.assert_array_equal(found, expected)
