@@ -423,24 +423,28 @@ def _matmul_integer_to_float(rw: _Rewriter) -> None:
 def _quantized_product(rw: _Rewriter) -> None:
     """QLinearMatMul (a, b and y, each with scale and zero point) as a product of dequantised operands whose result is quantised.
 
-    It sums integers: where a result is half way between two codes, the float32 sum may give the other one. Scales that are no constants, or
-    are of more than rows or columns, stay.
+    It sums integers: where a result is half way between two codes, the float32 sum may give the other one. A node whose scales are no
+    constants, or are of more than the rows of a and y and the columns of b, stays.
     """
-    axes = (-2, -1, -2)  # of a scale for each row, or of b for each column
-    parameters: list[tuple[list[str], dict[str, Any]]] = []
-    for first, axis in zip((1, 4, 6), axes, strict=True):
-        shape = list(rw.constants[rw.node.input[first]].dims) if rw.node.input[first] in rw.constants else [0, 0]
-        if len(shape) > 1:
-            rw.nodes.append(rw.node)
-            return
-        names = list(rw.node.input[first : first + 2])
-        if shape == [1]:
-            names = [rw.reinterpreted(first, "scale", []), rw.reinterpreted(first + 1, "zero point", [])]
-        parameters.append((names, {} if shape in ([], [1]) else {"axis": axis}))
-    (of_a, axis_of_a), (of_b, axis_of_b), (of_y, axis_of_y) = parameters
-    a = rw.emit("DequantizeLinear", [rw.node.input[0], *of_a], None, **axis_of_a)
-    b = rw.emit("DequantizeLinear", [rw.node.input[3], *of_b], None, **axis_of_b)
-    rw.emit("QuantizeLinear", [rw.emit("MatMul", [a, b]), *of_y], rw.node.output[0], **axis_of_y)
+    scales = (1, 4, 6)
+    if any(
+        name not in rw.constants or len(rw.constants[name].dims) > 1 for name in (rw.node.input[at] for at in scales)
+    ):
+        rw.nodes.append(rw.node)
+        return
+    a = _of_codes(rw, "DequantizeLinear", rw.node.input[0], 1, axis=-2)
+    b = _of_codes(rw, "DequantizeLinear", rw.node.input[3], 4, axis=-1)
+    _of_codes(rw, "QuantizeLinear", rw.emit("MatMul", [a, b]), 6, axis=-2, output=rw.node.output[0])
+
+
+def _of_codes(rw: _Rewriter, op: str, data: str, scale: int, *, axis: int, output: str | None = None) -> str:
+    """The data de- or quantised by a constant scale and zero point, which are inputs `scale` and the next; several scales are of the axis."""
+    parameters = list(rw.node.input[scale : scale + 2])
+    shape = list(rw.constants[parameters[0]].dims)
+    if shape == [1]:
+        parameters = [rw.reinterpreted(scale, "scale", []), rw.reinterpreted(scale + 1, "zero point", [])]
+    attributes = {"axis": axis} if shape not in ([], [1]) else {}
+    return rw.emit(op, [data, *parameters], output, **attributes)
 
 
 def _scaled_product(rw: _Rewriter, integers: list[str], scales: list[str], bias: int) -> None:

@@ -76,7 +76,7 @@ Projection product(const Layer& layer, const View& x, const View& out, const Mla
 View advance(const View& view, int64_t first) { return view.from(first * view.token_stride); }
 
 // The queries of the tokens [first, first + count) over the latent. `order`: as in Projection.
-int absorb(const Layer& layer, const View& absorbed, int64_t first, int64_t count, ProjectionOrder order, cudaStream_t stream) {
+int absorb(const Layer& layer, const View& absorbed, int64_t first, int64_t count, KernelOrder order, cudaStream_t stream) {
     View const nope = advance(layer.query, first);
     if (layer.w_uk->rank < 0) return copy_values(nope, nullptr, absorbed, count, layer.attend.heads, layer.nope, stream);
     Projection work = product(layer, nope, absorbed, *layer.w_uk, *layer.w_uk_scale, count);
@@ -107,9 +107,9 @@ int attend_absorbed(Call& call, const Layer& layer, const View& absorbed, const 
     // W_UK first, for its weights can be there before what it multiplies; beside it the plan and the append, which need only what was there
     // before it.
     bool const all = queries == Queries::missing;
-    auto const absorb_now = [&](ProjectionOrder order) { return absorb(layer, absorbed, first, count, order, call.stream); };
+    auto const absorb_now = [&](KernelOrder order) { return absorb(layer, absorbed, first, count, order, call.stream); };
     if (all && !call.workspace.sizing()) {
-        if (int status = absorb_now(ProjectionOrder::leading)) return status;
+        if (int status = absorb_now(KernelOrder::leading)) return status;
     }
     Attention attention{};
     if (int status = begin_attention(call, work, all, &attention)) return status;
@@ -117,7 +117,7 @@ int attend_absorbed(Call& call, const Layer& layer, const View& absorbed, const 
     if (all) {
         if (int status = append(layer.append, call.stream)) return status;
     } else if (queries == Queries::rotated) {
-        if (int status = absorb_now(ProjectionOrder::beside)) return status;
+        if (int status = absorb_now(KernelOrder::beside)) return status;
     }
     if (!has_w_uv) return attend(work, attention, false, call.stream);
     Projection const expand = product(layer, mean, output, *layer.w_uv, *layer.w_uv_scale, count);
@@ -210,7 +210,7 @@ int attend_all_absorbed(Call& call, Layer& layer, const Select& select) {
     auto const prepare = [&]() -> int {
         if (call.workspace.sizing()) return MLA_OK;
         if (int status = append(layer.append, call.stream)) return status;
-        return windows || tokens == 0 ? MLA_OK : absorb(layer, absorbed, 0, tokens, ProjectionOrder::beside, call.stream);
+        return windows || tokens == 0 ? MLA_OK : absorb(layer, absorbed, 0, tokens, KernelOrder::beside, call.stream);
     };
     Queries const queries = windows ? Queries::rotated : select ? Queries::made : Queries::missing;
     size_t const mark = call.workspace.mark();

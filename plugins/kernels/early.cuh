@@ -7,6 +7,13 @@
 
 namespace mla {
 
+// How a product stands to the kernels before and behind it.
+enum class KernelOrder {
+    behind,  // the kernel before makes what it reads
+    beside,  // what it reads was there before the kernel before began, which does not use what it makes: both may run side by side
+    leading,  // behind, and the kernel behind this one begins only when all before this one has ended: it may run beside this one
+};
+
 // Launches a kernel that calls `wait_for_kernel_before` ahead of all that the kernel before makes or still uses. Each of its blocks
 // does so, or calls `end_after_kernel_before`: who waits for that kernel relies on all before it.
 // `cluster` of them share their shared memory.

@@ -81,7 +81,7 @@ int run_input_projections(Call& call) {
             if (int status = decode_weights(second, second_weights, &second, call.stream)) return status;
         }
         Linear codes = first.of_codes(true), others = first.of_codes(false);
-        if (codes.count > 0 && others.count > 0) codes.order = LinearOrder::leading, others.order = LinearOrder::beside;
+        if (codes.count > 0 && others.count > 0) codes.order = KernelOrder::leading, others.order = KernelOrder::beside;
         if (int status = linear_hopper_codes(codes, device, call.stream)) return status;
         if (int status = linear_hopper_split(others, device, call.stream)) return status;
         if (int status = linear_hopper(second.of_codes(false), device, call.stream)) return status;

@@ -3,7 +3,7 @@
 
 #include <cuda_bf16.h>
 
-#include "call.h"
+#include "early.cuh"
 
 namespace mla {
 
@@ -34,10 +34,6 @@ MLA_BOTH constexpr int64_t code_place(int64_t column, int64_t output, int64_t co
 
 constexpr int most_linear_parts = 5, most_unsplit_parts = 2;
 
-// How a product that shares columns stands among the kernels before and behind it, on SM90. `leading`: the next one, which is `beside`, needs of
-// the kernels before no more than this one does, and begins when this one has waited for them.
-enum class LinearOrder { alone, leading, beside };
-
 struct Linear {
     const void* x;  // [tokens, columns]
     int32_t x_type;
@@ -48,7 +44,7 @@ struct Linear {
     const float* squares;
     float epsilon;
     bool weights_made;  // by a kernel before, which those of SM90 wait for
-    LinearOrder order = LinearOrder::alone;
+    KernelOrder order = KernelOrder::behind;  // on SM90, not of linear_hopper
 
     void add(const LinearPart& part) { parts[count++] = part; }
     // The parts whose weights are e4m3, or the others.

@@ -35,7 +35,7 @@ struct Operands {
     int first_block[parts], outputs[parts];
     int count, tokens, steps;
     bool weights_made;  // by a kernel before
-    LinearOrder order;
+    KernelOrder order;
     int x_bytes;  // of a step: rows that there are not are not copied, for that takes the copy engine as long as others
 
     __device__ int part_of(int block) const {
@@ -123,8 +123,8 @@ __device__ inline void order_operands(const Ring& ring, const AllOperands& opera
     Tile tile = tile_at(0);
     Turn<B> turn;
     for (int step = 0; step < ahead; ++step) order_w(tile, step, step);
-    if (operands.order != LinearOrder::beside) wait_for_kernel_before();
-    if (operands.order == LinearOrder::leading) let_next_kernel_begin();
+    if (operands.order != KernelOrder::beside) wait_for_kernel_before();
+    if (operands.order == KernelOrder::leading) let_next_kernel_begin();
     for (int step = 0; step < ahead; ++step, turn.advance()) order_x(tile, step, step);
     for (int i = 0; i < tiles; ++i) {
         if (i > 0) tile = tile_at(i);

@@ -140,7 +140,7 @@ __global__ void decode_kernel(LinearPart, int64_t, __nv_bfloat16*) {}
 template <class B>
 __global__ void __launch_bounds__(B::threads, 1) linear_codes_kernel(const __grid_constant__ Codes work) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    if (work.operands.order != LinearOrder::leading) let_next_kernel_begin();
+    if (work.operands.order != KernelOrder::leading) let_next_kernel_begin();
     extern __shared__ __align__(1024) uint8_t memory[];
     __shared__ uint64_t full[2 * B::stages], empty[B::stages];  // in the second half those of rows as they come
     __shared__ float factors[B::tokens];

@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(B::threads, 1) linear_split_kernel(const __gri
         sum_parts<B>(work.results[part], operands.tokens, operands.outputs[part], first_token, first_output, tile, [](int) { return 1.0f; });
     }
     __syncwarp();
-    if (operands.order == LinearOrder::beside) end_after_kernel_before();
+    if (operands.order == KernelOrder::beside) end_after_kernel_before();
     cluster_arrive();
     cluster_wait();  // a block's shared memory ends with it
 #endif

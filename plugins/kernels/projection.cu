@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(Tile<tile_tokens>::threads, Tile<tile_tokens>:
     project_kernel(Projection work, Plan plan) {
     using T = Tile<tile_tokens>;
     constexpr int value_bytes = element_bytes(w_type);
-    if (work.order != ProjectionOrder::leading) let_next_kernel_begin();
+    if (work.order != KernelOrder::leading) let_next_kernel_begin();
     extern __shared__ __align__(128) uint8_t memory[];
     uint8_t* const x_tiles = memory;
     uint8_t* const w_tiles = x_tiles + plan.x_slots * T::x_bytes;
@@ -320,8 +320,8 @@ __global__ void __launch_bounds__(Tile<tile_tokens>::threads, Tile<tile_tokens>:
     // The first weights need not wait for the kernel before.
     Item item(first_row), ahead(first_row), with_x(first_row);
     for (int i = 0; i < plan.stages && ahead.row < end_row; ++i, ahead.next(steps, plan.stages)) load_w(ahead);
-    if (work.order != ProjectionOrder::beside) wait_for_kernel_before();
-    if (work.order == ProjectionOrder::leading) let_next_kernel_begin();
+    if (work.order != KernelOrder::beside) wait_for_kernel_before();
+    if (work.order == KernelOrder::leading) let_next_kernel_begin();
     for (int i = 0; i < plan.stages; ++i, with_x.next(steps, plan.stages)) {
         if (with_x.row == first_row) load_x(with_x);
         copy_async_commit();  // a group for every item, be it empty
@@ -383,7 +383,7 @@ __global__ void __launch_bounds__(Tile<tile_tokens>::threads, Tile<tile_tokens>:
         copy_async_commit();
         if (item.step == steps - 1) store_sums(item.row);
     }
-    if (work.order == ProjectionOrder::beside) end_after_kernel_before();
+    if (work.order == KernelOrder::beside) end_after_kernel_before();
 }
 
 template <int tile_tokens, int32_t w_type>

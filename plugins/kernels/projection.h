@@ -2,17 +2,10 @@
 #pragma once
 
 #include "attend.h"
-#include "call.h"
+#include "early.cuh"
 #include "view.h"
 
 namespace mla {
-
-// How a product stands to the kernels before and behind it.
-enum class ProjectionOrder {
-    behind,  // the kernel before makes x
-    beside,  // x was there before the kernel before began, which does not use `out`: both may run side by side
-    leading,  // behind, and the kernel behind this one begins only when all before this one has ended: it may run beside this one
-};
 
 struct Projection {
     View x;  // [T, H, columns]
@@ -26,7 +19,7 @@ struct Projection {
     int64_t tokens;
     int32_t heads, rows, columns;
     bool exact;  // f32 products on plain cores; else bf16 products on tensor cores, sums in f32
-    ProjectionOrder order;
+    KernelOrder order;
 };
 
 // Reads the weights while the kernel before is still at work: none of this library's kernels may have made them, which alone let the next

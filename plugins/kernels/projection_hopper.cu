@@ -218,7 +218,7 @@ __global__ void __launch_bounds__(Tile<tokens, codes>::threads, 1)
     project_hopper_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map, Projection work,
                           HopperPlan plan) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    if (work.order != ProjectionOrder::leading) let_next_kernel_begin();
+    if (work.order != KernelOrder::leading) let_next_kernel_begin();
     extern __shared__ __align__(1024) uint8_t memory[];
     __shared__ uint64_t barriers[most_stages];  // a stage's operands are there
     int const head = blockIdx.z;
@@ -268,8 +268,8 @@ __global__ void __launch_bounds__(Tile<tokens, codes>::threads, 1)
         __syncwarp();
         // Weights need not wait for the kernel before; but what is ordered comes in turn, and the first x must not come last.
         order_w(0);
-        if (work.order != ProjectionOrder::beside) wait_for_kernel_before();
-        if (work.order == ProjectionOrder::leading) let_next_kernel_begin();
+        if (work.order != KernelOrder::beside) wait_for_kernel_before();
+        if (work.order == KernelOrder::leading) let_next_kernel_begin();
         order_x(0);
         for (int i = 1; i < plan.stages; ++i) {
             order_w(i);
@@ -351,7 +351,7 @@ __global__ void __launch_bounds__(Tile<tokens, codes>::threads, 1)
 #pragma unroll
         for (int i = 0; i < 32; ++i) sums[i] = 0.0f;
     }
-    if (work.order == ProjectionOrder::beside) end_after_kernel_before();
+    if (work.order == KernelOrder::beside) end_after_kernel_before();
 #endif
 }
 
