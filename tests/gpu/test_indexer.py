@@ -6,7 +6,7 @@ ties included. With random numbers a list may differ where scores are within rou
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -393,6 +393,89 @@ def test_keys_on_pages_outside_the_pool_are_not_visible(heads: int, top_k: int, 
     table[3, :60] = -1
     check(inputs, attributes)
     check(behind_a_page_of_nan(inputs, "indexer_cache"), attributes)
+
+
+HEIGHTS: dict[str, Callable[[np.random.Generator, int], Array]] = {
+    "random": lambda rng, count: rng.permutation(count) + 1.0,
+    "ascending": lambda rng, count: np.arange(count) + 1.0,
+    "descending": lambda rng, count: np.arange(count, 0, -1.0),
+    "far above in the last tenth": lambda rng, count: (
+        rng.permutation(count) + 1.0 + 1e5 * (np.arange(count) > 0.9 * count)
+    ),
+    "one far above": lambda rng, count: np.where(np.arange(count) == count // 3, 2.0**20, rng.permutation(count) + 1.0),
+    "next to each other": lambda rng, count: 2.0**20 + 16.0 * rng.permutation(count),
+    "few values": lambda rng, count: rng.integers(1, 5, count).astype(np.float64),
+    "equal": lambda rng, count: np.ones(count),
+    "equal but for one": lambda rng, count: np.where(np.arange(count) == count - 5, 2.0, 1.0),
+}
+
+
+def heights_of(
+    kind: str, sign: float, lengths: list[int], top_k: int, size: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A step of one token for each sequence: all heads have one query, and all keys are multiples of it, so that scores are those of
+    the keys' scales and lists are exact."""
+    rng = np.random.default_rng(25)
+    step = make_step(rng, [1] * len(lengths), lengths, page_size=P)
+    attributes = attributes_of(size=size, top_k=top_k)
+    inputs = case(rng, step, attributes, 64 if size == 128 else 32)
+    layout = layout_of(attributes)
+    inputs["index_query"][:] = 7
+    inputs["index_weights"][:] = sign
+    for sequence, length in enumerate(lengths):
+        heights = HEIGHTS[kind](rng, length)[:, None] * np.ones(size)
+        layout.write(inputs["indexer_cache"], *step.places(sequence, range(length)), heights.astype(np.float32))
+    return inputs, attributes
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("kind", list(HEIGHTS))
+def test_scores_however_they_lie(kind: str, sign: float) -> None:
+    """In any order, far from each other, next to each other, equal: what a sample of them says may be of no use."""
+    for lengths, top_k in (
+        ([6400], 65),
+        ([3000, 0, 4100, 2049, 63, 2500], 64),
+        ([5500, 9000], 1),
+        ([2500, 2500, 2500], 512),
+    ):
+        inputs, attributes = heights_of(kind, sign, lengths, top_k, 128 if top_k == 65 else 64)
+        check(inputs, attributes, repeat=2)
+
+
+@pytest.mark.parametrize("kind", list(HEIGHTS))
+def test_batches_of_scores_however_they_lie(kind: str) -> None:
+    inputs, attributes = heights_of(kind, 1.0, [*np.linspace(9000, 30000, 31).astype(int).tolist(), 100], 2048, 128)
+    check(inputs, attributes, repeat=2)
+    inputs, attributes = heights_of(kind, 1.0, [20000] * 32, 300, 64)
+    check(inputs, attributes, graph=True, repeat=3)
+
+
+@pytest.mark.parametrize("top_k", [100, 700])
+@pytest.mark.parametrize("lengths", [[7000], [20000] * 32])
+def test_what_is_no_number_or_no_key_among_many(lengths: list[int], top_k: int) -> None:
+    rng = np.random.default_rng(26)
+    step = make_step(rng, [1] * len(lengths), lengths, page_size=P)
+    attributes = attributes_of(top_k=top_k)
+    inputs = case(rng, step, attributes, 64, exact=False)
+    layout = layout_of(attributes)
+    table = step.inputs["block_table"]
+    for sequence in range(len(lengths)):
+        table[sequence, rng.permutation(lengths[sequence] // P)[:50]] = (-1, step.pages)[sequence % 2]
+    if len(lengths) > 2:
+        table[2, 5:] = -1  # fewer keys than a list takes
+    check(inputs, attributes, exact=False)
+    check(behind_a_page_of_nan(inputs, "indexer_cache"), attributes, exact=False)
+    # NaN in most rows: they lose against all numbers
+    poisoned = rng.permutation(lengths[0])[: 6 * lengths[0] // 7]
+    page, slot = step.places(0, poisoned.tolist())
+    there = page >= 0
+    inputs["indexer_cache"][page[there], slot[there] * layout.row_words + 3] = -1
+    found = run_op(OP, inputs, **attributes)["indices"][0]
+    keys = Scores(inputs, attributes, cache_after(inputs, attributes)).of(0)[0]
+    numbers = ~np.isin(keys, poisoned)
+    count = min(top_k, int(numbers.sum()))
+    assert np.isin(found, poisoned).sum() == top_k - count
+    assert (np.diff(found) > 0).all()
 
 
 def test_no_visible_keys_where_the_table_is_too_narrow() -> None:
