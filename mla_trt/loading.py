@@ -14,6 +14,7 @@ from onnx import TensorProto, helper
 from onnx.external_data_helper import load_external_data_for_tensor
 
 from mla_trt.errors import BadModelError
+from mla_trt.passes.tensorrt_ops import spell_fp8_ops
 
 SMALL_TENSOR = 4096  # elements
 PACKED_BITS: dict[int, int] = {  # of the types that numpy keeps in whole bytes
@@ -101,6 +102,7 @@ def _load(path: Path) -> LoadedModel:
             load_tensor(tensor, model.base_dir)
     _check_names(proto)
     _check_domains(proto)
+    spell_fp8_ops(proto)
     return model
 
 

@@ -1,0 +1,75 @@
+"""TensorRT's own FP8 ops, in ONNX's spelling.
+
+NVIDIA's quantizers (ModelOpt, Transformer Engine) write `TRT_FP8QuantizeLinear` and `TRT_FP8DequantizeLinear` of the domain `trt` into
+exports: per tensor, to and from e4m3. They compute what QuantizeLinear and DequantizeLinear do since opset 19, which every runtime has.
+"""
+
+from __future__ import annotations
+
+import onnx
+from onnx import TensorProto, helper
+
+from mla_trt.errors import BadModelError
+
+DOMAIN = "trt"
+QUANTIZE, DEQUANTIZE = "TRT_FP8QuantizeLinear", "TRT_FP8DequantizeLinear"
+FIRST_OPSET = 19
+"""With e4m3."""
+ZERO = "trt_fp8_zero_point"
+
+
+def spell_fp8_ops(model: onnx.ModelProto) -> int:
+    """Rewrites the nodes of a graph's top level, in place; returns how many there were.
+
+    A scale of one value becomes a scalar, as ONNX has it for a whole tensor; codes that are held as bytes become e4m3.
+
+    Raises:
+        BadModelError: the model's opset has no e4m3.
+    """
+    graph = model.graph
+    nodes = [node for node in graph.node if node.domain == DOMAIN and node.op_type in (QUANTIZE, DEQUANTIZE)]
+    if not nodes:
+        return 0
+    opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 1)
+    if opset < FIRST_OPSET:
+        label = nodes[0].name or nodes[0].output[0]
+        raise BadModelError(
+            f"node '{label}' ({nodes[0].op_type}) needs e4m3, which opset {opset} has not: export with opset {FIRST_OPSET} or later"
+        )
+    constants = {
+        node.output[0]: attribute.t
+        for node in graph.node
+        if node.op_type == "Constant"
+        for attribute in node.attribute
+        if attribute.name == "value"
+    }
+    constants |= {tensor.name: tensor for tensor in graph.initializer}
+    for node in nodes:
+        codes, scale = node.input[0], constants.get(node.input[1])
+        if scale is not None and list(scale.dims) == [1]:
+            node.input[1] = _scalar(graph, constants, node.input[1], scale)
+        if node.op_type == QUANTIZE:
+            node.op_type = "QuantizeLinear"
+            node.input.append(ZERO)
+            codes = node.output[0]
+        else:
+            node.op_type = "DequantizeLinear"
+            if codes in constants and constants[codes].data_type in (TensorProto.UINT8, TensorProto.INT8):
+                constants[codes].data_type = TensorProto.FLOAT8E4M3FN
+        node.domain = ""
+        for value in graph.value_info:
+            if value.name == codes:  # bytes, as exporters say that do not know e4m3
+                value.type.tensor_type.elem_type = TensorProto.FLOAT8E4M3FN
+    if ZERO not in constants:
+        graph.initializer.append(helper.make_tensor(ZERO, TensorProto.FLOAT8E4M3FN, [], b"\0", raw=True))
+    return len(nodes)
+
+
+def _scalar(graph: onnx.GraphProto, constants: dict[str, TensorProto], name: str, tensor: TensorProto) -> str:
+    scalar = f"{name}/scalar"
+    if scalar not in constants:
+        constants[scalar] = graph.initializer.add()
+        constants[scalar].CopyFrom(tensor)
+        constants[scalar].name = scalar
+        del constants[scalar].dims[:]
+    return scalar
