@@ -528,9 +528,8 @@ _STANDARD_OPS = {"QLinearMatMul": _quantized_product}
 _RENAMED = ("DequantizeLinear", "QuantizeLinear", "GatherND", "Trilu", "Range")
 
 
-def _expand_fused_ops(model: onnx.ModelProto, base_dir: Path | None) -> None:
-    """Rewrites ONNX Runtime's fused ops and fused standard ones, in place. Ops without a rule stay; they matter only if an attention reaches them."""
-    graph = model.graph
+def constants_of(graph: onnx.GraphProto) -> dict[str, TensorProto]:
+    """Initializers and the tensors of Constant nodes, by name."""
     constants = {
         node.output[0]: attribute.t
         for node in graph.node
@@ -538,7 +537,13 @@ def _expand_fused_ops(model: onnx.ModelProto, base_dir: Path | None) -> None:
         for attribute in node.attribute
         if attribute.name == "value"
     }
-    constants |= {tensor.name: tensor for tensor in graph.initializer}
+    return constants | {tensor.name: tensor for tensor in graph.initializer}
+
+
+def _expand_fused_ops(model: onnx.ModelProto, base_dir: Path | None) -> None:
+    """Rewrites ONNX Runtime's fused ops and fused standard ones, in place. Ops without a rule stay; they matter only if an attention reaches them."""
+    graph = model.graph
+    constants = constants_of(graph)
     nodes: list[onnx.NodeProto] = []
     changed = False
     for node in graph.node:

@@ -10,6 +10,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from mla_trt.errors import BadModelError
+from mla_trt.passes.standardize import constants_of
 
 DOMAIN = "trt"
 QUANTIZE, DEQUANTIZE = "TRT_FP8QuantizeLinear", "TRT_FP8DequantizeLinear"
@@ -36,14 +37,7 @@ def spell_fp8_ops(model: onnx.ModelProto) -> int:
         raise BadModelError(
             f"node '{label}' ({nodes[0].op_type}) needs e4m3, which opset {opset} has not: export with opset {FIRST_OPSET} or later"
         )
-    constants = {
-        node.output[0]: attribute.t
-        for node in graph.node
-        if node.op_type == "Constant"
-        for attribute in node.attribute
-        if attribute.name == "value"
-    }
-    constants |= {tensor.name: tensor for tensor in graph.initializer}
+    constants, rounded = constants_of(graph), set()
     for node in nodes:
         codes, scale = node.input[0], constants.get(node.input[1])
         if scale is not None and list(scale.dims) == [1]:
@@ -51,15 +45,15 @@ def spell_fp8_ops(model: onnx.ModelProto) -> int:
         if node.op_type == QUANTIZE:
             node.op_type = "QuantizeLinear"
             node.input.append(ZERO)
-            codes = node.output[0]
+            rounded.add(node.output[0])
         else:
             node.op_type = "DequantizeLinear"
             if codes in constants and constants[codes].data_type in (TensorProto.UINT8, TensorProto.INT8):
                 constants[codes].data_type = TensorProto.FLOAT8E4M3FN
         node.domain = ""
-        for value in graph.value_info:
-            if value.name == codes:  # bytes, as exporters say that do not know e4m3
-                value.type.tensor_type.elem_type = TensorProto.FLOAT8E4M3FN
+    for value in graph.value_info:
+        if value.name in rounded:  # bytes, as exporters say that do not know e4m3
+            value.type.tensor_type.elem_type = TensorProto.FLOAT8E4M3FN
     if ZERO not in constants:
         graph.initializer.append(helper.make_tensor(ZERO, TensorProto.FLOAT8E4M3FN, [], b"\0", raw=True))
     return len(nodes)
