@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import google.protobuf.message
@@ -102,8 +102,7 @@ def _load(path: Path) -> LoadedModel:
             load_tensor(tensor, model.base_dir)
     _check_names(proto)
     _check_domains(proto)
-    spell_fp8_ops(proto)
-    return model
+    return replace(model, proto=spell_fp8_ops(proto))
 
 
 def load_tensor(tensor: TensorProto, folder: Path) -> None:

@@ -85,7 +85,7 @@ def _standardize(model: onnx.ModelProto, base_dir: Path | None) -> onnx.ModelPro
             if all(entry.domain != RUNTIME_DOMAIN for entry in model.opset_import):
                 model.opset_import.append(helper.make_opsetid(RUNTIME_DOMAIN, 1))
     inline_constant_branches(model)
-    model = _convert_opset(model)
+    model = convert_opset(model, OPSET)
     _expand_fused_ops(model, base_dir)
     model = _spell_out(model)
     del model.graph.value_info[:]
@@ -137,19 +137,24 @@ def _opset(model: onnx.ModelProto) -> int:
     return version
 
 
-def _convert_opset(model: onnx.ModelProto) -> onnx.ModelProto:
+def convert_opset(model: onnx.ModelProto, wanted: int) -> onnx.ModelProto:
+    """The model in another opset; the one given is changed as well.
+
+    Raises:
+        BadModelError: it cannot be converted.
+    """
     version = _opset(model)
-    if version == OPSET:
+    if version == wanted:
         return model
     try:
         try:
-            return onnx.version_converter.convert_version(model, OPSET)
+            return onnx.version_converter.convert_version(model, wanted)
         except onnx.shape_inference.InferenceError:
             _forget_types(model)
-            return onnx.version_converter.convert_version(model, OPSET)
+            return onnx.version_converter.convert_version(model, wanted)
     except (RuntimeError, ValueError, onnx.version_converter.ConvertError) as error:
         reason = str(error).strip().splitlines()[-1]
-        raise BadModelError(f"opset {version} cannot be converted to opset {OPSET}: {reason}") from None
+        raise BadModelError(f"opset {version} cannot be converted to opset {wanted}: {reason}") from None
 
 
 def _forget_types(model: onnx.ModelProto) -> None:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import onnx
 from onnx import TensorProto, helper
 
-from mla_trt.errors import BadModelError
-from mla_trt.passes.standardize import constants_of
+from mla_trt.passes.standardize import STANDARD_DOMAINS, constants_of, convert_opset
 
 DOMAIN = "trt"
 QUANTIZE, DEQUANTIZE = "TRT_FP8QuantizeLinear", "TRT_FP8DequantizeLinear"
@@ -19,24 +18,20 @@ FIRST_OPSET = 19
 ZERO = "trt_fp8_zero_point"
 
 
-def spell_fp8_ops(model: onnx.ModelProto) -> int:
-    """Rewrites the nodes of a graph's top level, in place; returns how many there were.
+def spell_fp8_ops(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with these ops, at its graph's top level, spelt in ONNX's; the one given is changed as well.
 
-    A scale of one value becomes a scalar, as ONNX has it for a whole tensor; codes that are held as bytes become e4m3.
+    A scale of one value becomes a scalar, as ONNX has it for a whole tensor; codes that are held as bytes become e4m3; an opset without
+    e4m3 becomes the first that has it.
 
     Raises:
-        BadModelError: the model's opset has no e4m3.
+        BadModelError: the opset cannot be converted.
     """
-    graph = model.graph
-    nodes = [node for node in graph.node if node.domain == DOMAIN and node.op_type in (QUANTIZE, DEQUANTIZE)]
-    if not nodes:
-        return 0
-    opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 1)
-    if opset < FIRST_OPSET:
-        label = nodes[0].name or nodes[0].output[0]
-        raise BadModelError(
-            f"node '{label}' ({nodes[0].op_type}) needs e4m3, which opset {opset} has not: export with opset {FIRST_OPSET} or later"
-        )
+    if not _found(model):
+        return model
+    if any(entry.version < FIRST_OPSET for entry in model.opset_import if entry.domain in STANDARD_DOMAINS):
+        model = convert_opset(model, FIRST_OPSET)
+    graph, nodes = model.graph, _found(model)
     constants, rounded = constants_of(graph), set()
     for node in nodes:
         codes, scale = node.input[0], constants.get(node.input[1])
@@ -56,7 +51,11 @@ def spell_fp8_ops(model: onnx.ModelProto) -> int:
             value.type.tensor_type.elem_type = TensorProto.FLOAT8E4M3FN
     if ZERO not in constants:
         graph.initializer.append(helper.make_tensor(ZERO, TensorProto.FLOAT8E4M3FN, [], b"\0", raw=True))
-    return len(nodes)
+    return model
+
+
+def _found(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    return [node for node in model.graph.node if node.domain == DOMAIN and node.op_type in (QUANTIZE, DEQUANTIZE)]
 
 
 def _scalar(graph: onnx.GraphProto, constants: dict[str, TensorProto], name: str, tensor: TensorProto) -> str:
