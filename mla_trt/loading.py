@@ -28,7 +28,7 @@ PACKED_BITS: dict[int, int] = {  # of the types that numpy keeps in whole bytes
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model as it is on the disk; external data is not in memory.
+    """A model as it is on the disk, but for FP8 ops of TensorRT's own domain, which are ONNX's here; external data is not in memory.
 
     Attributes:
         proto: the model.

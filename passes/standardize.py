@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,15 @@ def standardize(model: onnx.ModelProto, base_dir: Path | None = None) -> onnx.Mo
     Raises:
         BadModelError: the opset cannot be converted, types and shapes contradict each other, or external data cannot be read.
     """
-    try:
+    with readable():
         return _standardize(model, base_dir)
+
+
+@contextlib.contextmanager
+def readable() -> Iterator[None]:
+    """Whatever onnx finds wrong with a model becomes a BadModelError."""
+    try:
+        yield
     except MlaTrtError:
         raise
     except Exception as error:  # onnx's own errors have no common base

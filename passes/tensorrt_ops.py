@@ -1,7 +1,7 @@
 """TensorRT's own FP8 ops, in ONNX's spelling.
 
 NVIDIA's quantizers (ModelOpt, Transformer Engine) write `TRT_FP8QuantizeLinear` and `TRT_FP8DequantizeLinear` of the domain `trt` into
-exports: per tensor, to and from e4m3. They compute what QuantizeLinear and DequantizeLinear do since opset 19, which every runtime has.
+exports: per tensor, to and from e4m3. They compute what QuantizeLinear and DequantizeLinear do since opset 19, which ONNX Runtime runs, too.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import onnx
 from onnx import TensorProto, helper
 
-from mla_trt.passes.standardize import STANDARD_DOMAINS, constants_of, convert_opset
+from mla_trt.passes.standardize import STANDARD_DOMAINS, constants_of, convert_opset, readable
 
 DOMAIN = "trt"
 QUANTIZE, DEQUANTIZE = "TRT_FP8QuantizeLinear", "TRT_FP8DequantizeLinear"
@@ -22,15 +22,16 @@ def spell_fp8_ops(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model with these ops, at its graph's top level, spelt in ONNX's; the one given is changed as well.
 
     A scale of one value becomes a scalar, as ONNX has it for a whole tensor; codes that are held as bytes become e4m3; an opset without
-    e4m3 becomes the first that has it.
+    e4m3 becomes the first that has it. A node without a scale stays.
 
     Raises:
-        BadModelError: the opset cannot be converted.
+        BadModelError: the opset cannot be converted, or types and shapes contradict each other.
     """
     if not _found(model):
         return model
     if any(entry.version < FIRST_OPSET for entry in model.opset_import if entry.domain in STANDARD_DOMAINS):
-        model = convert_opset(model, FIRST_OPSET)
+        with readable():
+            model = convert_opset(model, FIRST_OPSET)
     graph, nodes = model.graph, _found(model)
     constants, rounded = constants_of(graph), set()
     for node in nodes:
@@ -55,7 +56,8 @@ def spell_fp8_ops(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _found(model: onnx.ModelProto) -> list[onnx.NodeProto]:
-    return [node for node in model.graph.node if node.domain == DOMAIN and node.op_type in (QUANTIZE, DEQUANTIZE)]
+    ops = (QUANTIZE, DEQUANTIZE)
+    return [node for node in model.graph.node if node.domain == DOMAIN and node.op_type in ops and len(node.input) == 2]
 
 
 def _scalar(graph: onnx.GraphProto, constants: dict[str, TensorProto], name: str, tensor: TensorProto) -> str:

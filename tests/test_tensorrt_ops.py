@@ -15,6 +15,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from mla_trt.cli import main
 from mla_trt.engines.onnxruntime_session import open_session
+from mla_trt.errors import BadModelError
+from mla_trt.loading import load_model
 from mla_trt.passes.tensorrt_ops import spell_fp8_ops
 
 CONFIG = small_models.Config()
@@ -48,6 +50,23 @@ def test_codes_are_held_as_bytes_or_as_e4m3(data_type: int) -> None:
     model = spell_fp8_ops(model)
     (y,) = open_session(model).run(None, {"x": np.zeros((2, 4), np.float32)})
     np.testing.assert_array_equal(y, codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32) * 0.25)
+
+
+def test_a_node_without_a_scale_stays() -> None:
+    model = onnx.parser.parse_model(ONE_NODE.format(opset=17, scale="s"))
+    del model.graph.node[0].input[1]
+    assert [node.op_type for node in spell_fp8_ops(model).graph.node] == ["TRT_FP8QuantizeLinear", "DequantizeLinear"]
+
+
+@pytest.mark.parametrize(
+    ("op", "inputs"), [("NoSuchOp", ["y"]), ("Squeeze", []), ("Upsample", ["y"])], ids=["unknown", "inputs", "gone"]
+)
+def test_what_cannot_be_converted_is_refused(op: str, inputs: list[str], tmp_path: Path) -> None:
+    model = onnx.parser.parse_model(ONE_NODE.format(opset=17, scale="s"))
+    model.graph.node.append(helper.make_node(op, inputs, ["z"], name="odd"))
+    onnx.save(model, tmp_path / "odd.onnx")
+    with pytest.raises(BadModelError):
+        load_model(tmp_path / "odd.onnx")
 
 
 def quantised() -> onnx.ModelProto:
